@@ -1,0 +1,69 @@
+"""The console scripts: each reads its page, and only then imports the room that runs it, for jax is slow to import."""
+
+import os
+import platform
+import sys
+from typing import NoReturn
+
+from lacuna.config import EvalConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
+
+PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "eval": EvalConfig}
+
+
+def main() -> None:
+    """`lacuna <command> …`, the same as the command's own script."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print("usage: lacuna COMMAND [@ FILE.toml ...] [--option VALUE ...]\n")
+        for name, page in PAGES.items():
+            print(f"  {name:10}{page.__doc__}")
+        print("\nEvery option of a command, with the value now in force: lacuna COMMAND --help")
+    elif command in PAGES:
+        start(command, arguments)
+    else:
+        stop(f"error: {command} is not a command of lacuna{did_you_mean(command, PAGES)}", 2)
+
+
+def pretrain() -> None:
+    start("pretrain", sys.argv[1:])
+
+
+def sft() -> None:
+    start("sft", sys.argv[1:])
+
+
+def evaluate() -> None:
+    start("eval", sys.argv[1:])
+
+
+def start(command: str, arguments: list[str]) -> None:
+    """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
+    try:
+        page = parse(PAGES[command], arguments, command)
+        prepare_process()
+        if isinstance(page, EvalConfig):
+            from lacuna.eval import run as measure
+
+            measure(page)
+        else:
+            from lacuna.trainer import run as train
+
+            train(page)
+    except UserError as error:
+        stop(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+
+
+def stop(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def prepare_process() -> None:
+    """Start again, once, with huge pages in malloc, as XLA on a CPU faults its temporaries in anew at every step."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb=" in tunables or "pytest" in sys.modules:
+        return
+    environment = os.environ | {"GLIBC_TUNABLES": f"{tunables}:glibc.malloc.hugetlb=1".removeprefix(":")}
+    os.execve(sys.executable, sys.orig_argv, environment)

@@ -1,0 +1,442 @@
+"""The pages a user fills in, one per command, and the way from what was typed to one of them.
+
+TOML files are layered left to right, flags are the last layer, and `${NAME}` is an environment variable in any of them.
+pydantic checks the merged result once, so a flag may mend what a file got wrong. A refusal names the key, where its
+value is from, and the mend.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from datetime import date
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+
+class UserError(ValueError):
+    """A refusal that the user can mend: the commands print it without a traceback and exit with 2."""
+
+
+class Page(BaseModel):
+    """Keys and their checks; a command's page inherits its sections, the first of them as its last base."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def booleans_are_not_numbers(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("should be a number")
+        return value
+
+    @property
+    def cache_dir(self) -> Path:
+        """The directory of what is kept between runs: packing plans, compiled programs."""
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacuna"
+
+
+class DataSource(Page):
+    path: str = Field(min_length=1, description="File, glob, or data set on the hub")
+    split: str = Field("train", min_length=1, description="Split, or a slice of one such as train[:95%]")
+    weight: float = Field(1.0, gt=0, description="Passes over this source per epoch")
+    messages_column: str = Field("messages", description="Column of chats: lists of role and content")
+    tools_column: str = Field("tools", description="Column of the tools that a chat may call")
+    prompt_column: str = Field("prompt", description="Column of prompts, each with a completion")
+    completion_column: str = Field("completion", description="Column of completions")
+    text_column: str = Field("text", description="Column of plain text")
+
+
+class ModelKeys(Page):
+    """Model"""
+
+    model_name: str = Field(min_length=1, description="Directory in Hugging Face layout, run directory, or hub id")
+    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type that matmuls compute in")
+
+
+class DataKeys(Page):
+    """Data"""
+
+    data: tuple[DataSource, ...] = Field(description="What to read")
+    sequence_length: int = Field(2048, ge=2, description="Tokens per packed row")
+    on_bad_data: Literal["error", "skip"] = Field("error", description="Stop at a bad sample, or count and skip it")
+
+    @field_validator("data")
+    @classmethod
+    def data_is_not_empty(cls, value: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        if not value:
+            raise ValueError("is empty; add a [[data]] table with a path")
+        return value
+
+
+class ChatKeys(Page):
+    """Chats"""
+
+    packing: bool = Field(True, description="Pack several chats into a row; otherwise one row each")
+    train_on: Literal["assistant", "all", "last"] = Field("assistant", description="Messages that the loss counts")
+    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
+    template_date: str = Field("2024-07-26", description="Day that templates see, so that data never changes")
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def template_date_is_a_day(cls, value: Any) -> Any:
+        try:
+            return date.fromisoformat(str(value)).isoformat()
+        except ValueError as error:
+            raise ValueError("should be a day such as 2024-07-26") from error
+
+
+LearningRate = Annotated[float, Field(gt=0, description="Highest learning rate, reached after the warm-up")]
+
+
+class OptimizationKeys(Page):
+    """Optimization"""
+
+    from_scratch: bool = Field(False, description="Take only config and tokenizer from model_name, no weights")
+    batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
+    micro_batch_size: int = Field(1, ge=1, description="Packed rows per device per forward pass")
+    steps: int = Field(0, ge=0, description="Optimizer steps; 0: as many as the epochs give")
+    epochs: int = Field(1, ge=0, description="Passes over the data when steps is 0")
+    learning_rate: LearningRate = 2e-5
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0")
+    weight_decay: float = Field(0.1, ge=0, description="Decay of matrices and embeddings, times the learning rate")
+    clip_norm: float = Field(1.0, gt=0, description="Longest global gradient norm; a longer gradient is scaled to it")
+    rematerialisation: Literal["none", "matmuls", "layer"] = Field(
+        "none", description="What the backward pass computes again: nothing, all but matmuls, or whole layers"
+    )
+
+
+class DeviceKeys(Page):
+    """Devices"""
+
+    data_parallel: int = Field(1, ge=1, description="Devices along the data axis of the mesh")
+    fsdp: int = Field(0, ge=0, description="Devices that share out the parameters; 0: all that are left over")
+    tensor: int = Field(1, ge=1, description="Devices that share out each matrix product")
+    compilation_cache: bool = Field(True, description="Keep compiled programs between runs")
+
+
+class RunKeys(Page):
+    """Run"""
+
+    run_name: str = Field("", max_length=200, description="Name of the run's folder in output_dir")
+    output_dir: str = Field("runs", min_length=1, description="Folder of all runs")
+    overwrite: bool = Field(False, description="Delete an earlier run of this name first")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random: order of data, initial weights, noise")
+
+    @field_validator("run_name")
+    @classmethod
+    def run_name_is_a_folder_name(cls, value: str) -> str:
+        if value and (value == ".." or Path(value).name != value or not value.isprintable()):
+            raise ValueError("should be a plain folder name; what stands above it is output_dir")
+        return value
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.output_dir) / self.run_name
+
+
+class RecordKeys(Page):
+    """Logs, held-out loss and checkpoints"""
+
+    eval_data: tuple[DataSource, ...] = Field((), description="Held-out data")
+    log_every: int = Field(1, ge=1, description="Steps between log lines")
+    eval_every: int = Field(0, ge=0, description="Steps between held-out losses; 0: only at the end")
+    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept, besides the best")
+    resume: bool = Field(False, description="Continue the run of this name from its newest checkpoint")
+    resume_from: str = Field("", description="Checkpoint directory to continue from instead")
+    wandb: Literal["off", "online", "offline"] = Field("off", description="Report to Weights & Biases")
+    wandb_project: str = Field("lacuna", min_length=1, description="Project there")
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: int) -> int:
+    """Forward passes per optimizer step; `device_shards` is data_parallel × fsdp, the devices that share out the batch.
+
+    Raises:
+        UserError: the batch does not divide; names the nearest that do.
+    """
+    rows = micro_batch_size * device_shards
+    if rest := batch_size % rows:
+        nearest = [str(size) for size in (batch_size - rest, batch_size - rest + rows) if size]
+        raise UserError(
+            f"batch_size = {batch_size} is no multiple of the {rows} rows of one forward pass (micro_batch_size = "
+            f"{micro_batch_size}, data_parallel × fsdp = {device_shards}); set batch_size to {' or '.join(nearest)}"
+        )
+    return batch_size // rows
+
+
+class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys, ModelKeys):
+    @property
+    def leaves_a_run(self) -> bool:
+        """Whether anything is written to the run directory."""
+        return True
+
+    @model_validator(mode="after")
+    def keys_agree(self) -> "TrainingConfig":
+        accumulation_steps(self.batch_size, self.micro_batch_size, self.data_parallel * max(self.fsdp, 1))
+        if self.leaves_a_run and not self.run_name:
+            raise ValueError("run_name is required: name the run, as in --run-name first_try")
+        if not self.steps and not self.epochs:
+            raise ValueError("steps = 0 and epochs = 0 leave nothing to do; set one of them")
+        if self.steps and self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; "
+                f"set warmup_steps to {self.steps} or less"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other; drop one of them")
+        if self.eval_every and not self.eval_data:
+            raise ValueError(f"eval_every = {self.eval_every} has no data; add [[eval_data]] or drop eval_every")
+        return self
+
+
+class PretrainConfig(TrainingConfig):
+    """Train a language model on raw text, from scratch or from given weights."""
+
+    learning_rate: LearningRate = 3e-4
+
+
+class SftConfig(ChatKeys, TrainingConfig):
+    """Fine-tune a language model on chats."""
+
+    neftune_alpha: float = Field(0.0, ge=0, description="Noise on embeddings (NEFTune, Jain et al. 2023); 0: none")
+    show: int = Field(0, ge=0, description="Print that many packed rows, supervised text in colour, and leave")
+
+    @property
+    def leaves_a_run(self) -> bool:
+        """Whether anything is written to the run directory."""
+        return not self.show
+
+
+class EvalConfig(RunKeys, DeviceKeys, ChatKeys, DataKeys, ModelKeys):
+    """Measure a model's loss on held-out data."""
+
+    batch_size: int = Field(8, ge=1, description="Packed rows per device per forward pass")
+    run_name: str = Field("", max_length=200, description="Name of the folder in output_dir; empty: eval_<model>")
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.output_dir) / (self.run_name or f"eval_{Path(self.model_name).resolve().name}")
+
+
+Config = TypeVar("Config", bound=Page)
+Values = dict[str, Any]
+
+
+def parse(page: type[Config], arguments: list[str], program: str) -> Config:
+    """The page that layers `@ file.toml` and flags make together; `--help` prints it and exits.
+
+    Raises:
+        UserError: a line for each thing that is wrong.
+    """
+    files, flags = split_arguments(arguments)
+    values: Values = {}
+    origins: dict[str, str] = {}
+    for file in files:
+        layer = read_toml(file, page)
+        values |= layer
+        origins |= dict.fromkeys(layer, file)
+    typed = read_flags(page, program, flags, values, origins)
+    for option, text in typed.items():
+        key, *entry = option.split(".")
+        if entry:
+            values[key] = with_entry(values.get(key, []), int(entry[0]), entry[1], text)
+            origins.setdefault(key, "the command line")
+        else:
+            values[key] = text
+            origins[key] = "the command line"
+    try:
+        return page.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(one, page, program, typed, origins) for one in error.errors())) from None
+
+
+def to_toml(page: Page) -> str:
+    """The page as TOML that reads back as an equal page."""
+    plain, tables = [], []
+    for key, value in page.model_dump().items():
+        if isinstance(value, tuple):
+            for entry in value:
+                tables += ["", f"[[{key}]]", *(f"{name} = {toml_value(entry[name])}" for name in entry)]
+        else:
+            plain.append(f"{key} = {toml_value(value)}")
+    return "\n".join(plain + tables) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """The value as TOML: JSON, but for the delete character, and `${NAME}` for a secret that the environment holds."""
+    for name, secret in os.environ.items() if isinstance(value, str) else ():
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(secret) >= 8:
+            value = value.replace(secret, f"${{{name}}}")
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The files behind `@`, with or without a space, and all the rest."""
+    files, flags, remaining = [], [], iter(arguments)
+    for argument in remaining:
+        if argument.startswith("@"):
+            files.append(argument[1:] or next(remaining, ""))
+            if not files[-1] or files[-1].startswith("-"):
+                raise UserError("@ needs a TOML file behind it, as in @ configs/sft_tiny.toml")
+        else:
+            flags.append(argument)
+    return files, flags
+
+
+def read_toml(file: str, page: type[Page]) -> Values:
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        siblings = [str(path) for path in Path(file).parent.glob("*.toml")]
+        raise UserError(f"{file}: {error.strerror}{did_you_mean(file, siblings)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    try:
+        layer = tomllib.loads(text)
+    except ValueError as error:
+        message = str(error).replace("Cannot overwrite a value", "This key is given twice")
+        line = re.search(r"at line (\d+)", message)
+        raise UserError(f"{file}: {message}{f': {text.splitlines()[int(line[1]) - 1]}' if line else ''}") from error
+    for key in layer.keys() & {key for key, field in page.model_fields.items() if is_table(field)}:
+        if not isinstance(layer[key], list) or not all(isinstance(entry, dict) for entry in layer[key]):
+            value = toml_value(layer[key])
+            raise UserError(f"{file}: {key} = {value} should be tables with a path, each headed [[{key}]]")
+    return with_environment(layer, file)
+
+
+def with_environment(value: Any, place: str) -> Any:
+    """The value, each `${NAME}` in its strings replaced by that environment variable."""
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise UserError(f"{place} = {toml_value(value)}: {match[1]} is not in the environment; export it")
+        return os.environ[match[1]]
+
+    if isinstance(value, dict):
+        return {key: with_environment(entry, f"{place}: {key}") for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_environment(entry, place) for entry in value]
+    return re.sub(r"\$\{(\w+)\}", variable, value) if isinstance(value, str) else value
+
+
+def with_entry(entries: list[Values], index: int, name: str, text: str) -> list[Values]:
+    entries = entries + [{}] * (index + 1 - len(entries))
+    return [*entries[:index], entries[index] | {name: text}, *entries[index + 1 :]]
+
+
+class OptionParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        mend = "needs a value behind it; one that begins with - is written OPTION=VALUE"
+        raise UserError(message.removeprefix("argument ").replace(": expected one argument", f" {mend}"))
+
+
+def read_flags(
+    page: type[Page], program: str, flags: list[str], values: Values, origins: dict[str, str]
+) -> dict[str, str]:
+    """The text typed for each option; `--help` shows the values that the files give, and exits."""
+    parser = OptionParser(
+        prog=program,
+        usage=f"{program} [@ FILE.toml ...] [--option VALUE ...]",
+        description=page.__doc__,
+        epilog="Files are layered from left to right, and options win. Whatever is true|false has a --no- form, as in "
+        "--no-packing. In brackets: the value now in force, and the file it is from.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    spellings: list[str] = []
+    for section, members in groupby(options(page, program, flags, values), key=itemgetter(0)):
+        group = parser.add_argument_group(section)
+        for _, option, field, value in members:
+            now = "required" if value is PydanticUndefined else toml_value(value)
+            origin = origins.get(option.split(".")[0]) if value != field.default else None
+            text = f"{field.description} [{now}{f' from {origin}' if origin else ''}]".replace("%", "%%")
+            kind = "|".join(get_args(field.annotation)) or getattr(field.annotation, "__name__", "").upper()
+            add = partial(group.add_argument, dest=option)
+            spellings.append(spelling(option))
+            if field.annotation is not bool:
+                add(spellings[-1], action="append", metavar=kind, help=text)
+                continue
+            add(spellings[-1], action="append", nargs="?", const="true", metavar="true|false", help=text)
+            spellings.append(spelling(f"no_{option}"))
+            add(spellings[-1], action="append_const", const="false", help=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(flags)
+    for flag in unknown:
+        if flag.startswith("-"):
+            name = flag.partition("=")[0]
+            raise UserError(f"{name} is not an option of {program}{did_you_mean(name, spellings)}")
+    if unknown:
+        raise UserError(f"{unknown[0]!r} belongs to no option; a TOML file is layered as @ {unknown[0]}")
+    for option, texts in vars(known).items():
+        if len(texts) > 1:
+            raise UserError(f"{spelling(option)} is given twice: {' and '.join(texts)}; keep one")
+    return {option: with_environment(texts[0], spelling(option)) for option, texts in vars(known).items()}
+
+
+def options(
+    page: type[Page], program: str, flags: list[str], values: Values
+) -> Iterator[tuple[str, str, FieldInfo, Any]]:
+    """Section, name, field and value of each option; a table has as many entries as the files and flags mention."""
+    for key, field in page.model_fields.items():
+        if is_table(field):
+            entries = values.get(key, [])
+            mentioned = {match[1] for flag in flags if (match := re.match(rf"{spelling(key)}\.(\d+)\.", flag))}
+            count = len(mentioned | {str(index) for index in range(len(entries))})
+            for index in range(max(count, 1)):
+                entry = entries[index] if index < len(entries) else {}
+                for name, column in DataSource.model_fields.items():
+                    title = f"[[{key}]] {field.description}"
+                    yield title, f"{key}.{index}.{name}", column, entry.get(name, column.default)
+        else:
+            section = next(part for part in reversed(page.__mro__) if key in inspect.get_annotations(part))
+            title = f"Only for {program}" if section is page else str(section.__doc__)
+            yield title, key, field, values.get(key, field.default)
+
+
+def explain(
+    problem: ErrorDetails, page: type[Page], program: str, typed: dict[str, str], origins: dict[str, str]
+) -> str:
+    """One of pydantic's errors as a sentence with the key, where its value is from, and the mend."""
+    path = [str(part) for part in problem["loc"]]
+    message = re.sub(r"^(Input|String|Value error,) |, unable to .*", "", problem["msg"])
+    if not path:
+        sources = [f"{key} from {origin}" for key, origin in origins.items() if re.search(rf"\b{key}\b", message)]
+        return f"{message} ({', '.join(sources)})" if sources else message
+    key, name, fields = ".".join(path), path[-1], page.model_fields if len(path) == 1 else DataSource.model_fields
+    place = f"{origins[path[0]]}: {key}" if path[0] in origins else key
+    if problem["type"] == "missing":
+        option = f"{key}.0.path" if is_table(fields[name]) else key
+        return f"{place} is required; give it as {spelling(option)}, or in a file as in {program} @ FILE.toml"
+    if problem["type"] != "extra_forbidden":
+        given = f"{spelling(key)} {typed[key]}" if key in typed else f"{place} = {toml_value(problem['input'])}"
+        return f"{given} {message.replace('a valid boolean', 'true or false')}"
+    if fields is not page.model_fields and name in page.model_fields:
+        return f"{place} is a key of {program} itself; write it above the first [[{path[0]}]]"
+    if isinstance(problem["input"], dict):
+        return f"{place} is no table of {program}; its keys stand at the top, without [{name}]"
+    return f"{place} is not a key of {program}{did_you_mean(name, fields)}"
+
+
+def is_table(field: FieldInfo) -> bool:
+    return DataSource in get_args(field.annotation)
+
+
+def spelling(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,63 @@
+"""Evaluation: the held-out loss of any model on any data that training reads, masked and packed as in training."""
+
+import math
+import time
+from dataclasses import replace
+
+import jax
+
+from lacuna import checkpoint, metrics
+from lacuna.config import EvalConfig, UserError, to_toml
+from lacuna.data import describe, load_dataset
+from lacuna.distributed import check_divisible, make_mesh, row_shards
+from lacuna.model import check_sequence_length, parameter_counts, read_model_config
+from lacuna.tokenizer import load_tokenizer
+from lacuna.trainer import check_vocabulary, enable_compilation_cache, held_out_loss, padded
+
+
+def run(page: EvalConfig) -> None:
+    """The command eval: mean loss over all target tokens into summary.json, printed as it is found.
+
+    Raises:
+        UserError: whatever about config, model, data or devices can't be evaluated.
+    """
+    started = time.perf_counter()
+    directory = page.run_directory
+    if (directory / "summary.json").exists() and not page.overwrite:
+        raise UserError(
+            f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
+        )
+    source = checkpoint.resolve_model(page.model_name)
+    model = read_model_config(source)
+    check_sequence_length(model, page.sequence_length)
+    tokenizer = load_tokenizer(source, page.chat_template, page.template_date)
+    check_vocabulary(model, tokenizer)
+    dataset = load_dataset(page.data, tokenizer, page, is_stream=False, is_shuffled=False)
+    enable_compilation_cache(page)
+    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
+    model = replace(model, padded_vocabulary=padded(model.vocabulary_size, mesh))
+    check_divisible(mesh, model.sizes)
+    print(f"model: {page.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
+    print(f"data: {describe(dataset.facts)}")
+    with jax.set_mesh(mesh):
+        params = checkpoint.load_params(source, model, mesh)
+        rows = page.batch_size * row_shards(mesh)
+        result = held_out_loss(params, dataset, rows, model, mesh, page.compute_dtype)
+    summary = {
+        "command": "eval",
+        **result,
+        "perplexity": math.exp(min(result["eval_loss"], 700)),
+        "tokens": dataset.facts["tokens"],
+        "parameters": parameter_counts(model)["all"],
+        "data": dict(dataset.facts),
+        "wall_seconds": time.perf_counter() - started,
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "versions": metrics.versions(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.toml").write_text(to_toml(page))
+    metrics.write_summary(directory, summary)
+    shown = ("eval_loss", "perplexity", "eval_accuracy", "target_tokens")
+    print("  ".join(f"{key} {summary[key]:,.6g}" for key in shown))
+    print(f"summary: {directory / 'summary.json'}")

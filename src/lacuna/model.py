@@ -1,0 +1,526 @@
+"""The model: one table of parameters from which everything about a weight derives, and one forward pass over it.
+
+Qwen2/2.5, Qwen3, Llama 2/3, Mistral and SmolLM2 differ in a few rows and numbers, so a family here is a `ModelConfig`
+read from config.json, not a class.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from lacuna.config import UserError
+from lacuna.distributed import AXIS_RULES, shard_rows
+
+ATTENTION_BLOCK = 128
+LOSS_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary wavelengths beyond the original context (Dubey et al. 2024)."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers of config.json that shape the computation; hashable, so a static argument of `jit`."""
+
+    family: str
+    vocabulary_size: int
+    embed: int
+    layers: int
+    kv_heads: int
+    group: int
+    head: int
+    feedforward: int
+    max_positions: int
+    sliding_window: int
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    is_tied: bool
+    has_qkv_bias: bool
+    has_output_bias: bool
+    has_query_key_norm: bool
+    initializer_range: float
+    file_dtype: str
+    padded_vocabulary: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Length of every logical axis."""
+        return {
+            "layer": self.layers,
+            "vocab": self.padded_vocabulary,
+            "embed": self.embed,
+            "kv_head": self.kv_heads,
+            "group": self.group,
+            "head": self.head,
+            "feedforward": self.feedforward,
+        }
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the table: logical axes, role, name and axes in the Hugging Face file (`*` joins merged axes)."""
+
+    axes: str
+    role: Literal["matmul", "residual", "embedding", "norm", "bias"]
+    file_name: str
+    file_axes: str
+
+    @property
+    def decays(self) -> bool:
+        """Matrices and embeddings take weight decay; norm scales and biases, stacked or not, do not."""
+        return self.role in ("matmul", "residual", "embedding")
+
+
+LAYER = "model.layers.{layer}."
+EMBEDDING = Parameter("vocab embed", "embedding", "model.embed_tokens.weight", "vocab embed")
+LAYERS = {
+    "attention_norm": Parameter("layer embed", "norm", LAYER + "input_layernorm.weight", "embed"),
+    "query": Parameter(
+        "layer embed kv_head group head", "matmul", LAYER + "self_attn.q_proj.weight", "kv_head*group*head embed"
+    ),
+    "key": Parameter("layer embed kv_head head", "matmul", LAYER + "self_attn.k_proj.weight", "kv_head*head embed"),
+    "value": Parameter("layer embed kv_head head", "matmul", LAYER + "self_attn.v_proj.weight", "kv_head*head embed"),
+    "output": Parameter(
+        "layer kv_head group head embed", "residual", LAYER + "self_attn.o_proj.weight", "embed kv_head*group*head"
+    ),
+    "feedforward_norm": Parameter("layer embed", "norm", LAYER + "post_attention_layernorm.weight", "embed"),
+    "gate": Parameter("layer embed feedforward", "matmul", LAYER + "mlp.gate_proj.weight", "feedforward embed"),
+    "up": Parameter("layer embed feedforward", "matmul", LAYER + "mlp.up_proj.weight", "feedforward embed"),
+    "down": Parameter("layer feedforward embed", "residual", LAYER + "mlp.down_proj.weight", "embed feedforward"),
+}
+QKV_BIAS = {
+    "query_bias": Parameter("layer kv_head group head", "bias", LAYER + "self_attn.q_proj.bias", "kv_head*group*head"),
+    "key_bias": Parameter("layer kv_head head", "bias", LAYER + "self_attn.k_proj.bias", "kv_head*head"),
+    "value_bias": Parameter("layer kv_head head", "bias", LAYER + "self_attn.v_proj.bias", "kv_head*head"),
+}
+OUTPUT_BIAS = {"output_bias": Parameter("layer embed", "bias", LAYER + "self_attn.o_proj.bias", "embed")}
+QUERY_KEY_NORM = {
+    "query_norm": Parameter("layer head", "norm", LAYER + "self_attn.q_norm.weight", "head"),
+    "key_norm": Parameter("layer head", "norm", LAYER + "self_attn.k_norm.weight", "head"),
+}
+FINAL_NORM = Parameter("embed", "norm", "model.norm.weight", "embed")
+HEAD = Parameter("vocab embed", "matmul", "lm_head.weight", "vocab embed")
+
+
+def parameter_table(config: ModelConfig) -> PyTree[Parameter]:
+    """Every weight of the model, in the shape of the parameter tree."""
+    layers = (
+        LAYERS
+        | (QKV_BIAS if config.has_qkv_bias else {})
+        | (OUTPUT_BIAS if config.has_output_bias else {})
+        | (QUERY_KEY_NORM if config.has_query_key_norm else {})
+    )
+    table = {"embedding": EMBEDDING, "layers": layers, "final_norm": FINAL_NORM}
+    return table if config.is_tied else table | {"head": HEAD}
+
+
+def shape_of(row: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of a weight in memory."""
+    return tuple(sizes[axis] for axis in row.axes.split())
+
+
+def partition_spec(row: Parameter) -> PartitionSpec:
+    """Mesh axis of each of a weight's dimensions."""
+    return PartitionSpec(*(AXIS_RULES.get(axis) for axis in row.axes.split()))
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters in all, with weight decay, and in matrix products (the head counts once, the look-up does not)."""
+    sizes = config.sizes | {"vocab": config.vocabulary_size}
+    rows = jax.tree.leaves(parameter_table(config))
+    count = {row: math.prod(shape_of(row, sizes)) for row in rows}
+    matmul = sum(count[row] for row in rows if row.role in ("matmul", "residual"))
+    return {
+        "all": sum(count.values()),
+        "decayed": sum(count[row] for row in rows if row.decays),
+        "matmul": matmul + (count[EMBEDDING] if config.is_tied else 0),
+    }
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The model that `directory/config.json` describes.
+
+    Raises:
+        UserError: no such file, broken JSON, or something in it that is not supported, by name.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{directory}: no config.json; model_name must be a model in Hugging Face layout") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    return model_config(raw, str(path))
+
+
+def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
+    """A `ModelConfig` from the fields of a config.json, in the form of transformers 4 or 5; `where` is for messages."""
+
+    def field(key: str) -> Any:
+        if raw.get(key) is None:
+            raise UserError(f"{where}: {key!r} is missing")
+        return raw[key]
+
+    family = raw.get("model_type")
+    if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise UserError(f"{where}: model_type {family!r} is not supported; llama, mistral, qwen2 and qwen3 are")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    refused = {
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "mlp_bias": bool(raw.get("mlp_bias")),
+        "attention_dropout": bool(raw.get("attention_dropout")),
+        "rope_interleaved": bool(raw.get("rope_interleaved")),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1,
+        "quantization_config": bool(raw.get("quantization_config")),
+    }
+    if bad := [key for key, is_bad in refused.items() if is_bad]:
+        raise UserError(f"{where}: {bad[0]} = {raw.get(bad[0], rope.get(bad[0]))!r} is not supported")
+    if rope_type not in ("default", "llama3"):
+        raise UserError(f"{where}: rope type {rope_type!r} is not supported; default and llama3 are")
+    file_dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if file_dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"{where}: dtype {file_dtype!r} is not supported; float32, bfloat16 and float16 are")
+    heads, kv_heads = field("num_attention_heads"), raw.get("num_key_value_heads") or field("num_attention_heads")
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
+    has_window = raw.get("use_sliding_window", family == "mistral") or "sliding_attention" in raw.get("layer_types", ())
+    has_bias = bool(raw.get("attention_bias"))
+    return ModelConfig(
+        family=family,
+        vocabulary_size=field("vocab_size"),
+        embed=field("hidden_size"),
+        layers=field("num_hidden_layers"),
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        head=raw.get("head_dim") or field("hidden_size") // heads,
+        feedforward=field("intermediate_size"),
+        max_positions=field("max_position_embeddings"),
+        sliding_window=(raw.get("sliding_window") or 0) if has_window else 0,
+        norm_epsilon=float(field("rms_norm_eps")),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        rope_scaling=RopeScaling(
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope["original_max_position_embeddings"],
+        )
+        if rope_type == "llama3"
+        else None,
+        is_tied=bool(raw.get("tie_word_embeddings", False)),
+        has_qkv_bias=family == "qwen2" or has_bias,
+        has_output_bias=family != "qwen2" and has_bias,
+        has_query_key_norm=family == "qwen3",
+        initializer_range=raw.get("initializer_range", 0.02),
+        file_dtype=file_dtype,
+        padded_vocabulary=raw["vocab_size"],
+    )
+
+
+def check_sequence_length(config: ModelConfig, sequence_length: int) -> None:
+    """Refuse rows longer than the model's positions or than a sliding window, which would then bind."""
+    if config.sliding_window and sequence_length > config.sliding_window:
+        raise UserError(
+            f"sequence_length = {sequence_length} exceeds the model's sliding window of {config.sliding_window}, which "
+            f"is not supported; set sequence_length to {config.sliding_window} or less"
+        )
+    if sequence_length > config.max_positions:
+        raise UserError(
+            f"sequence_length = {sequence_length} exceeds the model's max_position_embeddings = "
+            f"{config.max_positions}; set sequence_length to {config.max_positions} or less"
+        )
+
+
+def initial_params(key: Key[Array, ""], config: ModelConfig) -> PyTree[Float[Array, "..."]]:
+    """Random float32 weights: normal with the config's std (0.02), residual projections over √(2 × layers), norms one.
+
+    The practice of GPT-2 (Radford et al. 2019) and Llama. Each key is folded from the row's path, so a new row never
+    changes another's values; padded vocabulary rows are zero.
+    """
+
+    def draw(path: tuple[Any, ...], row: Parameter) -> Float[Array, "..."]:
+        shape = shape_of(row, config.sizes)
+        if row.role in ("norm", "bias"):
+            return jnp.full(shape, 1.0 if row.role == "norm" else 0.0)
+        scale = config.initializer_range / (math.sqrt(2 * config.layers) if row.role == "residual" else 1)
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        if not row.axes.startswith("vocab"):
+            return scale * jax.random.normal(own_key, shape)
+        padding = (0, config.padded_vocabulary - config.vocabulary_size)
+        return jnp.pad(scale * jax.random.normal(own_key, (config.vocabulary_size, config.embed)), (padding, (0, 0)))
+
+    return jax.tree.map_with_path(draw, parameter_table(config))
+
+
+def cast(params: PyTree, config: ModelConfig, dtype: DTypeLike) -> PyTree:
+    """Weights in the dtype of compute; norm scales stay float32."""
+    return jax.tree.map(
+        lambda row, leaf: leaf if row.role == "norm" else leaf.astype(dtype), parameter_table(config), params
+    )
+
+
+def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
+    """Radians per position of each channel pair (Su et al. 2021), stretched where the config asks for it."""
+    frequency = config.rope_theta ** -(np.arange(0, config.head, 2) / config.head)
+    if scaling := config.rope_scaling:
+        turns = scaling.original_positions * frequency / (2 * np.pi)
+        keep = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
+        keep = np.clip(keep, 0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
+    return frequency.astype(np.float32)
+
+
+def rms_norm(
+    x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], epsilon: float
+) -> Float[Array, "*batch embed"]:
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32, returned in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (normalized * scale).astype(x.dtype)
+
+
+def rotate(
+    x: Float[Array, "batch token *heads head"], angle: Float[Array, "batch token half"]
+) -> Float[Array, "batch token *heads head"]:
+    """Rotary position embedding in the half-split layout of Llama and Qwen checkpoints, computed in float32."""
+    angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def linear(
+    x: Float[Array, "batch token *inputs"], weight: Float[Array, "*inputs_outputs"]
+) -> Float[Array, "batch token *outputs"]:
+    """Contract the axes of `x` after batch and token with the leading axes of `weight`, as one matrix product."""
+    inputs = x.ndim - 2
+    outputs = weight.shape[inputs:]
+    flat = jnp.reshape(weight, (math.prod(weight.shape[:inputs]), math.prod(outputs)))
+    product = matrix_product if jax.default_backend() == "cpu" else jnp.matmul
+    return product(x.reshape(-1, flat.shape[0]), flat).reshape(*x.shape[:2], *outputs)
+
+
+@jax.custom_vjp
+def matrix_product(x: Float[Array, "token inputs"], weight: Float[Array, "inputs outputs"]) -> Float[Array, "..."]:
+    """`x @ weight` whose backward pass first writes the incoming gradient out, row-major.
+
+    XLA on CPU else fuses what makes that gradient into a transposed write for the weight's gradient, which is not
+    vectorised: a fifth of a training step.
+    """
+    return x @ weight
+
+
+def _matrix_product_backward(
+    residual: tuple[Float[Array, "token inputs"], Float[Array, "inputs outputs"]],
+    gradient: Float[Array, "token outputs"],
+) -> tuple[Float[Array, "token inputs"], Float[Array, "inputs outputs"]]:
+    x, weight = residual
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    return jnp.einsum("to,io->ti", gradient, weight), jnp.einsum("ti,to->io", x, gradient)
+
+
+matrix_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matrix_product_backward)
+
+
+def attention(
+    query: Float[Array, "batch token kv_head group head"],
+    key: Float[Array, "batch token kv_head head"],
+    value: Float[Array, "batch token kv_head head"],
+    segment: Int[Array, "batch token"],
+) -> Float[Array, "batch token kv_head group head"]:
+    """Causal grouped-query attention confined to each packed document; padding is a document of its own.
+
+    A block of queries meets only the keys up to its own end, so half of the score matrix is never made.
+    """
+    token_count = segment.shape[1]
+    blocks = []
+    for start in range(0, token_count, ATTENTION_BLOCK):
+        end = min(start + ATTENTION_BLOCK, token_count)
+        scores = jnp.einsum("btkgh,bskh->bkgts", query[:, start:end], key[:, :end], preferred_element_type=jnp.float32)
+        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        visible = causal & (segment[:, start:end, None] == segment[:, None, :end])
+        scores = jnp.where(visible[:, None, None], scores * query.shape[-1] ** -0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        blocks.append(jnp.einsum("bkgts,bskh->btkgh", weights, value[:, :end]))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def layer_forward(
+    x: Float[Array, "batch token embed"],
+    layer: PyTree[Array],
+    angle: Float[Array, "batch token half"],
+    segment: Int[Array, "batch token"],
+    config: ModelConfig,
+) -> Float[Array, "batch token embed"]:
+    """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual."""
+    normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
+    query, key, value = (linear(normed, layer[name]) for name in ("query", "key", "value"))
+    if config.has_qkv_bias:
+        query, key, value = query + layer["query_bias"], key + layer["key_bias"], value + layer["value_bias"]
+    if config.has_query_key_norm:
+        query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
+        key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
+    mixed = attention(rotate(query, angle), rotate(key, angle), value, segment)
+    mixed = linear(mixed, layer["output"])
+    x = shard_rows(x + (mixed + layer["output_bias"] if config.has_output_bias else mixed))
+    normed = rms_norm(x, layer["feedforward_norm"], config.norm_epsilon)
+    hidden = jax.nn.silu(linear(normed, layer["gate"])) * linear(normed, layer["up"])
+    return shard_rows(x + linear(hidden, layer["down"]))
+
+
+def embed(params: PyTree[Array], token: Int[Array, "batch token"]) -> Float[Array, "batch token embed"]:
+    """Embeddings of the tokens."""
+    return shard_rows(params["embedding"][token])
+
+
+def forward(
+    params: PyTree[Array],
+    x: Float[Array, "batch token embed"],
+    segment: Int[Array, "batch token"],
+    position: Int[Array, "batch token"],
+    config: ModelConfig,
+    rematerialisation: str = "none",
+) -> Float[Array, "batch token embed"]:
+    """Embedded rows to final normed hidden states; `params` are in the dtype of compute.
+
+    `rematerialisation` says what the backward pass computes again: nothing, all but matrix products, or whole layers.
+    """
+    angle = position[..., None] * rotary_frequencies(config)
+    body = partial(layer_forward, angle=angle, segment=segment, config=config)
+    if rematerialisation != "none":
+        policies = jax.checkpoint_policies
+        policy = (
+            policies.nothing_saveable if rematerialisation == "layer" else policies.dots_with_no_batch_dims_saveable
+        )
+        body = jax.checkpoint(body, policy=policy)
+    x, _ = jax.lax.scan(lambda x, layer: (body(x, layer), None), x, params["layers"])
+    return rms_norm(x, params["final_norm"], config.norm_epsilon)
+
+
+def head_of(params: PyTree[Array], config: ModelConfig) -> Float[Array, "vocab embed"]:
+    """The output matrix: the embedding itself where the model ties them."""
+    return params["embedding"] if config.is_tied else params["head"]
+
+
+def logits_of(
+    hidden: Float[Array, "batch token embed"], head: Float[Array, "vocab embed"], vocabulary_size: int
+) -> Float[Array, "batch token vocab"]:
+    """Float32 logits; rows of a padded vocabulary are -inf, so they have no probability and no gradient."""
+    logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=jnp.float32)
+    if head.shape[0] == vocabulary_size:
+        return logits
+    return jnp.where(jnp.arange(head.shape[0]) < vocabulary_size, logits, -jnp.inf)
+
+
+def _split_tokens(chunk: int, *arrays: Array) -> Any:
+    """Arrays [batch, token, …] as [chunks, batch, chunk, …], zero-padded at the end."""
+
+    def split(x: Array) -> Array:
+        count = -(-x.shape[1] // chunk)
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    return tuple(split(x) for x in arrays)
+
+
+def _chunk_length(hidden: Array) -> int:
+    return min(hidden.shape[1], max(1, LOSS_CHUNK // hidden.shape[0]))
+
+
+def _negative_log_likelihood(
+    logits: Float[Array, "batch token vocab"], target: Int[Array, "batch token"]
+) -> tuple[Float[Array, "batch token"], Float[Array, "batch token 1"], Bool[Array, "batch token vocab"]]:
+    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    is_target = target[..., None] == jnp.arange(logits.shape[-1])
+    picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return normalizer[..., 0] - picked, normalizer, is_target
+
+
+def token_statistics(
+    hidden: Float[Array, "batch token embed"],
+    head: Float[Array, "vocab embed"],
+    target: Int[Array, "batch token"],
+    vocabulary_size: int,
+) -> tuple[Float[Array, "batch token"], Bool[Array, "batch token"]]:
+    """Negative log-likelihood (nats) of each target and whether it was the likeliest token, chunk by chunk."""
+
+    def chunk_statistics(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = logits_of(chunk[0], head, vocabulary_size)
+        return _negative_log_likelihood(logits, chunk[1])[0], jnp.argmax(logits, axis=-1) == chunk[1]
+
+    chunks = _split_tokens(_chunk_length(hidden), hidden, target)
+    joined = (jnp.moveaxis(x, 0, 1).reshape(hidden.shape[0], -1) for x in jax.lax.map(chunk_statistics, chunks))
+    loss, is_correct = (x[:, : hidden.shape[1]] for x in joined)
+    return loss, is_correct
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def summed_cross_entropy(
+    hidden: Float[Array, "batch token embed"],
+    head: Float[Array, "vocab embed"],
+    target: Int[Array, "batch token"],
+    weight: Float[Array, "batch token"],
+    vocabulary_size: int,
+) -> Float[Array, ""]:
+    """Weighted sum of the targets' negative log-likelihoods, in nats.
+
+    Works through the tokens in chunks; differentiated, it makes the gradient of each chunk while its logits are at
+    hand, so logits are computed once and the array [batch, token, vocab] never exists.
+    """
+    return jnp.sum(token_statistics(hidden, head, target, vocabulary_size)[0] * weight)
+
+
+def _cross_entropy_forward(
+    hidden: Array, head: Array, target: Array, weight: Array, vocabulary_size: int
+) -> tuple[Array, tuple[Array, Array]]:
+    chunks = _split_tokens(_chunk_length(hidden), hidden, target, weight)
+
+    def step(total: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        hidden, target, weight = chunk
+        logits = logits_of(hidden, head, vocabulary_size)
+        loss, normalizer, is_target = _negative_log_likelihood(logits, target)
+        logit_gradient = (jnp.exp(logits - normalizer) - is_target) * weight[..., None]
+        logit_gradient = jax.lax.optimization_barrier(logit_gradient.astype(hidden.dtype))
+        head_gradient = jnp.einsum("btv,bte->ve", logit_gradient, hidden, preferred_element_type=jnp.float32)
+        hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, head)
+        return (total[0] + jnp.sum(loss * weight), total[1] + head_gradient), hidden_gradient
+
+    zero = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
+    (loss, head_gradient), hidden_gradient = jax.lax.scan(step, zero, chunks)
+    hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+    return loss, (hidden_gradient[:, : hidden.shape[1]], head_gradient.astype(head.dtype))
+
+
+def _cross_entropy_backward(
+    vocabulary_size: int, residual: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array, None, None]:
+    hidden_gradient, head_gradient = residual
+    return (
+        (hidden_gradient * gradient).astype(hidden_gradient.dtype),
+        (head_gradient * gradient).astype(head_gradient.dtype),
+        None,
+        None,
+    )
+
+
+summed_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -1,0 +1,392 @@
+"""Text to tokens: `tokenizer.json`, chat templates, and which tokens of a chat the model learns to produce.
+
+Few chat templates say what the assistant wrote, so each answer is found by rendering the chat again with that answer
+blanked out, and by what the template writes when it prompts for one. What can't be found for certain is refused.
+"""
+
+import datetime
+import json
+import os.path
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int
+
+from lacuna.config import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# Unicode sets these code points aside for marks inside a program: they are never part of a text.
+BLANK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+
+Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
+Span = tuple[int, int]
+TrainOn = Literal["assistant", "all", "last"]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`tokenizer.json`, chat template and special tokens of a directory; `end_of_turn` matches an added token."""
+
+    directory: Path
+    backend: tokenizers.Tokenizer
+    template: jinja2.Template | None
+    template_source: str
+    special_tokens: dict[str, str]
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    vocabulary_size: int
+    end_of_turn: re.Pattern[str]
+
+
+class EncodedText(NamedTuple):
+    """A text's ids, which of them are supervised, and how many are not because they reach over the edge of a span."""
+
+    token: Int[np.ndarray, " token"]
+    supervised: Bool[np.ndarray, " token"]
+    straddling_count: int
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` … `{% endgeneration %}`: prints its body between two variables that are empty unless given."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        edges = [jinja2.nodes.Output([jinja2.nodes.Name(f"generation_{edge}", "load")]) for edge in ("start", "end")]
+        return jinja2.nodes.Scope([edges[0], *body, edges[1]]).set_lineno(line)
+
+
+def load_tokenizer(directory: Path, chat_template: str = "", template_date: str = "2024-07-26") -> Tokenizer:
+    """The tokenizer of a Hugging Face directory; `chat_template` is a file that replaces its template, `template_date`
+    the day that templates take for today. Raises UserError where a file is missing or can't be read."""
+    backend = load_backend(directory)
+    settings = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    special_tokens = {
+        name: str(token["content"] if isinstance(token, dict) else token)
+        for name, token in settings.items()
+        if name.endswith("_token") and isinstance(token, str | dict)
+    }
+    source, origin = find_template(directory, settings, chat_template)
+    added_tokens = (token.content for token in backend.get_added_tokens_decoder().values())
+    written = sorted((token for token in added_tokens if not token.isspace()), key=len, reverse=True)
+    return Tokenizer(
+        directory=directory,
+        backend=backend,
+        template=compile_template(source, origin, template_date) if source else None,
+        template_source=source,
+        special_tokens=special_tokens,
+        bos_id=token_id(backend, special_tokens, "bos_token", directory),
+        eos_id=token_id(backend, special_tokens, "eos_token", directory),
+        pad_id=token_id(backend, special_tokens, "pad_token", directory),
+        vocabulary_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        end_of_turn=re.compile(rf"\s*({'|'.join(map(re.escape, written)) or '(?!)'})"),
+    )
+
+
+def load_backend(directory: Path) -> tokenizers.Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        convertible = next((name for name in ("tokenizer.model", "vocab.json") if (directory / name).is_file()), "")
+        loader = f"transformers' AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained(…)"
+        mend = f"convert {convertible} by {loader}" if convertible else "give a directory in Hugging Face layout"
+        raise UserError(f"{path}: no such file; {mend}")
+    # Trimmed offsets leave out the spaces that belong to a token; they have no bearing on the ids.
+    text = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', path.read_text("utf-8"))
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a tokenizer that `tokenizers` can read ({error}); fetch the file again"
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's object, empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
+
+
+def token_id(backend: tokenizers.Tokenizer, special_tokens: dict[str, str], name: str, directory: Path) -> int | None:
+    if name not in special_tokens:
+        return None
+    if (found := backend.token_to_id(special_tokens[name])) is None:
+        raise UserError(
+            f"{directory}: {name} {special_tokens[name]!r} is not in tokenizer.json; "
+            "do tokenizer_config.json and tokenizer.json belong to the same model?"
+        )
+    return found
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a document; raises UserError where the tokenizer names none."""
+    if tokenizer.eos_id is None:
+        raise UserError(
+            f"{tokenizer.directory / 'tokenizer_config.json'}: no eos_token, which has to end a text in training; "
+            'add "eos_token": "…" with a token of tokenizer.json'
+        )
+    return tokenizer.eos_id
+
+
+def find_template(directory: Path, settings: dict[str, Any], chat_template: str) -> tuple[str, Path]:
+    """The template's text, empty where there is none, and the file it came from."""
+    path = Path(chat_template) if chat_template else directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text("utf-8"), path
+    if chat_template:
+        raise UserError(f"chat_template: {chat_template}: no such file; give the path of a Jinja template")
+    origin, template = directory / "tokenizer_config.json", settings.get("chat_template") or ""
+    if isinstance(template, list):
+        named = {item["name"]: item["template"] for item in template}
+        if "default" not in named:
+            raise UserError(f"{origin}: no chat template is named 'default', only {sorted(named)}; give chat_template")
+        template = named["default"]
+    return str(template), origin
+
+
+def compile_template(source: str, origin: Path, template_date: str) -> jinja2.Template:
+    """A sandboxed template with the filters and functions that chat templates expect, as transformers gives them."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    today = datetime.datetime.fromisoformat(template_date)
+    try:
+        return environment.from_string(source, {"raise_exception": raise_exception, "strftime_now": today.strftime})
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"{origin}: line {error.lineno} of the chat template: {error.message}; mend the template"
+        ) from error
+
+
+def to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON; Jinja's own filter would write `<` and `'` as HTML entities."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def check_messages(messages: Any, tools: Any) -> None:
+    """Raises ValueError with the reason why a chat can't be learned from."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f"messages is {messages!r:.40}, not a list of messages, so nothing to learn from; drop the line"
+        )
+    for number, message in enumerate(messages, 1):
+        check_message(f"message {number}", message)
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise ValueError("no assistant message, so nothing to learn from; drop the line or add an answer")
+    if roles.count("system") > 1:
+        raise ValueError(f"{roles.count('system')} system messages; join them into one")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools is {type(tools).__name__}, not a list of objects")
+    try:
+        text = json.dumps([messages, tools], ensure_ascii=False)
+        text.encode()
+    except TypeError as error:
+        raise ValueError(f"messages hold what JSON does not know: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"lone surrogate {error.object[error.start]!r}, which is half a character; remove it"
+        ) from error
+    if mark := re.search(f"[{BLANK}{OPEN}{CLOSE}]", text):
+        raise ValueError(f"U+{ord(mark[0]):04X} is no character of Unicode and is used as a mark here; remove it")
+
+
+def check_message(where: str, message: Any) -> None:
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {type(message).__name__}, not an object with role and content")
+    role, calls = message.get("role"), message.get("tool_calls")
+    if role not in ROLES:
+        raise ValueError(f"{where}: role {role!r} is unknown; write one of {', '.join(ROLES)}")
+    if calls is not None and not (isinstance(calls, list) and all(called_name(call) for call in calls)):
+        raise ValueError(f"{where}: tool_calls is not a list of objects with the name of a function")
+    content = message.get("content")
+    if not isinstance(content, str) and not (content is None and calls):
+        raise ValueError(f"{where} ({role}): content is {type(content).__name__}, not a string")
+    for key in REASONING_KEYS:
+        if not isinstance(message.get(key), str | None):
+            raise ValueError(f"{where} ({role}): {key} is {type(message[key]).__name__}, not a string")
+
+
+def called_name(call: Any) -> str:
+    """The name of the function in a tool call, empty where there is none."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def render(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    tools: Tools = None,
+    add_generation_prompt: bool = False,
+    **variables: object,
+) -> str:
+    """The chat as text, the same as transformers' `apply_chat_template`; `variables` are the template's own, such as
+    `enable_thinking`. Raises ValueError where the template, which is foreign code, refuses the chat or fails."""
+    if tokenizer.template is None:
+        raise UserError(
+            f"{tokenizer.directory}: no chat template in chat_template.jinja or tokenizer_config.json; "
+            "give one with --chat-template configs/chat_template.jinja"
+        )
+    values = {
+        **tokenizer.special_tokens,
+        **variables,
+        "messages": [seen_by_template(message) for message in messages],
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    try:
+        return tokenizer.template.render(values)
+    except Exception as error:
+        raise ValueError(f"the chat template refuses this chat: {error}") from error
+
+
+def seen_by_template(message: Message) -> Message:
+    """A message as transformers shows it: keys without a value left out, reasoning under every name in use."""
+    present = {key: value for key, value in message.items() if value is not None}
+    for key in REASONING_KEYS:
+        if key in present:
+            return {"thinking": present[key], **present, "reasoning_content": present[key]}
+    return present
+
+
+def chat_spans(tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainOn) -> tuple[str, list[Span]]:
+    """The rendered chat and the ranges of its characters that the model learns: what it would have generated, each
+    answer with its end-of-turn token. Raises ValueError with the reason where they can't be told for certain."""
+    check_messages(messages, tools)
+    marked = render(tokenizer, messages, tools, generation_start=OPEN, generation_end=CLOSE)
+    text = marked.replace(OPEN, "").replace(CLOSE, "")
+    if train_on == "all":
+        return text, [(0, len(text))]
+    if OPEN in marked:
+        spans = marked_spans(marked)
+        return text, spans[-1:] if train_on == "last" else spans
+    prompted = render(tokenizer, messages, tools, add_generation_prompt=True)
+    header = prompted.removeprefix(text) if prompted.startswith(text) else ""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = []
+    for turn in turns[-1:] if train_on == "last" else turns:
+        try:
+            spans.append(turn_span(tokenizer, messages, tools, turn, text, header))
+            if len(spans) > 1 and spans[-1][0] < spans[-2][1]:
+                raise ValueError("it overlaps the answer before it")
+        except ValueError as error:
+            raise ValueError(f"message {turn + 1} (assistant) can't be found in the rendered chat: {error}") from error
+    return text, spans
+
+
+def marked_spans(marked: str) -> list[Span]:
+    """The ranges between the marks of `{% generation %}`, counted without the marks."""
+    before, *segments = marked.split(OPEN)
+    position, spans = len(before), []
+    for segment in segments:
+        inside, outside = segment.split(CLOSE)
+        spans.append((position, position + len(inside)))
+        position += len(inside) + len(outside)
+    return spans
+
+
+def turn_span(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn: int, text: str, header: str) -> Span:
+    """The range of one answer in `text`; `header` is what the template writes to prompt for an answer."""
+    message = messages[turn]
+    blank = {key: value for key, value in message.items() if key not in (*REASONING_KEYS, "tool_calls")}
+    blanked = [*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]]
+    before, *rest = render(tokenizer, blanked, tools).split(BLANK)
+    if len(rest) != 1:
+        raise ValueError(f"the chat template writes its content {len(rest)} times")
+    (after,) = rest
+    end_of_turn = tokenizer.end_of_turn.match(after)
+    if end_of_turn is None:
+        raise ValueError(
+            f"the chat template goes on with {after[:20]!r}, which is no end-of-turn token; "
+            "write eos_token after each answer in a template of your own (--chat-template)"
+        )
+    if not text.endswith(after):
+        raise ValueError("the chat template writes what follows in another way when the answer differs")
+    content_end = len(text) - len(after)
+
+    common = before if text.startswith(before) else os.path.commonprefix([before, text])
+    if end_of_turn[1] in before[len(common) :]:
+        raise ValueError("the chat template writes what precedes in another way when the answer differs")
+    if not header:
+        prompt = render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
+        start = len(prompt) if text.startswith(prompt) else None
+    elif (found := common.rfind(header)) >= 0 and end_of_turn[1] not in common[found + len(header) :]:
+        start = found + len(header)
+    else:  # the template prompts with more than it writes before this answer, such as an empty think block
+        start = len(common) if any(common.endswith(header[:size]) for size in range(1, len(header))) else None
+    if start is None or start > content_end:
+        raise ValueError("its beginning is not where the chat template would prompt for it")
+
+    written = text[start:content_end]
+    names = [called_name(call) for call in message.get("tool_calls") or []]
+    if missing := [name for name in names if name not in written]:
+        raise ValueError(f"the chat template does not write its call of {missing[0]!r}")
+    if not names and str(message["content"]).split("</think>")[-1].strip() not in written:
+        raise ValueError("the chat template does not write its content as it is")
+    return start, content_end + end_of_turn.end()
+
+
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Int[np.ndarray, " token"]:
+    """Token ids; `add_special_tokens` puts BOS where the tokenizer wants it, which a rendered chat already holds."""
+    return np.array(tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
+
+
+def encode_spans(
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, list[Span]]], add_special_tokens: bool = False
+) -> list[EncodedText]:
+    """Each text encoded as a whole, with the tokens supervised that lie wholly within one of its spans."""
+    encodings = tokenizer.backend.encode_batch([text for text, _ in texts], add_special_tokens=add_special_tokens)
+    return [mask(encoding, spans) for encoding, (_, spans) in zip(encodings, texts, strict=True)]
+
+
+def mask(encoding: tokenizers.Encoding, spans: list[Span]) -> EncodedText:
+    token_start, token_end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+    span_start, span_end = np.array([(-1, -1), *spans], np.int64).T
+    inside = token_end <= span_end[np.searchsorted(span_start, token_start, "right") - 1]
+    touched = token_start < span_end[np.searchsorted(span_start, token_end, "left") - 1]
+    supervised = inside & (token_end > token_start)
+    return EncodedText(np.array(encoding.ids, np.int32), supervised, int(np.sum(touched & ~supervised)))
+
+
+def encode_chats(tokenizer: Tokenizer, chats: Sequence[tuple[Any, Any]], train_on: TrainOn) -> list[EncodedText]:
+    """Each chat's tokens and which of them are supervised; the ids are transformers' `apply_chat_template`'s."""
+    return encode_spans(tokenizer, [chat_spans(tokenizer, *chat, train_on) for chat in chats])
+
+
+def decode(tokenizer: Tokenizer, token: Sequence[int] | Int[np.ndarray, " token"]) -> str:
+    """The text of these ids, special tokens included."""
+    return tokenizer.backend.decode([int(each) for each in token], skip_special_tokens=False)

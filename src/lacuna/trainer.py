@@ -1,0 +1,565 @@
+"""Training: the loss, the optimizer step, held-out loss, and the loop that pretrain and sft share."""
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key, PyTree
+from rich.console import Console
+from rich.text import Text
+
+from lacuna import checkpoint, metrics
+from lacuna.config import EvalConfig, PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps, to_toml
+from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
+from lacuna.distributed import AXIS_RULES, check_divisible, make_mesh, put_batch, row_shards
+from lacuna.metrics import RunLog, short
+from lacuna.model import (
+    ModelConfig,
+    cast,
+    check_sequence_length,
+    embed,
+    forward,
+    head_of,
+    initial_params,
+    parameter_counts,
+    parameter_table,
+    partition_spec,
+    read_model_config,
+    summed_cross_entropy,
+    token_statistics,
+)
+from lacuna.tokenizer import Tokenizer, decode, load_tokenizer
+
+ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
+FINAL_LEARNING_RATE = 0.1  # of the peak
+SKIPS_IN_A_ROW = 5
+FIXED_ON_RESUME = (
+    "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
+    "train_on", "chat_template", "template_date", "neftune_alpha", "on_bad_data",
+)  # fmt: skip
+
+
+class TrainState(NamedTuple):
+    """All that training changes; `skipped` counts the steps in a row that a non-finite gradient left without effect."""
+
+    params: PyTree[Float[Array, "..."]]
+    moments: optax.OptState
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+# The step
+
+adam = optax.scale_by_adam(ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
+
+
+def learning_rate(step: Int[Array, ""], peak: float, warmup_steps: int, steps: int) -> Float[Array, ""]:
+    """Linear warm-up to `peak`, then a cosine down to a tenth of it (Loshchilov & Hutter 2017); steps count from 0."""
+    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+    decayed = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine
+    return peak * jnp.where(step < warmup_steps, (step + 1) / max(warmup_steps, 1), decayed)
+
+
+def embedding_noise(
+    key: Key[Array, ""],
+    segment: Int[Array, "row token"],
+    first_row: Int[Array, ""],
+    alpha: float,
+    x: Float[Array, "row token embed"],
+) -> Float[Array, "row token embed"]:
+    """NEFTune's noise (Jain et al. 2023): uniform within ± alpha / √(document length × embed), a key for each row."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(first_row + jnp.arange(x.shape[0]))
+    noise = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], minval=-1, maxval=1))(keys)
+    lengths = jax.vmap(lambda row: jnp.bincount(row, length=x.shape[1] + 1)[row])(segment)
+    return (noise * alpha / jnp.sqrt(lengths[..., None] * x.shape[-1])).astype(x.dtype)
+
+
+def summed_loss(
+    params: PyTree[Array],
+    batch: Batch,
+    model: ModelConfig,
+    rematerialisation: str = "none",
+    noise: Callable[[Array], Array] | None = None,
+) -> Float[Array, ""]:
+    """Sum of the batch's weighted token losses (nats); `params` are in the dtype of compute."""
+    x = embed(params, batch.token)
+    if noise is not None:
+        x = x + noise(x)
+    hidden = forward(params, x, batch.segment, batch.position, model, rematerialisation)
+    return summed_cross_entropy(hidden, head_of(params, model), batch.target, batch.weight, model.vocabulary_size)
+
+
+def whole_batch_gradient(
+    params: PyTree[Array], batch: Batch, step: Int[Array, ""], model: ModelConfig, page: TrainingConfig
+) -> tuple[Float[Array, ""], PyTree[Array]]:
+    """Mean loss over the target tokens of all micro-batches [micro_batch, row, token], and its float32 gradient.
+
+    Sums are divided once, by the number of targets of the whole batch, so each token weighs the same wherever it lies.
+    """
+    compute = cast(params, model, page.compute_dtype)
+    alpha = page.neftune_alpha if isinstance(page, SftConfig) else 0.0
+    key = jax.random.fold_in(jax.random.key(page.seed), step)
+
+    def accumulate(total: PyTree, micro: tuple[Batch, Array]) -> tuple[PyTree, None]:
+        batch, number = micro
+        first_row = number * batch.token.shape[0]
+        noise = partial(embedding_noise, key, batch.segment, first_row, alpha) if alpha else None
+        parts = jax.value_and_grad(summed_loss)(compute, batch, model, page.rematerialisation, noise)
+        return jax.tree.map(jnp.add, total, parts), None
+
+    zero = (jnp.zeros(()), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params))
+    total, _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.token.shape[0])))
+    loss, gradients = jax.tree.map(lambda leaf: leaf / jnp.sum(batch.weight), total)
+    return loss, gradients
+
+
+def train_step(
+    state: TrainState, batch: Batch, model: ModelConfig, page: TrainingConfig, steps: int
+) -> tuple[TrainState, dict[str, Array]]:
+    """One AdamW step (Loshchilov & Hutter 2019) on [micro_batch, row, token]; a non-finite gradient has no effect."""
+    loss, gradients = whole_batch_gradient(state.params, batch, state.step, model, page)
+    norm = optax.tree.norm(gradients)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    clip = jnp.minimum(1.0, page.clip_norm / norm)
+    direction, moments = adam.update(jax.tree.map(lambda leaf: leaf * clip, gradients), state.moments)
+    rate = learning_rate(state.step, page.learning_rate, page.warmup_steps, steps)
+
+    def updated(row: Any, param: Array, direction: Array) -> Array:
+        return param - rate * (direction + page.weight_decay * param if row.decays else direction)
+
+    params = jax.tree.map(updated, parameter_table(model), state.params, direction)
+    params, moments = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), (params, moments), (state.params, state.moments)
+    )
+    skipped = jnp.where(is_finite, 0, state.skipped + 1)
+    facts = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
+    return TrainState(params, moments, state.step + 1, skipped), facts
+
+
+def held_out_sums(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str) -> dict[str, Array]:
+    """Sums over the targets of a batch [1, row, token]: loss, likeliest-token hits, and targets."""
+    batch = jax.tree.map(lambda leaf: leaf[0], batch)
+    compute = cast(params, model, dtype)
+    hidden = forward(compute, embed(compute, batch.token), batch.segment, batch.position, model)
+    loss, is_correct = token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size)
+    return {"loss": jnp.sum(loss * batch.weight), "correct": jnp.sum(is_correct * batch.weight)}
+
+
+# Around the step
+
+
+def state_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    """Where each part of the state lies."""
+    params: Any = jax.tree.map(lambda row: NamedSharding(mesh, partition_spec(row)), parameter_table(model))
+    whole: Any = NamedSharding(mesh, PartitionSpec())
+    return TrainState(params, optax.ScaleByAdamState(whole, params, params), whole, whole)
+
+
+def abstract_state(model: ModelConfig, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state, to restore a checkpoint into."""
+    shapes = jax.eval_shape(lambda key: fresh_state(initial_params(key, model)), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(model, mesh),
+    )
+
+
+def padded(vocabulary_size: int, mesh: Mesh) -> int:
+    """Rows of the vocabulary in memory: the next multiple of what shards it."""
+    shards = mesh.shape[AXIS_RULES["vocab"]]
+    return -(-vocabulary_size // shards) * shards
+
+
+def fresh_state(params: PyTree[Array]) -> TrainState:
+    """The state of a run before its first step."""
+    return TrainState(params, adam.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def starting_state(page: TrainingConfig, directory: Path, model: ModelConfig, mesh: Mesh) -> TrainState:
+    """Weights as the page wants them, random or loaded, and empty moments, each born on its devices."""
+    shardings = state_shardings(model, mesh)
+    if page.from_scratch:
+        random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
+        return random(jax.random.key(page.seed))
+    params = checkpoint.load_params(directory, model, mesh)
+    return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def held_out_loss(
+    params: PyTree[Array], dataset: Dataset, batch_size: int, model: ModelConfig, mesh: Mesh, dtype: str
+) -> dict[str, float]:
+    """Mean loss (nats), accuracy of the likeliest token, and count over all target tokens of a data set."""
+    row_count = dataset.rows.row_count(1)
+    totals = {"loss": 0.0, "correct": 0.0, "targets": 0.0}
+    sums = jax.jit(held_out_sums, static_argnames=("model", "dtype"))
+    for index in range(-(-row_count // batch_size)):
+        batch = dataset.batch(index, batch_size, row_count)
+        part = sums(params, put_batch(jax.tree.map(lambda leaf: leaf[None], batch), mesh), model, dtype)
+        totals["targets"] += float(batch.weight.sum())
+        for key, value in part.items():
+            totals[key] += float(value)
+    targets = totals["targets"]
+    return {
+        "eval_loss": totals["loss"] / targets,
+        "eval_accuracy": totals["correct"] / targets,
+        "target_tokens": targets,
+    }
+
+
+class Stop:
+    """Whether someone asked to stop: SIGTERM or Ctrl-C once lets the step finish, a second time leaves at once."""
+
+    is_wanted = False
+
+    @contextmanager
+    def listening(self, say: Callable[[str], None]) -> Generator[None]:
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.is_wanted:
+                raise KeyboardInterrupt
+            self.is_wanted = True
+            say("stopping after this step; once more to leave at once")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+# The run
+
+
+def run(page: TrainingConfig) -> None:
+    """The commands pretrain and sft, from page to exported model.
+
+    Raises:
+        UserError: whatever about config, model, data or devices can't be trained with.
+    """
+    started = time.perf_counter()
+    source = checkpoint.resolve_model(page.model_name)
+    model = read_model_config(source)
+    check_sequence_length(model, page.sequence_length)
+    chat = page if isinstance(page, SftConfig) else None
+    tokenizer = load_tokenizer(source, *([chat.chat_template, chat.template_date] if chat else []))
+    check_vocabulary(model, tokenizer)
+    dataset = load_dataset(page.data, tokenizer, page, is_stream=isinstance(page, PretrainConfig), is_shuffled=True)
+    held_out = None
+    if page.eval_data:
+        held_out = load_dataset(page.eval_data, tokenizer, page, is_stream=False, is_shuffled=False)
+    if chat and chat.show:
+        show(dataset, tokenizer, chat.show)
+        return
+    enable_compilation_cache(page)
+    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
+    accumulation = accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
+    model = replace(model, padded_vocabulary=padded(model.vocabulary_size, mesh))
+    check_divisible(mesh, model.sizes)
+    row_limit = None if page.steps else dataset.rows.row_count(page.epochs)
+    steps = page.steps or -(-dataset.rows.row_count(page.epochs) // page.batch_size)
+    directory, resumed = page.run_directory, open_run(page)
+    first_step = resumed[1]["step"] if resumed else 0
+    with (
+        jax.set_mesh(mesh),
+        RunLog(directory, steps, page.log_every, first_step, page.wandb, page.model_dump(mode="json")) as log,
+    ):
+        for line in start_facts(page, model, mesh, accumulation, steps, dataset, held_out):
+            log.info(line)
+        if resumed:
+            log.info(f"resuming from {resumed[0]}")
+            state = checkpoint.load_checkpoint(*resumed, abstract_state(model, mesh))
+        else:
+            state = starting_state(page, source, model, mesh)
+        loop = Loop(page, model, mesh, dataset, held_out, tokenizer, log, accumulation, steps, row_limit)
+        state = loop.train(state, resumed[1]["best_eval_loss"] if resumed else None)
+        if loop.stop.is_wanted:
+            log.info(f"stopped after step {loop.step} of {steps}; the same command with --resume goes on from there")
+        else:
+            checkpoint.save_model(directory / "model", state.params, model, source, chat.chat_template if chat else "")
+            log.info(f"model in Hugging Face layout: {directory / 'model'}")
+        metrics.write_summary(directory, loop.summary(time.perf_counter() - started))
+        metrics.write_report(directory)
+        log.info(f"report: {directory / 'report.html'}")
+
+
+def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
+    """Print the first rows that would be trained on, supervised text in green."""
+    console = Console(highlight=False)
+    for row in range(count):
+        console.rule(f"row {row + 1}")
+        console.print(coloured(dataset.batch(row, 1), 0, tokenizer), soft_wrap=True)
+    console.print(Text.assemble("what is learned is ", ("green", "green"), ", its context is ", ("dim", "dim")))
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that writes ids the model has no embedding for."""
+    if tokenizer.vocabulary_size > model.vocabulary_size:
+        raise UserError(
+            f"{tokenizer.directory}: the tokenizer has {tokenizer.vocabulary_size} tokens, config.json's vocab_size is "
+            f"{model.vocabulary_size}; do they belong together?"
+        )
+
+
+def enable_compilation_cache(page: TrainingConfig | EvalConfig) -> None:
+    """Keep compiled programs on disk, small ones too."""
+    if page.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(page.cache_dir / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def open_run(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
+    """Make the run's directory; the checkpoint to resume from with its manifest, if the page asks for one.
+
+    Raises:
+        UserError: a run is there already, a fixed key was changed, or no checkpoint is good.
+    """
+    directory, resumed = page.run_directory, None
+    if page.resume or page.resume_from:
+        resumed = checkpoint_to_resume(page)
+    elif page.overwrite:
+        shutil.rmtree(directory, ignore_errors=True)
+    elif (directory / "config.toml").exists():
+        raise UserError(f"{directory} holds a run already; add --resume to go on with it, --overwrite to delete it")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.toml").write_text(to_toml(page))
+    return resumed
+
+
+def checkpoint_to_resume(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The named checkpoint, or the newest good one of the run, whose config agrees; none where there is none yet."""
+    if page.resume_from:
+        found = (Path(page.resume_from), checkpoint.read_manifest(Path(page.resume_from)))
+    else:
+        found = checkpoint.newest_good(page.run_directory)
+    if found:
+        saved, now = found[1]["config"], page.model_dump(mode="json")
+        if changed := [key for key in FIXED_ON_RESUME if key in now and saved.get(key) != now[key]]:
+            differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed)
+            raise UserError(f"{found[0]}: a run can't change this when it resumes: {differences}")
+    return found
+
+
+def start_facts(
+    page: TrainingConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    accumulation: int,
+    steps: int,
+    dataset: Dataset,
+    held_out: Dataset | None,
+) -> Iterator[str]:
+    """The start-up lines: model, devices, batch arithmetic, data."""
+    counts = parameter_counts(model)
+    yield (
+        f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, "
+        f"{counts['decayed']:,} with weight decay and {counts['all'] - counts['decayed']:,} without"
+    )
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    yield f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}, compute in {page.compute_dtype}"
+    yield (
+        f"batch: {page.batch_size} rows × {page.sequence_length} tokens = {page.micro_batch_size} a forward pass × "
+        f"{row_shards(mesh)} data-parallel devices × {accumulation} accumulated; {steps:,} steps"
+    )
+    yield f"data: {describe(dataset.facts)}; {fill(dataset)}"
+    if held_out:
+        yield f"held-out data: {describe(held_out.facts)}"
+    for facts in (each.facts for data in (dataset, held_out) if data for each in data.documents):
+        yield from (f"left out: {example}" for example in facts["bad_examples"])
+    if page.compilation_cache:
+        yield f"compiled programs are kept in {page.cache_dir / 'programs'}"
+
+
+def fill(dataset: Dataset) -> str:
+    """Rows of an epoch and the share of their slots that hold a token."""
+    rows = dataset.rows.row_count(1)
+    if isinstance(dataset.rows, StreamRows):
+        return f"{rows:,} full rows an epoch"
+    share = dataset.rows.slot_count(0) / (rows * dataset.rows.length)
+    return f"{rows:,} rows an epoch, {share:.2%} of their slots filled"
+
+
+@dataclass
+class Loop:
+    """The training loop and what it keeps at hand; `step` counts the steps done."""
+
+    page: TrainingConfig
+    model: ModelConfig
+    mesh: Mesh
+    dataset: Dataset
+    held_out: Dataset | None
+    tokenizer: Tokenizer
+    log: RunLog
+    accumulation: int
+    steps: int
+    row_limit: int | None
+    step: int = 0
+    best_eval_loss: float | None = None
+    stop: Stop = field(default_factory=Stop)
+    pending: list[tuple[dict[str, Any], dict[str, Array]]] = field(default_factory=list)
+    programs: dict[int, Any] = field(default_factory=dict)
+    clock: float = 0.0
+
+    def train(self, state: TrainState, best_eval_loss: float | None) -> TrainState:
+        """Every step that is left: dispatch it, prepare the next batch while it runs, then log, evaluate and save."""
+        page, self.step, self.best_eval_loss = self.page, int(state.step), best_eval_loss
+        batch, record = self.prepare(self.step)
+        self.program(state, batch)
+        self.clock = time.perf_counter()
+        with self.stop.listening(self.log.info):
+            while self.step < self.steps and not self.stop.is_wanted:
+                state, facts = self.program(state, batch)(state, batch)
+                self.step += 1
+                self.pending.append((record, facts))
+                is_last = self.step == self.steps
+                if not is_last:
+                    batch, record = self.prepare(self.step)
+                is_eval = self.held_out and (is_last or (page.eval_every and self.step % page.eval_every == 0))
+                is_save = is_last or (page.save_every and self.step % page.save_every == 0)
+                if is_eval or is_save or self.stop.is_wanted:
+                    is_best = is_eval and self.evaluate(state)
+                    self.flush()
+                    if is_save or is_best or self.stop.is_wanted:
+                        self.save(state, bool(is_best))
+                    self.clock = time.perf_counter()
+                elif self.step % page.log_every == 0:
+                    self.flush(leave=1)
+        return state
+
+    def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
+        """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
+        batch = self.dataset.batch(index, self.page.batch_size, self.row_limit)
+        lengths = np.array(
+            [count for row in batch.segment for count in np.bincount(row, minlength=2)[1:] if count], np.int64
+        )
+        record = {
+            "step": index + 1,
+            "epoch": round(self.dataset.rows.epoch_of((index + 1) * self.page.batch_size), 4),
+            "tokens": int(lengths.sum()),
+            "target_tokens": int(batch.weight.sum()),
+            "packing_efficiency": float(lengths.sum() / batch.token.size),
+            "squared_length_sum": int(np.sum(lengths**2)),
+        }
+        split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)
+        return put_batch(split, self.mesh), record
+
+    def program(self, state: TrainState, batch: Batch) -> Any:
+        """The compiled step for rows of this length."""
+        length = batch.token.shape[-1]
+        if length not in self.programs:
+            began = time.perf_counter()
+            step = jax.jit(
+                partial(train_step, model=self.model, page=self.page, steps=self.steps), donate_argnames="state"
+            )
+            self.programs[length] = step.lower(state, batch).compile()
+            memory = self.programs[length].memory_analysis()
+            held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            self.log.info(
+                f"compiled the step for rows of {length} tokens in {time.perf_counter() - began:.1f} s; a device holds "
+                f"{short(held[0])}B of state and batch and {short(held[1])}B of temporaries"
+            )
+        return self.programs[length]
+
+    def flush(self, leave: int = 0) -> None:
+        """Fetch and log the finished steps but the last `leave`, which may still run.
+
+        Raises:
+            UserError: the gradient was not finite for five steps in a row.
+        """
+        count = len(self.pending) - leave
+        if count <= 0:
+            return
+        ready, self.pending = self.pending[:count], self.pending[count:]
+        fetched = jax.device_get([facts for _, facts in ready])
+        seconds = (time.perf_counter() - self.clock) / count
+        self.clock = time.perf_counter()
+        peak = metrics.peak_flops(self.mesh.devices.flat[0].device_kind)
+        model = self.model
+        for (record, _), facts in zip(ready, fetched, strict=True):
+            skipped = int(facts.pop("skipped"))
+            record |= {key: float(value) for key, value in facts.items()}
+            flops = metrics.step_flops(
+                parameter_counts(model)["matmul"],
+                model.kv_heads * model.group * model.head,
+                model.layers,
+                record["tokens"],
+                record.pop("squared_length_sum"),
+            )
+            record |= {
+                "step_seconds": seconds,
+                "tokens_per_second": record["tokens"] / seconds,
+                "target_tokens_per_second": record["target_tokens"] / seconds,
+                "mfu": flops / seconds / (peak * self.mesh.size) if peak else None,
+                "memory_bytes": metrics.memory_bytes(),
+            }
+            self.log.step(record)
+            if skipped:
+                self.report_skip(record["step"], skipped)
+
+    def report_skip(self, step: int, in_a_row: int) -> None:
+        """Say that a step had no effect; the fifth in a row ends the run."""
+        first = (step - 1) * self.page.batch_size
+        begin = decode(self.tokenizer, self.dataset.batch(first, 1).token[0][:24].tolist())
+        what = (
+            f"step {step}: the loss or gradient is not finite, so weights and optimizer stay as they were; its data "
+            f"are rows {first + 1} to {first + self.page.batch_size}, beginning {begin!r}"
+        )
+        if in_a_row >= SKIPS_IN_A_ROW:
+            raise UserError(
+                f"{what}; {in_a_row} steps in a row: lower learning_rate, or look at these data with --show"
+            )
+        self.log.info(f"{what} ({in_a_row} in a row)")
+
+    def evaluate(self, state: TrainState) -> bool:
+        """Held-out loss into the log line of the last step; whether it is the best so far."""
+        assert self.held_out
+        rows = self.page.micro_batch_size * row_shards(self.mesh)
+        result = held_out_loss(state.params, self.held_out, rows, self.model, self.mesh, self.page.compute_dtype)
+        self.pending[-1][0].update(eval_loss=result["eval_loss"], eval_accuracy=result["eval_accuracy"])
+        is_best = self.best_eval_loss is None or result["eval_loss"] < self.best_eval_loss
+        if is_best:
+            self.best_eval_loss = result["eval_loss"]
+        return is_best
+
+    def save(self, state: TrainState, is_best: bool) -> None:
+        """Write the checkpoint of this step and remove those no longer kept."""
+        directory = checkpoint.checkpoint_directory(self.page.run_directory, self.step)
+        config = self.page.model_dump(mode="json")
+        facts = {"step": self.step, "best_eval_loss": self.best_eval_loss, "config": config}
+        checkpoint.save_checkpoint(directory, state, facts)
+        if is_best:
+            checkpoint.mark_best(self.page.run_directory, directory)
+        checkpoint.remove_old(self.page.run_directory, self.page.keep)
+        self.log.info(f"saved {directory}{', the best so far' if is_best else ''}")
+
+    def summary(self, wall_seconds: float) -> dict[str, Any]:
+        """What summary.json holds."""
+        records = metrics.read_metrics(self.page.run_directory / "metrics.jsonl")
+        return metrics.summarise(records) | {
+            "command": "pretrain" if isinstance(self.page, PretrainConfig) else "sft",
+            "parameters": parameter_counts(self.model)["all"],
+            "effective_batch_size": self.page.batch_size,
+            "accumulation_steps": self.accumulation,
+            "skipped_steps": sum(not math.isfinite(record["loss"] or math.nan) for record in records),
+            "data": dict(self.dataset.facts),
+            "wall_seconds": wall_seconds,
+            "device_kind": self.mesh.devices.flat[0].device_kind,
+            "device_count": jax.device_count(),
+            "process_count": jax.process_count(),
+            "versions": metrics.versions(),
+        }
