@@ -11,6 +11,7 @@ jax.config.update("jax_platforms", "cpu")
 
 REFERENCE = Path(__file__).parent / "reference"
 SHELF = Path(__file__).parents[2] / "shared" / "data"
+TINY = Path(__file__).parents[1] / "configs" / "tiny"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The model against transformers' values, a float64 transformer of its own, and itself packed, padded and recomputed."""
+"""The model against transformers' values and float64 formulas, and against itself packed, padded and recomputed."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REFERENCE, mesh_of
 
 from lacuna import checkpoint, model
 from lacuna.config import UserError
-
-from conftest import REFERENCE, mesh_of
 
 FAMILIES = [
     "qwen2", "qwen2_untied", "qwen2_bfloat16", "qwen2_float16", "qwen3", "qwen3_sharded",

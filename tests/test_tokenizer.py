@@ -540,6 +540,37 @@ def test_chat_whose_answers_cannot_be_told_for_certain_is_refused(source: str, r
         chat_spans(with_template(tmp_path, source), [user("ab"), assistant("cd")], None, "assistant")
 
 
+def test_added_token_of_white_space_ends_no_turn(tmp_path: Path) -> None:
+    backend = Backend.from_str(trained_backend())
+    backend.add_tokens(["\n"])
+    tokenizer = load_tokenizer(
+        write_tokenizer(tmp_path, backend.to_str(), chat_template=CHATML.replace("<|im_end|>", ""))
+    )
+    with pytest.raises(ValueError, match="no end-of-turn token"):
+        chat_spans(tokenizer, GOOD, None, "assistant")
+
+
+def test_answers_that_would_overlap_are_refused(tmp_path: Path) -> None:
+    source = """{%- for message in messages %}{{- 'Answer:' if loop.index == 2 }}{{- message.content }}
+        {{- ['', '</s>', '', '<|im_end|>'][loop.index0] }}{% endfor %}{{- 'Answer:' if add_generation_prompt }}"""
+    with pytest.raises(ValueError, match=r"message 4 \(assistant\) can't be found .* it overlaps the answer before it"):
+        chat_spans(with_template(tmp_path, source), [*GOOD, *GOOD], None, "assistant")
+
+
+def test_template_that_writes_an_empty_answer_otherwise_is_refused(tmp_path: Path) -> None:
+    tokenizer = with_template(
+        tmp_path, CHATML.replace("+ '<|im_end|>", "+ ('\\n' if message.content else '') + '<|im_end|>")
+    )
+    assert supervised_texts(tokenizer, GOOD) == ["b\n<|im_end|>"]
+    with pytest.raises(ValueError, match="its beginning is not where"):
+        chat_spans(tokenizer, [user("a"), assistant("")], None, "assistant")
+
+
+def test_thought_that_the_template_drops_is_not_missed(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, CHATML.replace("message.content", "message.content.split('</think>')[-1]"))
+    assert supervised_texts(tokenizer, [user("a"), assistant("<think>\nHm.\n</think>\n\nb")]) == ["\n\nb<|im_end|>"]
+
+
 def test_tool_call_that_the_template_leaves_out_is_refused(small: dict[str, Tokenizer]) -> None:
     with pytest.raises(ValueError, match="does not write its call of 'add'"):
         chat_spans(small["chatml"], [user("a"), assistant("", tool_calls=[CALL])], None, "assistant")
@@ -614,6 +645,16 @@ def test_loaded_tokenizer_neither_truncates_nor_pads_nor_trims_offsets(tmp_path:
     (encoded,) = encode_spans(tokenizer, [(text, [(0, len(text))])])
     assert decode(tokenizer, encoded.token) == text
     assert encoded.supervised.all()
+
+
+def test_template_may_be_indented_leave_loops_and_write_plain_json(tmp_path: Path) -> None:
+    source = """  {% for message in messages %}
+    {% if loop.index == 2 %}{% break %}{% endif %}
+{{ message | tojson(indent=1) }}
+  {% endfor %}
+end"""
+    text = render(with_template(tmp_path, source), [user("<é 'x'>"), assistant("b")])
+    assert text == '{\n "role": "user",\n "content": "<é \'x\'>"\n}\nend'
 
 
 def test_template_date_is_today(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ TOKENIZER_FILES = (
 # Models in Hugging Face layout
 
 
-def resolve_model(model_name: str) -> Path:
+def resolve_model(model_name: str, with_weights: bool = True) -> Path:
     """The directory of a model: a local one, the model of one of our runs, or a hub id, fetched into the hub's cache.
 
     Raises:
@@ -57,27 +57,28 @@ def resolve_model(model_name: str) -> Path:
         return path / "model"
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_name):
-        raise UserError(f"model_name {model_name!r}: no such directory, and not a hub id such as Qwen/Qwen2.5-0.5B")
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import errors
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+    wanted = ["config.json", *TOKENIZER_FILES]
+    if with_weights:
+        wanted += ["model*.safetensors", "model.safetensors.index.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=wanted))
-    except GatedRepoError as error:
-        reason = "access to it is restricted; accept its terms on its page, then log in with `hf auth login`"
-        raise UserError(f"model_name {model_name!r}: {reason}") from error
-    except RepositoryNotFoundError as error:
-        reason = "no such directory here and no such model on the hub (or a private one: log in with `hf auth login`)"
-        raise UserError(f"model_name {model_name!r}: {reason}") from error
-    except LocalEntryNotFoundError as error:
-        reason = (
-            "not in the hub's cache, and the hub can't be reached (or HF_HUB_OFFLINE is set); give a local directory"
-        )
-        raise UserError(f"model_name {model_name!r}: {reason}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"model_name {model_name!r}: the download failed ({error}); run the command again") from error
+        return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=wanted, ignore_patterns="*/*"))
+    except Exception as error:  # its HTTP and storage clients raise kinds of their own
+        match error:
+            case errors.HFValidationError():
+                reason = "no such directory, and not a hub id such as Qwen/Qwen2.5-0.5B"
+            case errors.GatedRepoError():
+                reason = "access is restricted; accept its terms on its page on the hub, log in with `hf auth login`"
+            case errors.RepositoryNotFoundError():
+                reason = "no such directory, and no such model on the hub (or a private one: log in with `hf auth login`)"
+            case errors.LocalEntryNotFoundError():
+                cause = error.__cause__ or error
+                reason = f"no such directory, not whole in the hub's cache, and the hub can't be asked ({cause})"
+            case _:
+                reason = f"the download failed ({error}); that mended, the same command fetches what is missing"
+        raise UserError(f"model_name {model_name!r}: {' '.join(reason.split())}") from error
 
 
 class FileTensor(NamedTuple):
@@ -219,7 +220,9 @@ def read_part(
     return np.pad(part.reshape(lengths), padding)
 
 
-def save_model(directory: Path, params: PyTree[Array], config: ModelConfig, source: Path, chat_template: str) -> None:
+def save_model(
+    directory: Path, params: PyTree[Array], config: ModelConfig, source: Path, chat_template: str = ""
+) -> None:
     """Write a model in Hugging Face layout, with the config and tokenizer files of `source`, in the config's dtype.
 
     A `chat_template` file given in place of the source's own goes along. Safetensors of at most 5 GB each, with an

@@ -87,6 +87,11 @@ def short(number: float | int) -> str:
     return f"{number:.1e}" if 0 < abs(number) < 1e-3 else f"{number:.3g}"
 
 
+def byte_size(number: float | int) -> str:
+    """A size in memory: 1.54 GB, 12.3 MB."""
+    return short(number).replace("B", "G").replace("k", "K") + "B"
+
+
 def percent(share: float | int) -> str:
     return f"{100 * share:.3g}%"
 
@@ -178,7 +183,7 @@ def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dic
     kept = directory / "wandb" / "id"
     is_known = is_resumed and mode == "online" and kept.exists()
     run = wandb.init(
-        project="lacuna",
+        project=config.get("wandb_project", "lacuna"),
         name=directory.name,
         dir=str(directory),
         mode=mode,

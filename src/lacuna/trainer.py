@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 import time
+import tomllib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from lacuna import checkpoint, metrics
 from lacuna.config import EvalConfig, PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps, to_toml
 from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
 from lacuna.distributed import AXIS_RULES, check_divisible, make_mesh, put_batch, row_shards
-from lacuna.metrics import RunLog, short
+from lacuna.metrics import RunLog, byte_size
 from lacuna.model import (
     ModelConfig,
     cast,
@@ -276,7 +277,7 @@ def run(page: TrainingConfig) -> None:
     first_step = resumed[1]["step"] if resumed else 0
     with (
         jax.set_mesh(mesh),
-        RunLog(directory, steps, page.log_every, first_step, page.wandb, page.model_dump(mode="json")) as log,
+        RunLog(directory, steps, page.log_every, first_step, page.wandb, masked_config(page)) as log,
     ):
         for line in start_facts(page, model, mesh, accumulation, steps, dataset, held_out):
             log.info(line)
@@ -323,6 +324,11 @@ def enable_compilation_cache(page: TrainingConfig | EvalConfig) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def masked_config(page: TrainingConfig) -> dict[str, Any]:
+    """The page as plain values, secrets masked."""
+    return tomllib.loads(to_toml(page))
+
+
 def open_run(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
     """Make the run's directory; the checkpoint to resume from with its manifest, if the page asks for one.
 
@@ -348,7 +354,7 @@ def checkpoint_to_resume(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | 
     else:
         found = checkpoint.newest_good(page.run_directory)
     if found:
-        saved, now = found[1]["config"], page.model_dump(mode="json")
+        saved, now = found[1]["config"], masked_config(page)
         if changed := [key for key in FIXED_ON_RESUME if key in now and saved.get(key) != now[key]]:
             differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed)
             raise UserError(f"{found[0]}: a run can't change this when it resumes: {differences}")
@@ -414,6 +420,7 @@ class Loop:
     pending: list[tuple[dict[str, Any], dict[str, Array]]] = field(default_factory=list)
     programs: dict[int, Any] = field(default_factory=dict)
     clock: float = 0.0
+    compile_seconds: float = 0.0
 
     def train(self, state: TrainState, best_eval_loss: float | None) -> TrainState:
         """Every step that is left: dispatch it, prepare the next batch while it runs, then log, evaluate and save."""
@@ -443,6 +450,7 @@ class Loop:
 
     def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
         """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
+        model = self.model
         batch = self.dataset.batch(index, self.page.batch_size, self.row_limit)
         lengths = np.array(
             [count for row in batch.segment for count in np.bincount(row, minlength=2)[1:] if count], np.int64
@@ -453,7 +461,13 @@ class Loop:
             "tokens": int(lengths.sum()),
             "target_tokens": int(batch.weight.sum()),
             "packing_efficiency": float(lengths.sum() / batch.token.size),
-            "squared_length_sum": int(np.sum(lengths**2)),
+            "flops": metrics.step_flops(
+                parameter_counts(model)["matmul"],
+                model.kv_heads * model.group * model.head,
+                model.layers,
+                int(lengths.sum()),
+                int(np.sum(lengths**2)),
+            ),
         }
         split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)
         return put_batch(split, self.mesh), record
@@ -467,11 +481,13 @@ class Loop:
                 partial(train_step, model=self.model, page=self.page, steps=self.steps), donate_argnames="state"
             )
             self.programs[length] = step.lower(state, batch).compile()
+            seconds = time.perf_counter() - began
+            self.compile_seconds += seconds
             memory = self.programs[length].memory_analysis()
             held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
             self.log.info(
-                f"compiled the step for rows of {length} tokens in {time.perf_counter() - began:.1f} s; a device holds "
-                f"{short(held[0])}B of state and batch and {short(held[1])}B of temporaries"
+                f"compiled the step for rows of {length} tokens in {seconds:.1f} s; a device holds "
+                f"{byte_size(held[0])} of state and batch and {byte_size(held[1])} of temporaries"
             )
         return self.programs[length]
 
@@ -489,22 +505,14 @@ class Loop:
         seconds = (time.perf_counter() - self.clock) / count
         self.clock = time.perf_counter()
         peak = metrics.peak_flops(self.mesh.devices.flat[0].device_kind)
-        model = self.model
         for (record, _), facts in zip(ready, fetched, strict=True):
             skipped = int(facts.pop("skipped"))
             record |= {key: float(value) for key, value in facts.items()}
-            flops = metrics.step_flops(
-                parameter_counts(model)["matmul"],
-                model.kv_heads * model.group * model.head,
-                model.layers,
-                record["tokens"],
-                record.pop("squared_length_sum"),
-            )
             record |= {
                 "step_seconds": seconds,
                 "tokens_per_second": record["tokens"] / seconds,
                 "target_tokens_per_second": record["target_tokens"] / seconds,
-                "mfu": flops / seconds / (peak * self.mesh.size) if peak else None,
+                "mfu": record["flops"] / seconds / (peak * self.mesh.size) if peak else None,
                 "memory_bytes": metrics.memory_bytes(),
             }
             self.log.step(record)
@@ -539,8 +547,7 @@ class Loop:
     def save(self, state: TrainState, is_best: bool) -> None:
         """Write the checkpoint of this step and remove those no longer kept."""
         directory = checkpoint.checkpoint_directory(self.page.run_directory, self.step)
-        config = self.page.model_dump(mode="json")
-        facts = {"step": self.step, "best_eval_loss": self.best_eval_loss, "config": config}
+        facts = {"step": self.step, "best_eval_loss": self.best_eval_loss, "config": masked_config(self.page)}
         checkpoint.save_checkpoint(directory, state, facts)
         if is_best:
             checkpoint.mark_best(self.page.run_directory, directory)

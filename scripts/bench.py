@@ -1,0 +1,143 @@
+"""Time lacuna on this machine and print one JSON line, every rate also as a share of what the machine can do.
+
+    uv run python scripts/bench.py peak
+    uv run python scripts/bench.py train sft @ configs/sft_tiny.toml --steps 20
+    uv run python scripts/bench.py train sft --model-name MODEL --from-scratch --data.0.path chat.jsonl --steps 20
+
+`train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
+reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
+the same process, right behind it, and so is the compiled step alone, repeated on one batch.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lacuna.cli import prepare_process
+from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, parse
+
+WARM_STEPS = 3
+
+
+def main() -> None:
+    """The subcommands peak and train."""
+    started = time.time() - process_age()
+    match sys.argv[1:]:
+        case ["peak"]:
+            prepare_process()
+            print(json.dumps({"label": "peak"} | peak()))
+        case ["train", "pretrain" | "sft" as command, *arguments]:
+            with tempfile.TemporaryDirectory() as scratch:
+                fixed = ["--output-dir", scratch, "--run-name", "bench", "--save-every", "0"]
+                pages: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
+                page = parse(pages[command], [*arguments, *fixed], f"bench train {command}")
+                prepare_process()
+                print(json.dumps({"label": "train"} | train(page, started)))
+        case _:
+            sys.exit(__doc__)
+
+
+def process_age() -> float:
+    """Seconds since this process was started, before Python itself (Linux)."""
+    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        began = float(stat.read().rsplit(") ", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(uptime.read().split()[0]) - began
+
+
+def seconds_of(call: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call that returns when its work is done, after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def peak(size: int = 2048, repeats: int = 7) -> dict[str, Any]:
+    """Matrix product rates (FLOP/s) and copy bandwidth (bytes/s) that XLA reaches on one device."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() != "cpu":
+        size = 8192
+    found: dict[str, Any] = {"device_kind": jax.devices()[0].device_kind}
+    for dtype in ("float32", "bfloat16"):
+        x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+        multiply = jax.jit(jnp.matmul)
+        seconds = seconds_of(lambda x=x, multiply=multiply: multiply(x, x).block_until_ready(), repeats)
+        found[f"{dtype}_flops"] = 2 * size**3 / seconds
+    x = jnp.zeros(2**27, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    found["copy_bytes_per_second"] = 2 * x.nbytes / seconds_of(lambda: add(x).block_until_ready(), repeats)
+    return found
+
+
+def train(page: TrainingConfig, started: float) -> dict[str, Any]:
+    """Figures of a training run of `page`."""
+    import jax
+
+    from lacuna import metrics, trainer
+
+    caught: list[tuple[trainer.Loop, trainer.TrainState]] = []
+    first_step: list[float] = []
+    loop_train, loop_step = trainer.Loop.train, metrics.RunLog.step
+
+    def keep_state(loop: trainer.Loop, state: trainer.TrainState, best: float | None) -> trainer.TrainState:
+        caught.append((loop, loop_train(loop, state, best)))
+        return caught[-1][1]
+
+    def note_first(log: metrics.RunLog, record: dict[str, Any]) -> None:
+        first_step.append(time.time())
+        loop_step(log, record)
+
+    trainer.Loop.train, metrics.RunLog.step = keep_state, note_first  # ty: ignore[invalid-assignment]
+    trainer.run(page)
+    (loop, state), records = caught[0], metrics.read_metrics(page.run_directory / "metrics.jsonl")
+    timed = records[WARM_STEPS:]
+    length, program = max(loop.programs.items())
+    batch, _ = loop.prepare(0)
+    states = [state]
+
+    def alone() -> None:
+        states[0], facts = program(states[0], batch)
+        jax.block_until_ready(facts)
+
+    step_seconds = statistics.median(record["step_seconds"] for record in timed)
+    alone_seconds = seconds_of(alone, max(5, len(timed) // 2)) if batch.token.shape[-1] == length else None
+    rates = peak()
+    matrix_rate = rates["float32_flops" if page.compute_dtype == "float32" else "bfloat16_flops"]
+    flops = statistics.median(record["flops"] for record in timed)
+    return {
+        "model": page.model_name,
+        "rows": page.batch_size,
+        "sequence_length": page.sequence_length,
+        "compute_dtype": page.compute_dtype,
+        "steps_timed": len(timed),
+        "step_seconds": step_seconds,
+        "step_seconds_range": [min(r["step_seconds"] for r in timed), max(r["step_seconds"] for r in timed)],
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed),
+        "target_tokens_per_second": statistics.median(record["target_tokens_per_second"] for record in timed),
+        "tok_s": sum(r["tokens"] for r in timed) / sum(r["step_seconds"] for r in timed),
+        "packing_efficiency": statistics.mean(record["packing_efficiency"] for record in timed),
+        "model_flops_per_second": flops / step_seconds,
+        "share_of_matrix_rate": flops / step_seconds / matrix_rate,
+        "matrix_rate_flops": matrix_rate,
+        "program_seconds": alone_seconds,
+        "share_outside_program": alone_seconds and 1 - alone_seconds / step_seconds,
+        "compile_seconds": loop.compile_seconds,
+        "first_step_ends_seconds": first_step[0] - started,
+        "memory_bytes": metrics.memory_bytes(),
+        "device_kind": rates["device_kind"],
+        "versions": metrics.versions(),
+    }
+
+
+if __name__ == "__main__":
+    main()

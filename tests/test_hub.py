@@ -1,0 +1,323 @@
+"""Models and data sets by name, from a small server on this machine that speaks the hub's protocol."""
+
+import hashlib
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import jax
+import numpy as np
+import pytest
+from conftest import REFERENCE, mesh_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lacuna.checkpoint import load_params
+from lacuna.model import read_model_config
+
+COMMIT = "c0ffee" * 6 + "c0de"
+TOKEN = "hf_a_token_of_ours"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{n} + {n}?"}, {"role": "assistant", "content": f"It is {2 * n}."}]}
+    for n in range(12)
+]
+KEPT_AT_A_TIME = 10 * 2**20  # bytes, by the hub's library
+LARGE = bytes(range(251)) * 100_000
+
+# What the client reads of its environment it reads when imported, so each is a process of its own.
+CLIENT = """
+import json, sys, time
+from lacuna.checkpoint import resolve_model
+from lacuna.config import DataSource, UserError
+from lacuna.documents import read_rows
+
+time.sleep = lambda seconds: None  # the hub's library waits between its attempts
+for wish in sys.argv[1:]:
+    kind, name, *split = wish.split()
+    try:
+        if kind == "data":
+            print(json.dumps([row for _, row in read_rows(DataSource(path=name, split=split[0]))]))
+        else:
+            print(json.dumps(str(resolve_model(name, with_weights=kind == "model"))))
+    except UserError as error:
+        print(json.dumps(f"error: {error}"))
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories as `files[kind/owner/name][path]`; `gated` maps some to the status that a stranger gets.
+
+    `cuts` holds how many bytes of a stored file the next answers send before the line drops, `asked` every request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, dict[str, bytes]], gated: dict[str, int], cuts: dict[str, list[int]]) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files, self.gated, self.cuts = files, gated, cuts
+        self.asked: list[str] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://localhost:{self.server_port}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Repository facts, file trees, small files, and safetensors by way of a storage host, as on the hub."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
+        if match := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(?:/(revision|tree)/[^/]+(/.+)?)?", path):
+            self.repository(*match.groups())
+        elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            self.file((match[1] or "models/") + match[2], match[3])
+        elif match := re.fullmatch(r"/storage/(\w+/[^/]+/[^/]+)/(.+)", path):
+            self.stored(match[1], match[2])
+        else:
+            self.send(404)
+
+    do_HEAD = do_GET
+
+    def repository(self, repository: str, what: str | None, folder: str | None) -> None:
+        files = self.server.files.get(repository)
+        if files is None:
+            self.send(404, X_Error_Code="RepoNotFound")
+        elif folder:
+            self.send(404, X_Error_Code="EntryNotFound")
+        elif what == "tree":
+            entries = [
+                {"type": "file", "path": path, "size": len(content), "oid": digest(content)}
+                for path, content in files.items()
+            ]
+            self.send(200, json.dumps(entries).encode(), Content_Type="application/json")
+        else:
+            facts = {"id": repository.partition("/")[2], "sha": COMMIT, "siblings": []}
+            self.send(200, json.dumps(facts).encode(), Content_Type="application/json")
+
+    def file(self, repository: str, path: str) -> None:
+        if repository not in self.server.files:
+            self.send(404, X_Error_Code="RepoNotFound")
+        elif repository in self.server.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.send(self.server.gated[repository], X_Error_Code="GatedRepo")
+        elif path not in self.server.files[repository]:
+            self.send(404, X_Error_Code="EntryNotFound")
+        elif path.endswith(".safetensors"):
+            content = self.server.files[repository][path]
+            linked = {"X_Linked_Etag": f'"{digest(content)}"', "X_Linked_Size": str(len(content))}
+            place = f"http://127.0.0.1:{self.server.server_port}/storage/{repository}/{path}"
+            self.send(302, Location=place, **linked)
+        else:
+            content = self.server.files[repository][path]
+            cuts = self.server.cuts.get(f"{repository}/{path}") if self.command == "GET" else None
+            self.send(200, content, cuts.pop(0) if cuts else None, ETag=f'"{digest(content)}"')
+
+    def stored(self, repository: str, path: str) -> None:
+        content, cuts = self.server.files[repository][path], self.server.cuts.get(f"{repository}/{path}")
+        first = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
+        span = {"Content_Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
+        self.send(206 if first else 200, content[first:], cuts.pop(0) if cuts else None, **span)
+
+    def send(self, status: int, content: bytes = b"", cut: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"X_Repo_Commit": COMMIT, "Content_Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[:cut])
+        self.close_connection = cut is not None
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def json_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+def tokenizer_files() -> dict[str, bytes]:
+    """A tokenizer of the chats' characters, small enough for the reference model's vocabulary."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["user: assistant: 0123456789 + ?"] + [json.dumps(chat) for chat in CHATS], trainer)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_TEMPLATE}
+    return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    wanted = {name: (REFERENCE / "qwen3" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    wanted |= tokenizer_files()
+    others = ("README.md", "pytorch_model.bin", "consolidated.safetensors", "original/params.json", "onnx/config.json")
+    chats = {"train.jsonl": json_lines(CHATS[:8]), "test.jsonl": json_lines(CHATS[8:])}
+    files = {
+        "models/acme/tiny": wanted | dict.fromkeys(others, b"not wanted"),
+        "models/acme/bare": wanted,
+        "models/acme/flaky": {"config.json": b"{}", "model.safetensors": LARGE},
+        "models/acme/broken": wanted,
+        "models/acme/gated": wanted,
+        "datasets/acme/chats": chats,
+        "datasets/acme/gated": chats,
+        "datasets/acme/broken": {"train.jsonl": json_lines(CHATS * 500)},
+    }
+    half = len(wanted["model.safetensors"]) // 2
+    cuts = {"models/acme/flaky/model.safetensors": [len(LARGE) // 2], "models/acme/broken/model.safetensors": [half] + [0] * 5, "datasets/acme/broken/train.jsonl": [half] + [0] * 30}
+    with Hub(files, {"models/acme/gated": 401, "datasets/acme/gated": 403}, cuts) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nowhere() -> Iterator[str]:
+    """An endpoint that refuses every connection."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://localhost:{bound.getsockname()[1]}"
+
+
+def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    """That of a client with an empty cache and no account."""
+    kept = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*_proxy", name, re.I)}
+    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "JAX_PLATFORMS": "cpu", **more}
+
+
+class Fetched(NamedTuple):
+    """What a client got for each wish: a directory, rows, or a line that begins with error; and what it showed."""
+
+    home: Path
+    answers: dict[str, Any]
+    shown: str
+
+
+def fetch(endpoint: str, home: Path, *wishes: str, **more: str) -> Fetched:
+    """Run a client at a terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command, variables = [sys.executable, "-c", CLIENT, *wishes], environment(endpoint, home, **more)
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=theirs, text=True) as client:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # the end of a terminal is an error
+            while part := os.read(ours, 2**16):
+                shown += part
+        os.close(ours)
+        output, _ = client.communicate()
+    assert client.returncode == 0, shown.decode()
+    return Fetched(home, dict(zip(wishes, map(json.loads, output.splitlines()), strict=True)), shown.decode())
+
+
+def sft(endpoint: str, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the console script."""
+    command = [str(Path(sys.executable).with_name("sft")), "--show", "1", "--sequence-length", "64", *arguments]
+    return subprocess.run(command, env=environment(endpoint, home, **more), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def first(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Fetched:
+    """All that a client with an empty cache asks for at first."""
+    models = [f"model acme/{name}" for name in ("tiny", "flaky", "broken", "gated", "absent")]
+    data = [f"data acme/{name}" for name in ("chats test", "chats valid", "gated train", "broken train", "absent train")]
+    wishes = (*models, *data, "tokenizer acme/bare", "model ./no/such/place")
+    return fetch(hub.endpoint, tmp_path_factory.mktemp("home"), *wishes)
+
+
+def test_a_model_by_name_is_the_local_one(first: Fetched) -> None:
+    mesh, local = mesh_of(1, 1, 1), REFERENCE / "qwen3"
+    config, directory = read_model_config(local), Path(first.answers["model acme/tiny"])
+    assert read_model_config(directory) == config
+    params = load_params(directory, config, mesh), load_params(local, config, mesh)
+    for fetched, given in zip(*map(jax.tree.leaves, params), strict=True):
+        np.testing.assert_array_equal(fetched, given)
+
+
+def test_only_what_is_read_is_fetched(first: Fetched) -> None:
+    files = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(os.listdir(first.answers["tokenizer acme/bare"])) == files
+    assert set(os.listdir(first.answers["model acme/tiny"])) == files | {"model.safetensors"}
+
+
+def test_a_terminal_shows_how_many_bytes_there_are_to_come(first: Fetched) -> None:
+    assert f"{len(LARGE) / 1e6:.1f}MB" in first.shown
+
+
+def test_a_split_of_a_data_set_by_name_is_its_rows(first: Fetched) -> None:
+    assert first.answers["data acme/chats test"] == CHATS[8:]
+
+
+def test_a_dropped_line_is_taken_up_where_it_broke(first: Fetched, hub: Hub) -> None:
+    assert Path(first.answers["model acme/flaky"], "model.safetensors").read_bytes() == LARGE
+    stored = [line for line in hub.asked if line.startswith("GET /storage/models/acme/flaky/")]
+    assert [line.partition("bytes=")[2] for line in stored] == ["", f"{KEPT_AT_A_TIME}-"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [
+        ("model acme/absent", ["model_name 'acme/absent'", "no such directory", "no such model on the hub"]),
+        ("model ./no/such/place", ["model_name './no/such/place'", "no such directory", "Qwen/Qwen2.5-0.5B"]),
+        ("model acme/gated", ["model_name 'acme/gated'", "accept its terms", "`hf auth login`"]),
+        ("model acme/broken", ["model_name 'acme/broken'", "download failed", "peer closed", "the same command"]),
+        ("data acme/absent train", ["data path 'acme/absent'", "no such file", "doesn't exist", "`hf auth login`"]),
+        ("data acme/chats valid", ["data path 'acme/chats'", "valid", "['train', 'test']"]),
+        ("data acme/gated train", ["data path 'acme/gated'", "gated", "accept its terms", "`hf auth login`"]),
+        ("data acme/broken train", ["data path 'acme/broken'", "peer closed", "the same command"]),
+    ],
+)
+def test_what_can_not_be_fetched_is_refused_in_a_line(first: Fetched, wish: str, told: list[str]) -> None:
+    message = first.answers[wish]
+    assert message.startswith("error: ") and "\n" not in message
+    assert [part for part in told if part not in message] == []
+
+
+def test_a_later_run_fetches_what_was_broken_off_and_what_is_now_allowed(first: Fetched, hub: Hub) -> None:
+    hub.cuts.clear()
+    hub.asked.clear()
+    wishes = ("model acme/broken", "model acme/gated", "data acme/broken train", "data acme/gated train")
+    again = fetch(hub.endpoint, first.home, *wishes, HF_TOKEN=TOKEN).answers
+    for name in ("broken", "gated"):
+        directory = Path(again[f"model acme/{name}"])
+        assert {path.name: path.read_bytes() for path in directory.iterdir()} == WANTED()
+    assert again["data acme/broken train"] == CHATS * 500
+    assert again["data acme/gated train"] == CHATS[:8]
+
+
+def test_without_a_hub_the_cache_is_enough(first: Fetched, nowhere: str) -> None:
+    wishes = ("model acme/tiny", "data acme/chats test", "model acme/cut", "model acme/new", "data acme/new train")
+    for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
+        found = fetch(nowhere, first.home, *wishes, **variables).answers
+        print(found)
+        assert found["model acme/tiny"] == first.answers["model acme/tiny"]
+        assert found["data acme/chats test"] == CHATS[8:]
+    assert 0
+
+
+def test_the_command_reads_model_and_data_by_name(hub: Hub, nowhere: str, tmp_path: Path) -> None:
+    arguments = ("--model-name", "acme/tiny", "--data.0.path", "acme/chats", "--data.0.split")
+    good = sft(hub.endpoint, tmp_path, *arguments, "test")
+    assert (good.returncode, good.stdout.count("It is 16.")) == (0, 1), good.stderr
+    bad = sft(hub.endpoint, tmp_path, *arguments, "valid")
+    print(bad)
+    lost = sft(nowhere, tmp_path / "other", *arguments, "test")
+    print(lost)
+    assert 0

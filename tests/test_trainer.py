@@ -1,0 +1,339 @@
+"""Training against PyTorch's loop and the formulas, and against itself accumulated, sharded, packed, resumed."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REFERENCE, TINY, mesh_of
+
+from lacuna import checkpoint, trainer
+from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, UserError
+from lacuna.data import Batch
+from lacuna.distributed import put_batch
+from lacuna.model import initial_params, model_config, parameter_table, read_model_config
+
+
+def page(**changes: Any) -> SftConfig:
+    settings: dict[str, Any] = {
+        "model_name": "unused", "run_name": "run", "data": ({"path": "unused"},), "batch_size": 4,
+        "compute_dtype": "float32", "learning_rate": 1e-3, "weight_decay": 0.1, "steps": 50, "warmup_steps": 5,
+    }  # fmt: skip
+    return SftConfig(**settings | changes)
+
+
+def random_batch(key: int, micro_batches: int, rows: int, length: int, vocabulary: int) -> Batch:
+    """Rows of two documents with padding behind them; a third of the targets do not count."""
+    generator = np.random.default_rng(key)
+    shape = (micro_batches * rows, length)
+    cut, end = generator.integers(2, length // 2, (shape[0], 1)), generator.integers(length // 2, length, (shape[0], 1))
+    slot = np.arange(length)
+    segment = np.where(slot < cut, 1, np.where(slot < end, 2, 0)).astype(np.int32)
+    position = np.where(slot < cut, slot, np.where(slot < end, slot - cut, 0)).astype(np.int32)
+    token, target = (generator.integers(0, vocabulary, shape).astype(np.int32) for _ in range(2))
+    weight = ((generator.random(shape) < 2 / 3) & (segment > 0)).astype(np.float32)
+    arrays: Any = (token, target, weight, segment, position)
+    return Batch(*(array.reshape(micro_batches, rows, length) for array in arrays))
+
+
+def regrouped(batch: Batch, micro_batches: int) -> Batch:
+    return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, leaf.shape[-1]), batch)
+
+
+def assert_trees_close(ours: Any, expected: Any, rtol: float, atol: float) -> None:
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol, atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama2"])
+def test_fifty_steps_follow_pytorch(family: str) -> None:
+    model = read_model_config(REFERENCE / family)
+    expected = np.load(REFERENCE / "training.npz")
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
+    step = jax.jit(trainer.train_step, static_argnums=(2, 3, 4), donate_argnums=0)
+    losses, norms, rates = [], [], []
+    for number in range(50):
+        token, target = (expected[name][number][None].astype(np.int32) for name in ("tokens", "targets"))
+        weight = expected["weights"][number][None].astype(np.float32)
+        position = np.broadcast_to(np.arange(token.shape[-1], dtype=np.int32), token.shape)
+        arrays: Any = (token, target, weight, np.ones_like(token), position)
+        state, facts = step(state, Batch(*arrays), model, page(), 50)
+        losses.append(float(facts["loss"]))
+        norms.append(float(facts["gradient_norm"]))
+        rates.append(float(facts["learning_rate"]))
+    np.testing.assert_allclose(rates, expected["learning_rates"], rtol=1e-5)
+    np.testing.assert_allclose(losses, expected[f"{family}/losses"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(norms, expected[f"{family}/gradient_norms"], rtol=1e-3)
+    rows, leaves = jax.tree.leaves(parameter_table(model)), jax.tree.leaves(state.params)
+    for row, leaf in zip(rows, leaves, strict=True):
+        for layer, name in enumerate(checkpoint.file_names(row, model)):
+            norm = np.linalg.norm(checkpoint.file_tensor(leaf, row, layer, model, np.float32))
+            index = list(expected[f"{family}/parameter_names"]).index(name)
+            np.testing.assert_allclose(norm, expected[f"{family}/parameter_norms"][index], rtol=1e-4, err_msg=name)
+
+
+def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
+    model = read_model_config(REFERENCE / "qwen2")
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
+    batch, settings = random_batch(0, 1, 4, 24, model.vocabulary_size), page(clip_norm=0.5)
+    loss, gradients = trainer.whole_batch_gradient(state.params, batch, jnp.int32(0), model, settings)
+    after, facts = trainer.train_step(state, batch, model, settings, 50)
+    wide = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in wide))
+    assert norm > 0.5 and float(facts["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert float(facts["loss"]) == pytest.approx(float(loss))
+    for (path, row), before, gradient, ours in zip(
+        jax.tree.leaves_with_path(parameter_table(model)),
+        jax.tree.leaves(state.params),
+        wide,
+        jax.tree.leaves(after.params),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path)
+        decays = "norm" not in name and "bias" not in name
+        assert row.decays == decays
+        clipped, param = gradient * 0.5 / norm, np.asarray(before, np.float64)
+        direction = (0.1 * clipped / (1 - 0.9)) / (np.sqrt(0.05 * clipped**2 / (1 - 0.95)) + 1e-8)
+        expected = param - 1e-3 / 5 * (direction + (0.1 * param if decays else 0))
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
+    model = read_model_config(REFERENCE / "qwen3")
+    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    whole, settings = random_batch(1, 1, 8, 24, model.vocabulary_size), page(neftune_alpha=alpha)
+    gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(3, 4))
+    expected = gradient(params, whole, jnp.int32(3), model, settings)
+    for count in (2, 4):
+        ours = gradient(params, regrouped(whole, count), jnp.int32(3), model, settings)
+        assert_trees_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_within_its_bound_and_new_each_step() -> None:
+    segment = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]])
+    x = jnp.zeros((1, 8, 4))
+    noise = trainer.embedding_noise(jax.random.key(0), segment, jnp.int32(0), 3.0, x)
+    bound = 3.0 / np.sqrt(np.array([4, 4, 4, 4, 2, 2, 2, 2]) * 4)
+    share = np.abs(noise[0]) / bound[:, None]
+    assert share.max() <= 1 and share.max() > 0.8
+    for key, row in ((jax.random.key(1), 0), (jax.random.key(0), 1)):
+        assert not np.allclose(noise, trainer.embedding_noise(key, segment, jnp.int32(row), 3.0, x))
+
+
+SIZES = {
+    "vocab_size": 157, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 4, 1)])
+def test_devices_change_nothing_even_where_the_vocabulary_is_padded(shape: tuple[int, int, int]) -> None:
+    losses = {}
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        raw = json.loads((REFERENCE / "qwen3" / "config.json").read_text()) | SIZES
+        model = model_config(raw, "config.json")
+        model = replace(model, padded_vocabulary=trainer.padded(157, mesh))
+        assert model.padded_vocabulary == -(-157 // mesh.shape["tensor"]) * mesh.shape["tensor"]
+        with jax.set_mesh(mesh):
+            make = jax.jit(
+                lambda key, model=model: trainer.fresh_state(initial_params(key, model)),
+                out_shardings=trainer.state_shardings(model, mesh),
+            )
+            state = make(jax.random.key(0))
+            step = jax.jit(trainer.train_step, static_argnums=(2, 3, 4), donate_argnums=0)
+            for number in range(6):
+                batch = put_batch(random_batch(number, 1, 8, 16, 157), mesh)
+                state, facts = step(state, batch, model, page(), 50)
+                losses.setdefault(mesh, []).append((float(facts["loss"]), float(facts["gradient_norm"])))
+            if model.padded_vocabulary > 157:
+                assert not np.any(np.asarray(state.params["embedding"])[157:])
+            sizes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state.params)}
+            whole = {leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim > 2}
+            assert mesh.shape["fsdp"] == 1 or not sizes & whole
+    one, several = losses.values()
+    np.testing.assert_allclose(several, one, rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
+    model = read_model_config(REFERENCE / "qwen3")
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    step = jax.jit(trainer.train_step, static_argnums=(2, 3, 4))
+    good = random_batch(0, 1, 4, 16, model.vocabulary_size)
+    bad = good._replace(weight=np.full_like(good.weight, np.inf))
+    broken, facts = step(state, bad, model, page(), 50)
+    assert int(facts["skipped"]) == 1 and int(broken.step) == 1
+    for before, after in zip(*(jax.tree.leaves((s.params, s.moments)) for s in (state, broken)), strict=True):
+        np.testing.assert_array_equal(before, after)
+    mended, facts = step(broken, good, model, page(), 50)
+    assert int(facts["skipped"]) == 0
+    assert not np.array_equal(mended.params["embedding"], state.params["embedding"])
+
+
+# Whole runs
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The tiny model's directory with a smaller model in it."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (directory / name).write_bytes((TINY / name).read_bytes())
+    raw = json.loads((TINY / "config.json").read_text())
+    vocabulary = {"vocab_size": raw["vocab_size"]}
+    (directory / "config.json").write_text(json.dumps(raw | SIZES | vocabulary))
+    return directory
+
+
+def chat_run(small: Path, **changes: Any) -> SftConfig:
+    settings: dict[str, Any] = {
+        "model_name": str(small), "from_scratch": True, "run_name": "run", "output_dir": str(small.parent / "runs"),
+        "data": (
+            {"path": str(TINY / "heldout.jsonl"), "split": "train[:60]"},
+            {"path": str(TINY / "heldout.jsonl"), "split": "train[60:100]", "weight": 1.5},
+        ),
+        "eval_data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[400:420]"},),
+        "sequence_length": 256, "batch_size": 16, "compute_dtype": "float32", "learning_rate": 3e-3, "epochs": 3,
+    }  # fmt: skip
+    return SftConfig(**settings | changes)
+
+
+def text_run(small: Path, **changes: Any) -> PretrainConfig:
+    settings: dict[str, Any] = {
+        "model_name": str(small), "from_scratch": True, "run_name": "run", "output_dir": str(small.parent / "runs"),
+        "data": ({"path": str(TINY / "pretrain.jsonl"), "split": "train[:100]"},),
+        "sequence_length": 128, "batch_size": 16, "compute_dtype": "float32", "steps": 8,
+    }  # fmt: skip
+    return PretrainConfig(**settings | changes)
+
+
+def records(page: TrainingConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (page.run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(page: TrainingConfig) -> tuple[list[Any], bytes]:
+    """What must be equal bit for bit: the logged numbers of every step and the exported weights."""
+    keys = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "target_tokens", "epoch", "eval_loss")
+    weights = (page.run_directory / "model" / "model.safetensors").read_bytes()
+    return [[record.get(key) for key in keys] for record in records(page)], weights
+
+
+RUNS = {
+    "chats, packed, mixed, three epochs, accumulated, with noise": (
+        chat_run, {"neftune_alpha": 5.0, "save_every": 2, "eval_every": 3, "keep": 9},
+    ),
+    "chats, one a row": (chat_run, {"packing": False, "epochs": 1, "save_every": 2, "keep": 9}),
+    "text": (text_run, {"save_every": 3, "keep": 9}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
+    make, changes = RUNS[name]
+    whole = make(small, run_name="whole", **changes)
+    trainer.run(whole)
+    steps = checkpoint.saved_steps(whole.run_directory)
+    assert len(steps) >= 2
+    cut = make(small, run_name="cut", **changes)
+    (cut.run_directory / "checkpoints").mkdir(parents=True)
+    for file in ("config.toml", "metrics.jsonl"):  # killed after the next steps were logged
+        (cut.run_directory / file).write_bytes((whole.run_directory / file).read_bytes())
+    first = checkpoint.checkpoint_directory(whole.run_directory, steps[0])
+    first.rename(checkpoint.checkpoint_directory(cut.run_directory, steps[0]))
+    trainer.run(make(small, run_name="cut", resume=True, **changes))
+    assert outcome(cut) == outcome(whole)
+    assert [record["step"] for record in records(cut)] == list(range(1, len(records(whole)) + 1))
+
+
+def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
+    page = chat_run(small, epochs=1)
+    trainer.run(page)
+    directory = page.run_directory
+    assert {path.name for path in directory.iterdir()} >= {
+        "config.toml", "metrics.jsonl", "run.log", "report.html", "summary.json", "checkpoints", "best", "model",
+    }  # fmt: skip
+    rows = records(page)
+    keys = {
+        "step", "loss", "learning_rate", "gradient_norm", "tokens", "target_tokens", "tokens_per_second",
+        "target_tokens_per_second", "packing_efficiency", "mfu", "memory_bytes", "step_seconds", "epoch",
+    }  # fmt: skip
+    assert all(keys <= row.keys() for row in rows) and rows[0]["mfu"] is None
+    assert rows[-1]["eval_loss"] > 0 and 0 <= rows[-1]["eval_accuracy"] <= 1
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["steps"] == len(rows) and summary["command"] == "sft" and summary["skipped_steps"] == 0
+    assert summary["tokens"] == sum(row["tokens"] for row in rows)
+    assert summary["best_eval_loss"] == rows[-1]["eval_loss"] and summary["final_loss"] == rows[-1]["loss"]
+    assert (directory / "best").resolve() == checkpoint.checkpoint_directory(directory, len(rows)).resolve()
+    exported = read_model_config(directory / "model")
+    params = checkpoint.load_params(directory / "model", exported, mesh_of(1, 1, 1))
+    state = checkpoint.load_checkpoint(
+        directory / "best",
+        checkpoint.read_manifest(directory / "best"),
+        trainer.abstract_state(exported, mesh_of(1, 1, 1)),
+    )
+    assert_trees_close(params, state.params, rtol=0, atol=0)
+    assert (directory / "model" / "tokenizer_config.json").read_bytes() == (TINY / "tokenizer_config.json").read_bytes()
+
+
+def test_each_sample_is_seen_once_an_epoch_and_the_last_batch_is_filled_with_empty_rows(small: Path) -> None:
+    page = chat_run(
+        small, data=({"path": str(TINY / "heldout.jsonl"), "split": "train[:100]"},), epochs=2, batch_size=8
+    )
+    trainer.run(page)
+    summary = json.loads((page.run_directory / "summary.json").read_text())
+    assert summary["data"]["documents"] == 100
+    assert summary["tokens"] == 2 * summary["data"]["tokens"]
+    assert summary["target_tokens"] == 2 * summary["data"]["target_tokens"]
+
+
+def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(small: Path) -> None:
+    page = text_run(small, steps=1)
+    trainer.run(page)
+    before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
+    with pytest.raises(UserError, match="--resume .* --overwrite"):
+        trainer.run(page)
+    assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        trainer.run(text_run(small, steps=2, seed=1, resume=True))
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, steps = text_run(small, run_name="stopped"), []
+    prepare = trainer.Loop.prepare
+
+    def interrupted(loop: trainer.Loop, index: int) -> Any:
+        steps.append(index)
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return prepare(loop, index)
+
+    monkeypatch.setattr(trainer.Loop, "prepare", interrupted)
+    trainer.run(page)
+    monkeypatch.undo()
+    assert checkpoint.saved_steps(page.run_directory) == [3] and not (page.run_directory / "model").exists()
+    assert "--resume" in (page.run_directory / "run.log").read_text()
+    trainer.run(text_run(small, run_name="stopped", resume=True))
+    whole = text_run(small, run_name="whole")
+    trainer.run(whole)
+    assert outcome(page) == outcome(whole)
+
+
+def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(small: Path) -> None:
+    page = text_run(small, learning_rate=1e30, steps=12)
+    with pytest.raises(UserError, match=r"step \d+: .* not finite.*rows \d+ to \d+, beginning .*5 steps in a row"):
+        trainer.run(page)
+    assert [row["gradient_norm"] for row in records(page)][-5:] == [None] * 5
+
+
+def test_training_lowers_the_loss(small: Path) -> None:
+    page = chat_run(small, epochs=12, learning_rate=1e-2)
+    trainer.run(page)
+    losses = [row["loss"] for row in records(page)]
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
