@@ -72,7 +72,7 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
             case errors.GatedRepoError():
                 reason = "access is restricted; accept its terms on its page on the hub, log in with `hf auth login`"
             case errors.RepositoryNotFoundError():
-                reason = "no such directory, and no such model on the hub (or a private one: log in with `hf auth login`)"
+                reason = "no such directory, and no such model on the hub (a private one needs `hf auth login`)"
             case errors.LocalEntryNotFoundError():
                 cause = error.__cause__ or error
                 reason = f"no such directory, not whole in the hub's cache, and the hub can't be asked ({cause})"

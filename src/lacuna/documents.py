@@ -14,9 +14,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -25,16 +25,15 @@ from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
 from lacuna.config import DataSource, UserError
-from lacuna.tokenizer import EncodedText, Span, Tokenizer, TrainOn, chat_spans, encode_spans, end_of_text_id
+from lacuna.tokenizer import EncodedText, Span, Tokenizer, TrainOn, chat_spans, encode, encode_spans, end_of_text_id
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 MAX_LINE_BYTES = 16 * 2**20
-ENCODE_BATCH = 512
+PART_CHARACTERS, SEAM_CHARACTERS, BATCH_CHARACTERS = 2**15, 2**8, 2**20
 SHOWN_BAD_ROWS = 5
 
 Row = dict[str, Any] | ValueError
-Item = TypeVar("Item")
 
 
 class Documents(NamedTuple):
@@ -53,12 +52,15 @@ class Documents(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A row ready for the tokenizer: its text, the supervised ranges of characters, and what kind of row it is."""
+    """A document ready for the tokenizer, or the next part of a long one: its text, the supervised ranges of
+    characters, and the tokens that go before and, supervised, after it."""
 
     text: str
     spans: list[Span]
-    is_chat: bool
-    is_prompted: bool
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    is_prompted: bool = True
+    is_last: bool = True
 
 
 # Reading
@@ -190,9 +192,11 @@ def hub_table(source: DataSource) -> Any:
             mend = "if it is gated, accept its terms on its page; if it is not public, log in with `hf auth login`"
         elif "Config name is missing" in reason:
             mend = f"write it as {path}:CONFIG"
+        elif "Unknown split" in reason:
+            mend = "set split to one of them"
         else:
             mend = "that mended, the same command fetches what is missing"
-        reason = " ".join(reason.split())
+        reason = " ".join(reason.split()).rstrip(".")
         raise UserError(f"data path {source.path!r}: no such file, and on the hub: {reason}; {mend}") from error
 
 
@@ -270,19 +274,21 @@ def prepare(row: Row, source: DataSource, tokenizer: Tokenizer, train_on: TrainO
     if isinstance(prompt, list) and isinstance(completion, list):
         messages = prompt + completion
     if messages is not None:
-        text, spans = chat_spans(tokenizer, messages, row.get(source.tools_column) or None, train_on)
-        return Prepared(text, spans, is_chat=True, is_prompted=True)
+        return Prepared(*chat_spans(tokenizer, messages, row.get(source.tools_column) or None, train_on))
     if prompt is not None and completion is not None:
         prompt, completion = checked_text(prompt, wanted[1]), checked_text(completion, wanted[2])
-        first, text = 0 if train_on == "all" else len(prompt), prompt + completion
-        return Prepared(text, [(first, len(text))], is_chat=False, is_prompted=True)
-    if text is not None:
-        text = checked_text(text, source.text_column)
-        return Prepared(text, [(0, len(text))], is_chat=False, is_prompted=False)
-    raise ValueError(
-        f"nothing to learn from in the columns {', '.join(row) or '(none)'}: wanted are {wanted[0]}, {wanted[1]} with "
-        f"{wanted[2]}, or {wanted[3]}; if yours have other names, set messages_column and the like"
-    )
+        first, text, is_prompted = 0 if train_on == "all" else len(prompt), prompt + completion, True
+    elif text is not None:
+        first, text, is_prompted = 0, checked_text(text, wanted[3]), False
+    else:
+        raise ValueError(
+            f"nothing to learn from in the columns {', '.join(row) or '(none)'}: wanted are {wanted[0]}, {wanted[1]} "
+            f"with {wanted[2]}, or {wanted[3]}; if yours have other names, set messages_column and the like"
+        )
+    end = end_of_text_id(tokenizer)
+    before = tuple(token for token in tokenizer.backend.encode("").ids[:1] if token == tokenizer.bos_id)
+    after = () if text.endswith(tokenizer.special_tokens["eos_token"]) else (end,)
+    return Prepared(text, [(first, len(text))], before, after, is_prompted)
 
 
 def checked_text(value: Any, column: str) -> str:
@@ -298,22 +304,54 @@ def checked_text(value: Any, column: str) -> str:
     return value
 
 
-def encode_prepared(rows: Sequence[Prepared], tokenizer: Tokenizer) -> Iterator[EncodedText]:
-    """Tokens of rows, in order; what is no chat gets BOS where the tokenizer wants it, and a supervised EOS."""
-    for is_chat, group in groupby(rows, lambda row: row.is_chat):
-        for encoded in encode_spans(
-            tokenizer, [(row.text, row.spans) for row in group], add_special_tokens=not is_chat
-        ):
-            yield encoded if is_chat else ended(encoded, end_of_text_id(tokenizer))
+def parts(document: Prepared, tokenizer: Tokenizer) -> Iterator[Prepared]:
+    """A plain text in parts of bounded length that have the same tokens as the whole; all else as it is."""
+    if document.is_prompted:
+        yield document
+        return
+    text, end = document.text, len(document.text)
+    for start, stop in pairwise([0, *seams(text, tokenizer), end]):
+        before, after = document.before if start == 0 else (), document.after if stop == end else ()
+        yield Prepared(text[start:stop], [(0, stop - start)], before, after, is_prompted=False, is_last=stop == end)
 
 
-def ended(encoded: EncodedText, end_of_text: int) -> EncodedText:
-    """The text with an end that is learned."""
-    token, supervised, straddling_count = encoded
-    if not len(token) or token[-1] != end_of_text:
-        token, supervised = np.append(token, np.int32(end_of_text)), np.append(supervised, True)
-    supervised[-1] = True
-    return EncodedText(token, supervised, straddling_count)
+def seams(text: str, tokenizer: Tokenizer) -> Iterator[int]:
+    """Line beginnings where a long text may be cut, as what surrounds them has the same tokens in two as in one."""
+    start = 0
+    for line_end in re.finditer(r"\n(?=\S)", text):
+        cut = line_end.end()
+        if cut - start >= PART_CHARACTERS:
+            around = slice(max(cut - SEAM_CHARACTERS, 0), cut), slice(cut, cut + SEAM_CHARACTERS)
+            left, right = (encode(tokenizer, text[side], add_special_tokens=False) for side in around)
+            both = encode(tokenizer, text[around[0].start : around[1].stop], add_special_tokens=False)
+            if np.array_equal(both, np.concatenate([left, right])):
+                yield cut
+                start = cut
+
+
+def batches(parts: Iterable[Prepared]) -> Iterator[list[Prepared]]:
+    """Parts to encode at once: enough to occupy the processors, and not more, as encodings take much memory."""
+    batch, characters = [], 0
+    for part in parts:
+        batch.append(part)
+        characters += len(part.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def encode_parts(parts: Sequence[Prepared], tokenizer: Tokenizer) -> Iterator[EncodedText]:
+    """The tokens of each part; those of an answer to a prompt up to the last that is supervised."""
+    for part, encoded in zip(parts, encode_spans(tokenizer, [(part.text, part.spans) for part in parts]), strict=True):
+        framed = [part.before, encoded.token, part.after]
+        token = np.concatenate(framed, dtype=np.int32, casting="unsafe")
+        supervised = np.repeat([False, True], [len(part.before), len(token) - len(part.before)])
+        if part.is_prompted:
+            supervised[len(part.before) : len(token) - len(part.after)] = encoded.supervised
+            length = np.max(np.flatnonzero(supervised) + 1, initial=0)
+            token, supervised = token[:length], supervised[:length]
+        yield EncodedText(token, supervised, encoded.straddling_count)
 
 
 # The cache
@@ -364,46 +402,62 @@ def fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, ski
     template = [tokenizer.template_source, tokenizer.special_tokens, date]
     digest = hashlib.sha256(json.dumps([origin, columns, template, train_on, skip_bad]).encode())
     code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py")]
-    for file in counted([*files, tokenizer.directory / "tokenizer.json", *code], f"Hashing {source.path}"):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    with progress() as line:
+        for file in line.track([*files, tokenizer.directory / "tokenizer.json", *code], description="Hashing files"):
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:32]
 
 
 def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, directory: Path) -> None:
     """Write the files token, supervised, start, is_prompted and facts.json from the rows of a source."""
-    row_count, bad, straddling = 0, [], 0
-    start, is_prompted = [0], []
-    rows = counted(read_rows(source), f"Encoding {source.path}")
-    with (directory / "token").open("wb") as token_file, (directory / "supervised").open("wb") as supervised_file:
-        while group := list(islice(rows, ENCODE_BATCH)):
-            row_count += len(group)
-            prepared = []
-            for origin, row in group:
-                try:
-                    prepared.append(prepare(row, source, tokenizer, train_on))
-                except UserError:
-                    raise
-                except ValueError as error:
-                    if not skip_bad:
-                        hint = "or leave such rows out with --on-bad-data skip"
-                        raise UserError(f"{origin}: {error} ({hint})") from error
-                    bad.append(f"{origin}: {error}")
-            for row, encoded in zip(prepared, encode_prepared(prepared, tokenizer), strict=True):
-                length = np.max(np.flatnonzero(encoded.supervised) + 1, initial=0)
-                token_file.write(encoded.token[:length].tobytes())
-                supervised_file.write(encoded.supervised[:length].tobytes())
+    bad: list[str] = []
+    start, is_prompted, end, straddling = [0], [], 0, 0
+    with (
+        (directory / "token").open("wb") as token_file,
+        (directory / "supervised").open("wb") as supervised_file,
+        progress() as line,
+    ):
+        rows = line.track(read_rows(source), description=escape(f"Encoding {source.path}"))
+        documents = prepared_rows(rows, source, tokenizer, train_on, skip_bad, bad)
+        for batch in batches(part for document in documents for part in parts(document, tokenizer)):
+            for part, encoded in zip(batch, encode_parts(batch, tokenizer), strict=True):
+                token_file.write(encoded.token.tobytes())
+                supervised_file.write(encoded.supervised.tobytes())
                 straddling += encoded.straddling_count
-                start.append(start[-1] + length)
-                is_prompted.append(row.is_prompted)
+                end += len(encoded.token)
+                if part.is_last:
+                    start.append(end)
+                    is_prompted.append(part.is_prompted)
     np.array(start, np.int64).tofile(directory / "start")
     np.array(is_prompted, np.bool_).tofile(directory / "is_prompted")
-    facts = {"rows": row_count, "bad": len(bad), "bad_examples": bad[:SHOWN_BAD_ROWS], "straddling": straddling}
-    (directory / "facts.json").write_text(json.dumps(facts))
+    counts = {"rows": len(is_prompted) + len(bad), "bad": len(bad), "straddling": straddling}
+    (directory / "facts.json").write_text(json.dumps(counts | {"bad_examples": bad[:SHOWN_BAD_ROWS]}))
 
 
-def counted(items: Iterable[Item], description: str) -> Iterator[Item]:
-    """The items, with a count of those gone by on a terminal."""
+def prepared_rows(
+    rows: Iterable[tuple[str, Row]],
+    source: DataSource,
+    tokenizer: Tokenizer,
+    train_on: TrainOn,
+    skip_bad: bool,
+    bad: list[str],
+) -> Iterator[Prepared]:
+    """The rows that can be used; where and why another can't is an error, or added to `bad`."""
+    for origin, row in rows:
+        try:
+            prepared = prepare(row, source, tokenizer, train_on)
+        except UserError:
+            raise
+        except ValueError as error:
+            if not skip_bad:
+                raise UserError(f"{origin}: {error} (or leave such rows out with --on-bad-data skip)") from error
+            bad.append(f"{origin}: {error}")
+        else:
+            yield prepared
+
+
+def progress() -> Progress:
+    """A line that counts what goes by, on a terminal only."""
     columns = "{task.description}", "{task.completed:,}", TimeElapsedColumn()
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
-        yield from progress.track(items, description=escape(description))
+    return Progress(*columns, transient=True, disable=not sys.stdout.isatty())
