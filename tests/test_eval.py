@@ -8,7 +8,7 @@ import pytest
 from conftest import REFERENCE
 
 from lacuna import eval as evaluation
-from lacuna.config import EvalConfig, UserError
+from lacuna.config import DataSource, EvalConfig, UserError
 
 
 @pytest.mark.reference
@@ -21,7 +21,7 @@ def test_held_out_loss_equals_transformers_on_each_text_alone(shelf: Path, tmp_p
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     page = EvalConfig(
         model_name=str(shelf / "weights" / "stories260k"),
-        data=({"path": str(data)},),  # ty: ignore[invalid-argument-type]
+        data=(DataSource(path=str(data)),),
         sequence_length=256,
         batch_size=1,
         packing=packing,

@@ -60,7 +60,7 @@ for wish in sys.argv[1:]:
 class Hub(ThreadingHTTPServer):
     """Repositories as `files[kind/owner/name][path]`; `gated` maps some to the status that a stranger gets.
 
-    `cuts` holds how many bytes of a stored file the next answers send before the line drops, `asked` every request.
+    `cuts` holds how many bytes of a file the next answers send before the line drops, `asked` every request.
     """
 
     daemon_threads = True
@@ -116,27 +116,29 @@ class Answer(BaseHTTPRequestHandler):
             self.send(200, json.dumps(facts).encode(), Content_Type="application/json")
 
     def file(self, repository: str, path: str) -> None:
-        if repository not in self.hub.files:
+        files = self.hub.files.get(repository)
+        if files is None:
             self.send(404, X_Error_Code="RepoNotFound")
         elif repository in self.hub.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.send(self.hub.gated[repository], X_Error_Code="GatedRepo")
-        elif path not in self.hub.files[repository]:
+        elif path not in files:
             self.send(404, X_Error_Code="EntryNotFound")
         elif path.endswith(".safetensors"):
-            content = self.hub.files[repository][path]
             place = f"http://127.0.0.1:{self.hub.server_port}/storage/{repository}/{path}"
-            etag, size = f'"{digest(content)}"', str(len(content))
+            etag, size = f'"{digest(files[path])}"', str(len(files[path]))
             self.send(302, Location=place, X_Linked_Etag=etag, X_Linked_Size=size)
         else:
-            content = self.hub.files[repository][path]
-            cuts = self.hub.cuts.get(f"{repository}/{path}") if self.command == "GET" else None
-            self.send(200, content, cuts.pop(0) if cuts else None, ETag=f'"{digest(content)}"')
+            self.send(200, files[path], self.cut(repository, path), ETag=f'"{digest(files[path])}"')
 
     def stored(self, repository: str, path: str) -> None:
-        content, cuts = self.hub.files[repository][path], self.hub.cuts.get(f"{repository}/{path}")
+        content = self.hub.files[repository][path]
         first = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
         span = {"Content_Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
-        self.send(206 if first else 200, content[first:], cuts.pop(0) if cuts else None, **span)
+        self.send(206 if first else 200, content[first:], self.cut(repository, path), **span)
+
+    def cut(self, repository: str, path: str) -> int | None:
+        cuts = self.hub.cuts.get(f"{repository}/{path}")
+        return cuts.pop(0) if cuts and self.command == "GET" else None
 
     def send(self, status: int, content: bytes = b"", cut: int | None = None, **headers: str) -> None:
         self.send_response(status)
@@ -237,19 +239,19 @@ def fetch(endpoint: str, home: Path, *wishes: str, **more: str) -> Fetched:
         return Fetched(home, dict(zip(wishes, map(json.loads, output), strict=True)), shown.decode())
 
 
-def sft(endpoint: str, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run the console script."""
-    command = [str(Path(sys.executable).with_name("sft")), "--show", "1", "--sequence-length", "64", *arguments]
-    return subprocess.run(command, env=environment(endpoint, home, **more), capture_output=True, text=True)
+def sft(endpoint: str, home: Path, model_name: str) -> subprocess.CompletedProcess[str]:
+    """Run the console script, which shows a row of the chats."""
+    names = ["--model-name", model_name, "--data.0.path", "acme/chats", "--sequence-length", "64", "--show", "1"]
+    command = [str(Path(sys.executable).with_name("sft")), *names]
+    return subprocess.run(command, env=environment(endpoint, home), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def first(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Fetched:
     """All that a client with an empty cache asks for at first."""
     models = [f"model acme/{name}" for name in ("tiny", "flaky", "broken", "gated", "absent")]
-    data = [
-        f"data acme/{name}" for name in ("chats test", "chats valid", "gated train", "broken train", "absent train")
-    ]
+    splits = ("chats test", "chats valid", "gated train", "broken train", "absent train")
+    data = [f"data acme/{split}" for split in splits]
     wishes = (*models, *data, "tokenizer acme/bare", "model ./no/such/place")
     return fetch(hub.endpoint, tmp_path_factory.mktemp("home"), *wishes)
 
@@ -328,12 +330,12 @@ def test_offline_the_cache_is_enough(first: Fetched, nowhere: str) -> None:
 
 
 def test_the_command_takes_model_and_data_by_name(hub: Hub, tmp_path: Path) -> None:
-    shown = sft(hub.endpoint, tmp_path, "--model-name", "acme/tiny", "--data.0.path", "acme/chats")
+    shown = sft(hub.endpoint, tmp_path, "acme/tiny")
     assert shown.returncode == 0, shown.stderr
     assert "It is 14." in shown.stdout and "It is 16." not in shown.stdout
 
 
 def test_the_command_refuses_half_a_model_when_the_hub_is_down(first: Fetched, nowhere: str) -> None:
-    refused = sft(nowhere, first.home, "--model-name", "acme/bare", "--data.0.path", "acme/chats")
+    refused = sft(nowhere, first.home, "acme/bare")
     assert refused.returncode == 2
     assert re.fullmatch("error: model_name 'acme/bare': .*Connection refused.*\n", refused.stderr), refused.stderr

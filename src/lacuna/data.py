@@ -170,7 +170,7 @@ class Mixture:
 
     def epoch(self, epoch: int) -> Int[np.ndarray, " item"]:
         """Numbers of an epoch's pieces: of each source the next weight × count of an endless line of passes."""
-        items, before = [], 0
+        items, before = [np.zeros(0, np.int64)], 0
         for source, (count, weight) in enumerate(zip(self.counts, self.weights, strict=True)):
             share = Fraction(str(weight)) * count
             first, end = math.ceil(epoch * share), math.ceil((epoch + 1) * share)
@@ -224,7 +224,7 @@ class PackedRows:
         """The epoch's pieces, row after row, and where each row begins."""
         items = self.mixture.epoch(epoch)
         row_of = packed(self.pieces.slots[items], self.length, self.cache) if self.is_packed else np.arange(len(items))
-        row_of = self.mixture.order(row_of.max(initial=-1) + 1, SHUFFLE_ROWS, epoch)[row_of]
+        row_of = self.mixture.order(int(row_of.max(initial=-1)) + 1, SHUFFLE_ROWS, epoch)[row_of]
         return items[np.argsort(row_of, kind="stable")], np.append(0, np.cumsum(np.bincount(row_of)))
 
     def row_count(self, epochs: int) -> int:
@@ -319,7 +319,7 @@ class Dataset:
     facts: Counter[str]
 
     def batch(self, index: int, batch_size: int, row_limit: int | None = None) -> Batch:
-        """Batch `index` of a run; rows from `row_limit` on are empty. Unpacked rows have the least length of eight."""
+        """Batch `index` of a run; rows from `row_limit` on are empty. Unpacked rows have the least of eight lengths."""
         first, end = index * batch_size, (index + 1) * batch_size
         rows = [self.rows.pieces_of(row) for row in range(first, end if row_limit is None else min(end, row_limit))]
         length = self.rows.length
@@ -357,13 +357,12 @@ def load_dataset(
         documents.append(loaded)
         parts.append(pieces)
         facts += counted
-    counts, weights = tuple(len(pieces.start) for pieces in parts), tuple(source.weight for source in sources)
-    mixture, pieces = Mixture(counts, weights, page.seed, is_shuffled), joined(parts)
-    rows = (
-        StreamRows(pieces, mixture, page.sequence_length)
-        if is_stream
-        else PackedRows(pieces, mixture, page.sequence_length, is_packed, page.cache_dir)
-    )
+    counts = tuple(len(each.start) for each in parts)
+    mixture = Mixture(counts, tuple(source.weight for source in sources), page.seed, is_shuffled)
+    if is_stream:
+        rows = StreamRows(joined(parts), mixture, page.sequence_length)
+    else:
+        rows = PackedRows(joined(parts), mixture, page.sequence_length, is_packed, page.cache_dir)
     return Dataset(rows, tuple(documents), facts)
 
 

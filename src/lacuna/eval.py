@@ -1,10 +1,13 @@
 """Evaluation: the held-out loss of any model on any data that training reads, masked and packed as in training."""
 
 import math
+import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import jax
+from rich.progress import track
 
 from lacuna import checkpoint, metrics
 from lacuna.config import EvalConfig, UserError, to_toml
@@ -42,7 +45,8 @@ def run(page: EvalConfig) -> None:
     with jax.set_mesh(mesh):
         params = checkpoint.load_params(source, model, mesh)
         rows = page.batch_size * row_shards(mesh)
-        result = held_out_loss(params, dataset, rows, model, mesh, page.compute_dtype)
+        progress = partial(track, description="Evaluating", transient=True, disable=not sys.stdout.isatty())
+        result = held_out_loss(params, dataset, rows, model, mesh, page.compute_dtype, progress)
     summary = {
         "command": "eval",
         **result,

@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 import tomllib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -151,6 +151,7 @@ def train_step(
     return TrainState(params, moments, state.step + 1, skipped), facts
 
 
+@partial(jax.jit, static_argnames=("model", "dtype"))
 def held_out_sums(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str) -> dict[str, Array]:
     """Sums over the targets of a batch [1, row, token]: loss, likeliest-token hits, and targets."""
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -202,24 +203,23 @@ def starting_state(page: TrainingConfig, directory: Path, model: ModelConfig, me
 
 
 def held_out_loss(
-    params: PyTree[Array], dataset: Dataset, batch_size: int, model: ModelConfig, mesh: Mesh, dtype: str
+    params: PyTree[Array],
+    dataset: Dataset,
+    batch_size: int,
+    model: ModelConfig,
+    mesh: Mesh,
+    dtype: str,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, float]:
-    """Mean loss (nats), accuracy of the likeliest token, and count over all target tokens of a data set."""
+    """Mean loss (nats), share of targets that were the likeliest token, and count over all targets of a data set."""
     row_count = dataset.rows.row_count(1)
-    totals = {"loss": 0.0, "correct": 0.0, "targets": 0.0}
-    sums = jax.jit(held_out_sums, static_argnames=("model", "dtype"))
-    for index in range(-(-row_count // batch_size)):
+    loss, correct, targets = 0.0, 0.0, 0
+    for index in progress(range(-(-row_count // batch_size))):
         batch = dataset.batch(index, batch_size, row_count)
-        part = sums(params, put_batch(jax.tree.map(lambda leaf: leaf[None], batch), mesh), model, dtype)
-        totals["targets"] += float(batch.weight.sum())
-        for key, value in part.items():
-            totals[key] += float(value)
-    targets = totals["targets"]
-    return {
-        "eval_loss": totals["loss"] / targets,
-        "eval_accuracy": totals["correct"] / targets,
-        "target_tokens": targets,
-    }
+        sums = held_out_sums(params, put_batch(jax.tree.map(lambda leaf: leaf[None], batch), mesh), model, dtype)
+        loss, correct = loss + float(sums["loss"]), correct + float(sums["correct"])
+        targets += int(batch.weight.sum())
+    return {"eval_loss": loss / targets, "eval_accuracy": correct / targets, "target_tokens": targets}
 
 
 class Stop:
@@ -253,17 +253,18 @@ def run(page: TrainingConfig) -> None:
         UserError: whatever about config, model, data or devices can't be trained with.
     """
     started = time.perf_counter()
-    source = checkpoint.resolve_model(page.model_name)
+    chat = page if isinstance(page, SftConfig) else None
+    is_shown = bool(chat and chat.show)
+    source = checkpoint.resolve_model(page.model_name, with_weights=not page.from_scratch and not is_shown)
     model = read_model_config(source)
     check_sequence_length(model, page.sequence_length)
-    chat = page if isinstance(page, SftConfig) else None
     tokenizer = load_tokenizer(source, *([chat.chat_template, chat.template_date] if chat else []))
     check_vocabulary(model, tokenizer)
     dataset = load_dataset(page.data, tokenizer, page, is_stream=isinstance(page, PretrainConfig), is_shuffled=True)
     held_out = None
     if page.eval_data:
         held_out = load_dataset(page.eval_data, tokenizer, page, is_stream=False, is_shuffled=False)
-    if chat and chat.show:
+    if chat and is_shown:
         show(dataset, tokenizer, chat.show)
         return
     enable_compilation_cache(page)
