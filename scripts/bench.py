@@ -85,28 +85,18 @@ def train(page: TrainingConfig, started: float) -> dict[str, Any]:
 
     from lacuna import metrics, trainer
 
-    caught: list[tuple[trainer.Loop, trainer.TrainState]] = []
-    first_step: list[float] = []
-    loop_train, loop_step = trainer.Loop.train, metrics.RunLog.step
-
-    def keep_state(loop: trainer.Loop, state: trainer.TrainState, best: float | None) -> trainer.TrainState:
-        caught.append((loop, loop_train(loop, state, best)))
-        return caught[-1][1]
-
-    def note_first(log: metrics.RunLog, record: dict[str, Any]) -> None:
-        first_step.append(time.time())
-        loop_step(log, record)
-
-    trainer.Loop.train, metrics.RunLog.step = keep_state, note_first  # ty: ignore[invalid-assignment]
-    trainer.run(page)
-    (loop, state), records = caught[0], metrics.read_metrics(page.run_directory / "metrics.jsonl")
+    before = time.time() - started
+    ended = trainer.run(page)
+    assert ended
+    loop, state = ended
+    records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
     timed = records[WARM_STEPS:]
     length, program = max(loop.programs.items())
     batch, _ = loop.prepare(0)
     states = [state]
 
     def alone() -> None:
-        states[0], facts = program(states[0], batch)
+        states[0], facts = program(states[0], batch, loop.recipe)
         jax.block_until_ready(facts)
 
     step_seconds = statistics.median(record["step_seconds"] for record in timed)
@@ -132,7 +122,7 @@ def train(page: TrainingConfig, started: float) -> dict[str, Any]:
         "program_seconds": alone_seconds,
         "share_outside_program": alone_seconds and 1 - alone_seconds / step_seconds,
         "compile_seconds": loop.compile_seconds,
-        "first_step_ends_seconds": first_step[0] - started,
+        "first_step_ends_seconds": before + (loop.first_step_seconds or 0),
         "memory_bytes": metrics.memory_bytes(),
         "device_kind": rates["device_kind"],
         "versions": metrics.versions(),

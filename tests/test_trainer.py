@@ -56,14 +56,14 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
     model = read_model_config(REFERENCE / family)
     expected = np.load(REFERENCE / "training.npz")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
-    step = jax.jit(trainer.train_step, static_argnums=(2, 3, 4), donate_argnums=0)
+    step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
     losses, norms, rates = [], [], []
     for number in range(50):
         token, target = (expected[name][number][None].astype(np.int32) for name in ("tokens", "targets"))
         weight = expected["weights"][number][None].astype(np.float32)
         position = np.broadcast_to(np.arange(token.shape[-1], dtype=np.int32), token.shape)
         arrays: Any = (token, target, weight, np.ones_like(token), position)
-        state, facts = step(state, Batch(*arrays), model, page(), 50)
+        state, facts = step(state, Batch(*arrays), trainer.recipe_of(page(), 50), model, page())
         losses.append(float(facts["loss"]))
         norms.append(float(facts["gradient_norm"]))
         rates.append(float(facts["learning_rate"]))
@@ -82,8 +82,9 @@ def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
     model = read_model_config(REFERENCE / "qwen2")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
     batch, settings = random_batch(0, 1, 4, 24, model.vocabulary_size), page(clip_norm=0.5)
-    loss, gradients = trainer.whole_batch_gradient(state.params, batch, jnp.int32(0), model, settings)
-    after, facts = trainer.train_step(state, batch, model, settings, 50)
+    recipe = trainer.recipe_of(settings, 50)
+    loss, gradients = trainer.whole_batch_gradient(state.params, batch, jnp.int32(0), recipe, model, settings)
+    after, facts = trainer.train_step(state, batch, recipe, model, settings)
     wide = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]
     norm = np.sqrt(sum(np.sum(leaf**2) for leaf in wide))
     assert norm > 0.5 and float(facts["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
@@ -109,22 +110,23 @@ def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
     model = read_model_config(REFERENCE / "qwen3")
     params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
     whole, settings = random_batch(1, 1, 8, 24, model.vocabulary_size), page(neftune_alpha=alpha)
-    gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(3, 4))
-    expected = gradient(params, whole, jnp.int32(3), model, settings)
+    gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))
+    recipe = trainer.recipe_of(settings, 50)
+    expected = gradient(params, whole, jnp.int32(3), recipe, model, settings)
     for count in (2, 4):
-        ours = gradient(params, regrouped(whole, count), jnp.int32(3), model, settings)
+        ours = gradient(params, regrouped(whole, count), jnp.int32(3), recipe, model, settings)
         assert_trees_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_is_within_its_bound_and_new_each_step() -> None:
     segment = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]])
     x = jnp.zeros((1, 8, 4))
-    noise = trainer.embedding_noise(jax.random.key(0), segment, jnp.int32(0), 3.0, x)
+    noise = trainer.embedding_noise(jax.random.key(0), segment, jnp.int32(0), jnp.float32(3), x)
     bound = 3.0 / np.sqrt(np.array([4, 4, 4, 4, 2, 2, 2, 2]) * 4)
     share = np.abs(noise[0]) / bound[:, None]
     assert share.max() <= 1 and share.max() > 0.8
     for key, row in ((jax.random.key(1), 0), (jax.random.key(0), 1)):
-        assert not np.allclose(noise, trainer.embedding_noise(key, segment, jnp.int32(row), 3.0, x))
+        assert not np.allclose(noise, trainer.embedding_noise(key, segment, jnp.int32(row), jnp.float32(3), x))
 
 
 SIZES = {
@@ -147,10 +149,10 @@ def test_devices_change_nothing_even_where_the_vocabulary_is_padded(shape: tuple
                 out_shardings=trainer.state_shardings(model, mesh),
             )
             state = make(jax.random.key(0))
-            step = jax.jit(trainer.train_step, static_argnums=(2, 3, 4), donate_argnums=0)
+            step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
             for number in range(6):
                 batch = put_batch(random_batch(number, 1, 8, 16, 157), mesh)
-                state, facts = step(state, batch, model, page(), 50)
+                state, facts = step(state, batch, trainer.recipe_of(page(), 50), model, page())
                 losses.setdefault(mesh, []).append((float(facts["loss"]), float(facts["gradient_norm"])))
             if model.padded_vocabulary > 157:
                 assert not np.any(np.asarray(state.params["embedding"])[157:])
@@ -164,14 +166,14 @@ def test_devices_change_nothing_even_where_the_vocabulary_is_padded(shape: tuple
 def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
     model = read_model_config(REFERENCE / "qwen3")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
-    step = jax.jit(trainer.train_step, static_argnums=(2, 3, 4))
+    step = jax.jit(trainer.train_step, static_argnums=(3, 4))
     good = random_batch(0, 1, 4, 16, model.vocabulary_size)
     bad = good._replace(weight=good.weight + jnp.inf)
-    broken, facts = step(state, bad, model, page(), 50)
+    broken, facts = step(state, bad, trainer.recipe_of(page(), 50), model, page())
     assert int(facts["skipped"]) == 1 and int(broken.step) == 1
     for before, after in zip(*(jax.tree.leaves((s.params, s.moments)) for s in (state, broken)), strict=True):
         np.testing.assert_array_equal(before, after)
-    mended, facts = step(broken, good, model, page(), 50)
+    mended, facts = step(broken, good, trainer.recipe_of(page(), 50), model, page())
     assert int(facts["skipped"]) == 0
     assert not np.array_equal(mended.params["embedding"], state.params["embedding"])
 

@@ -121,10 +121,10 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
 def bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
     """Lines, of which too long a one is cut a byte over the limit, as it need not fit in memory."""
     while line := stream.readline(MAX_LINE_BYTES + 1):
-        rest = line
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = stream.readline(MAX_LINE_BYTES + 1)
         yield line
+        if len(line) > MAX_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(2**16)
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -317,16 +317,15 @@ def parts(document: Prepared, tokenizer: Tokenizer) -> Iterator[Prepared]:
 
 def seams(text: str, tokenizer: Tokenizer) -> Iterator[int]:
     """Line beginnings where a long text may be cut, as what surrounds them has the same tokens in two as in one."""
-    start = 0
+    due = PART_CHARACTERS
     for line_end in re.finditer(r"\n(?=\S)", text):
-        cut = line_end.end()
-        if cut - start >= PART_CHARACTERS:
-            around = slice(max(cut - SEAM_CHARACTERS, 0), cut), slice(cut, cut + SEAM_CHARACTERS)
-            left, right = (encode(tokenizer, text[side], add_special_tokens=False) for side in around)
-            both = encode(tokenizer, text[around[0].start : around[1].stop], add_special_tokens=False)
+        if (cut := line_end.end()) >= due:
+            due = cut + PART_CHARACTERS
+            first, last = max(cut - SEAM_CHARACTERS, 0), cut + SEAM_CHARACTERS
+            around = text[first:cut], text[cut:last], text[first:last]
+            left, right, both = (encode(tokenizer, each, add_special_tokens=False) for each in around)
             if np.array_equal(both, np.concatenate([left, right])):
                 yield cut
-                start = cut
 
 
 def batches(parts: Iterable[Prepared]) -> Iterator[list[Prepared]]:

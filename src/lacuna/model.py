@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, shard_rows
 
-ATTENTION_BLOCK = 128
+ATTENTION_BLOCK, ATTENTION_BLOCKS = 128, 8
 LOSS_CHUNK = 512
 
 
@@ -350,10 +350,11 @@ def attention(
 ) -> Float[Array, "batch token kv_head group head"]:
     """Causal grouped-query attention confined to each packed document; padding is a document of its own.
 
-    A block of queries meets only the keys up to its own end, so half of the score matrix is never made. The backward
-    pass makes the scores again, block by block, which costs less than to keep them (cf. Dao et al. 2022).
+    A block of queries meets only the keys up to its own end, so nearly half of the score matrix is never made; the
+    number of blocks is bounded, as each is compiled. The backward pass makes the scores again, block by block, which
+    costs less than to keep them (cf. Dao et al. 2022).
     """
-    starts = range(0, segment.shape[1], ATTENTION_BLOCK)
+    starts = range(0, segment.shape[1], max(ATTENTION_BLOCK, -(-segment.shape[1] // ATTENTION_BLOCKS)))
     blocks = [
         attend(query[:, start:end], key[:, :end], value[:, :end], segment[:, :end])
         for start, end in zip(starts, [*starts[1:], segment.shape[1]], strict=True)

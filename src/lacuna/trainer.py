@@ -62,24 +62,48 @@ class TrainState(NamedTuple):
     skipped: Int[Array, ""]
 
 
+class Recipe(NamedTuple):
+    """The numbers of the config that the step computes with; arguments, so that another value compiles nothing anew."""
+
+    learning_rate: Float[Array, ""]
+    warmup_steps: Int[Array, ""]
+    steps: Int[Array, ""]
+    weight_decay: Float[Array, ""]
+    clip_norm: Float[Array, ""]
+    neftune_alpha: Float[Array, ""]
+    noise_key: Key[Array, ""]
+
+
+def recipe_of(page: TrainingConfig, steps: int) -> Recipe:
+    """The recipe of a run of `steps` steps."""
+    numbers = [page.learning_rate, page.warmup_steps, steps, page.weight_decay, page.clip_norm, noise_alpha(page)]
+    return Recipe(*map(jnp.asarray, numbers), jax.random.key(page.seed))
+
+
+def noise_alpha(page: TrainingConfig) -> float:
+    """Strength of the noise on embeddings, which pretraining does without."""
+    return page.neftune_alpha if isinstance(page, SftConfig) else 0.0
+
+
 # The step
 
 adam = optax.scale_by_adam(ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
 
 
-def learning_rate(step: Int[Array, ""], peak: float, warmup_steps: int, steps: int) -> Float[Array, ""]:
-    """Linear warm-up to `peak`, then a cosine down to a tenth of it (Loshchilov & Hutter 2017); steps count from 0."""
-    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+def learning_rate(step: Int[Array, ""], recipe: Recipe) -> Float[Array, ""]:
+    """Linear warm-up to the peak, then a cosine to a tenth of it (Loshchilov & Hutter 2017); steps count from 0."""
+    warmup = recipe.warmup_steps
+    progress = (step - warmup) / jnp.maximum(recipe.steps - warmup, 1)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
     decayed = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine
-    return peak * jnp.where(step < warmup_steps, (step + 1) / max(warmup_steps, 1), decayed)
+    return recipe.learning_rate * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), decayed)
 
 
 def embedding_noise(
     key: Key[Array, ""],
     segment: Int[Array, "row token"],
     first_row: Int[Array, ""],
-    alpha: float,
+    alpha: Float[Array, ""],
     x: Float[Array, "row token embed"],
 ) -> Float[Array, "row token embed"]:
     """NEFTune's noise (Jain et al. 2023): uniform within ± alpha / √(document length × embed), a key for each row."""
@@ -105,20 +129,20 @@ def summed_loss(
 
 
 def whole_batch_gradient(
-    params: PyTree[Array], batch: Batch, step: Int[Array, ""], model: ModelConfig, page: TrainingConfig
+    params: PyTree[Array], batch: Batch, step: Int[Array, ""], recipe: Recipe, model: ModelConfig, page: TrainingConfig
 ) -> tuple[Float[Array, ""], PyTree[Array]]:
     """Mean loss over the target tokens of all micro-batches [micro_batch, row, token], and its float32 gradient.
 
     Sums are divided once, by the number of targets of the whole batch, so each token weighs the same wherever it lies.
     """
     compute = cast(params, model, page.compute_dtype)
-    alpha = page.neftune_alpha if isinstance(page, SftConfig) else 0.0
-    key = jax.random.fold_in(jax.random.key(page.seed), step)
+    key = jax.random.fold_in(recipe.noise_key, step)
 
     def accumulate(total: PyTree, micro: tuple[Batch, Array]) -> tuple[PyTree, None]:
         batch, number = micro
         first_row = number * batch.token.shape[0]
-        noise = partial(embedding_noise, key, batch.segment, first_row, alpha) if alpha else None
+        has_noise = noise_alpha(page) > 0
+        noise = partial(embedding_noise, key, batch.segment, first_row, recipe.neftune_alpha) if has_noise else None
         parts = jax.value_and_grad(summed_loss)(compute, batch, model, page.rematerialisation, noise)
         return jax.tree.map(jnp.add, total, parts), None
 
@@ -129,18 +153,18 @@ def whole_batch_gradient(
 
 
 def train_step(
-    state: TrainState, batch: Batch, model: ModelConfig, page: TrainingConfig, steps: int
+    state: TrainState, batch: Batch, recipe: Recipe, model: ModelConfig, page: TrainingConfig
 ) -> tuple[TrainState, dict[str, Array]]:
     """One AdamW step (Loshchilov & Hutter 2019) on [micro_batch, row, token]; a non-finite gradient has no effect."""
-    loss, gradients = whole_batch_gradient(state.params, batch, state.step, model, page)
+    loss, gradients = whole_batch_gradient(state.params, batch, state.step, recipe, model, page)
     norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    clip = jnp.minimum(1.0, page.clip_norm / norm)
+    clip = jnp.minimum(1.0, recipe.clip_norm / norm)
     direction, moments = adam.update(jax.tree.map(lambda leaf: leaf * clip, gradients), state.moments)
-    rate = learning_rate(state.step, page.learning_rate, page.warmup_steps, steps)
+    rate = learning_rate(state.step, recipe)
 
     def updated(row: Any, param: Array, direction: Array) -> Array:
-        return param - rate * (direction + page.weight_decay * param if row.decays else direction)
+        return param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
 
     params = jax.tree.map(updated, parameter_table(model), state.params, direction)
     params, moments = jax.tree.map(
@@ -246,8 +270,8 @@ class Stop:
 # The run
 
 
-def run(page: TrainingConfig) -> None:
-    """The commands pretrain and sft, from page to exported model.
+def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
+    """The commands pretrain and sft, from page to exported model; the loop and the state it ended with, if it ran.
 
     Raises:
         UserError: whatever about config, model, data or devices can't be trained with.
@@ -266,7 +290,7 @@ def run(page: TrainingConfig) -> None:
         held_out = load_dataset(page.eval_data, tokenizer, page, is_stream=False, is_shuffled=False)
     if chat and is_shown:
         show(dataset, tokenizer, chat.show)
-        return
+        return None
     enable_compilation_cache(page)
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
     accumulation = accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
@@ -287,16 +311,20 @@ def run(page: TrainingConfig) -> None:
             state = checkpoint.load_checkpoint(*resumed, abstract_state(model, mesh))
         else:
             state = starting_state(page, source, model, mesh)
-        loop = Loop(page, model, mesh, dataset, held_out, tokenizer, log, accumulation, steps, row_limit)
+        recipe = jax.device_put(recipe_of(page, steps), NamedSharding(mesh, PartitionSpec()))
+        loop = Loop(
+            page, model, mesh, dataset, held_out, tokenizer, log, accumulation, steps, row_limit, recipe, started
+        )
         state = loop.train(state, resumed[1]["best_eval_loss"] if resumed else None)
         if loop.stop.is_wanted:
             log.info(f"stopped after step {loop.step} of {steps}; the same command with --resume goes on from there")
         else:
             checkpoint.save_model(directory / "model", state.params, model, source, chat.chat_template if chat else "")
             log.info(f"model in Hugging Face layout: {directory / 'model'}")
-        metrics.write_summary(directory, loop.summary(time.perf_counter() - started))
+        metrics.write_summary(directory, loop.summary())
         metrics.write_report(directory)
         log.info(f"report: {directory / 'report.html'}")
+        return loop, state
 
 
 def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
@@ -415,6 +443,8 @@ class Loop:
     accumulation: int
     steps: int
     row_limit: int | None
+    recipe: Recipe
+    started: float
     step: int = 0
     best_eval_loss: float | None = None
     stop: Stop = field(default_factory=Stop)
@@ -422,6 +452,7 @@ class Loop:
     programs: dict[int, Any] = field(default_factory=dict)
     clock: float = 0.0
     compile_seconds: float = 0.0
+    first_step_seconds: float | None = None
 
     def train(self, state: TrainState, best_eval_loss: float | None) -> TrainState:
         """Every step that is left: dispatch it, prepare the next batch while it runs, then log, evaluate and save."""
@@ -431,7 +462,7 @@ class Loop:
         self.clock = time.perf_counter()
         with self.stop.listening(self.log.info):
             while self.step < self.steps and not self.stop.is_wanted:
-                state, facts = self.program(state, batch)(state, batch)
+                state, facts = self.program(state, batch)(state, batch, self.recipe)
                 self.step += 1
                 self.pending.append((record, facts))
                 is_last = self.step == self.steps
@@ -478,10 +509,8 @@ class Loop:
         length = batch.token.shape[-1]
         if length not in self.programs:
             began = time.perf_counter()
-            step = jax.jit(
-                partial(train_step, model=self.model, page=self.page, steps=self.steps), donate_argnames="state"
-            )
-            self.programs[length] = step.lower(state, batch).compile()
+            step = jax.jit(partial(train_step, model=self.model, page=self.page), donate_argnames="state")
+            self.programs[length] = step.lower(state, batch, self.recipe).compile()
             seconds = time.perf_counter() - began
             self.compile_seconds += seconds
             memory = self.programs[length].memory_analysis()
@@ -505,6 +534,7 @@ class Loop:
         fetched = jax.device_get([facts for _, facts in ready])
         seconds = (time.perf_counter() - self.clock) / count
         self.clock = time.perf_counter()
+        self.first_step_seconds = self.first_step_seconds or self.clock - self.started
         peak = metrics.peak_flops(self.mesh.devices.flat[0].device_kind)
         for (record, _), facts in zip(ready, fetched, strict=True):
             skipped = int(facts.pop("skipped"))
@@ -555,7 +585,7 @@ class Loop:
         checkpoint.remove_old(self.page.run_directory, self.page.keep)
         self.log.info(f"saved {directory}{', the best so far' if is_best else ''}")
 
-    def summary(self, wall_seconds: float) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What summary.json holds."""
         records = metrics.read_metrics(self.page.run_directory / "metrics.jsonl")
         return metrics.summarise(records) | {
@@ -565,7 +595,9 @@ class Loop:
             "accumulation_steps": self.accumulation,
             "skipped_steps": sum(not math.isfinite(record["loss"] or math.nan) for record in records),
             "data": dict(self.dataset.facts),
-            "wall_seconds": wall_seconds,
+            "wall_seconds": time.perf_counter() - self.started,
+            "first_step_seconds": self.first_step_seconds,
+            "compile_seconds": self.compile_seconds,
             "device_kind": self.mesh.devices.flat[0].device_kind,
             "device_count": jax.device_count(),
             "process_count": jax.process_count(),
