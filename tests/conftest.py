@@ -1,10 +1,13 @@
-"""Eight virtual CPU devices for every test, and the places of the reference values and of the data shelf."""
+"""Eight virtual CPU devices and quick compilation for every test, and the places of reference values and data shelf."""
 
+import os
 from pathlib import Path
 
-import jax
-import pytest
-from jax.sharding import AxisType, Mesh
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time here goes into compiling
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.sharding import AxisType, Mesh  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,408 @@
+"""Rows against brute force and plain statements of what each document becomes, over generated documents."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lacuna.config import PretrainConfig, SftConfig, UserError
+from lacuna.data import (
+    Dataset,
+    Mixture,
+    PackedRows,
+    Pieces,
+    StreamRows,
+    coloured,
+    describe,
+    fit,
+    joined,
+    load_dataset,
+    packed,
+    whole,
+)
+from lacuna.documents import Documents
+from lacuna.tokenizer import load_tokenizer
+
+Mask = list[bool]
+masks = st.lists(st.booleans(), min_size=1, max_size=24)
+corpora = st.lists(st.lists(masks, min_size=1, max_size=8), min_size=1, max_size=3)
+SHORT = [False, True]  # fits every row
+DOCUMENT = 100  # token d * DOCUMENT + i is token i of document d
+
+
+def documents_of(masks: list[Mask], is_prompted: bool = True, first: int = 0) -> Documents:
+    """Documents with these supervised tokens, each ending with its last; no token occurs twice."""
+    ends = [max((place + 1 for place, learned in enumerate(mask) if learned), default=0) for mask in masks]
+    token = [(first + number) * DOCUMENT + place for number, end in enumerate(ends) for place in range(end)]
+    supervised = [learned for mask, end in zip(masks, ends, strict=True) for learned in mask[:end]]
+    start = np.cumsum([0, *ends])
+    return Documents(np.array(token, np.int32), np.array(supervised, bool), start, np.full(len(masks), is_prompted), {})
+
+
+def texts_of(sizes: list[int]) -> Documents:
+    return documents_of([[True] * size for size in sizes], is_prompted=False)
+
+
+def mixed(parts: Sequence[Pieces], weights: tuple[float, ...] = (), seed: int = 0, is_shuffled: bool = True) -> Mixture:
+    return Mixture(tuple(len(each.start) for each in parts), weights or (1.0,) * len(parts), seed, is_shuffled)
+
+
+def packed_data(
+    documents: list[Documents], length: int, cache: Path, is_packed: bool = True, **mixture: Any
+) -> Dataset:
+    pieces, facts = zip(*(fit(each, number, length) for number, each in enumerate(documents)), strict=True)
+    rows = PackedRows(joined(pieces), mixed(pieces, **mixture), length, is_packed, cache)
+    return Dataset(rows, tuple(documents), sum(facts, Counter()))
+
+
+def stream_data(documents: list[Documents], length: int, **mixture: Any) -> Dataset:
+    pieces, facts = zip(*(whole(each, number) for number, each in enumerate(documents)), strict=True)
+    return Dataset(
+        StreamRows(joined(pieces), mixed(pieces, **mixture), length), tuple(documents), sum(facts, Counter())
+    )
+
+
+def first_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
+    """The row of each piece: longest first, into the leftmost row with room, looking at one row after another."""
+    room: list[int] = []
+    row_of = [0] * len(lengths)
+    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
+        with_room = (row for row, free in enumerate(room) if free >= lengths[piece])
+        row_of[piece] = next(with_room, len(room))
+        if row_of[piece] == len(room):
+            room.append(capacity)
+        room[row_of[piece]] -= lengths[piece]
+    return row_of
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plans")
+
+
+@given(st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), st.lists(st.integers(1, size), max_size=120))))
+def test_packing_is_first_fit_decreasing(cache: Path, case: tuple[int, list[int]]) -> None:
+    capacity, lengths = case
+    for _ in ("planned", "found in the cache"):
+        assert packed(np.array(lengths, np.int64), capacity, cache).tolist() == first_fit_decreasing(lengths, capacity)
+
+
+@pytest.mark.parametrize("capacity", [64, 512, 2048])
+def test_packing_of_many_pieces_is_first_fit_decreasing(cache: Path, capacity: int) -> None:
+    drawn = np.random.default_rng(capacity).lognormal(math.log(200) - 0.5, 1, 4000)
+    lengths = np.clip(drawn.astype(np.int64), 1, capacity)
+    row_of = packed(lengths, capacity, cache)
+    assert row_of.tolist() == first_fit_decreasing(lengths.tolist(), capacity)
+    assert np.bincount(row_of, lengths).max() <= capacity
+
+
+def test_a_plan_is_kept_by_the_lengths_in_any_order(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(1, 64, 1000)
+    for order in (lengths, lengths[::-1], np.sort(lengths)):
+        packed(order, 64, tmp_path)
+    assert len(list(tmp_path.glob("plans/*"))) == 1
+    packed(lengths, 65, tmp_path)
+    packed(lengths[1:], 64, tmp_path)
+    assert len(list(tmp_path.glob("plans/*"))) == 3
+
+
+weights = st.decimals("0.01", 3, places=2)
+
+
+@example([(100, Decimal("0.07")), (100, Decimal("0.29"))], 100, True)  # 0.07 * 100 > 7, and 0.29 * 100 < 29
+@given(st.lists(st.tuples(st.integers(1, 12), weights), min_size=1, max_size=3), st.integers(1, 12), st.booleans())
+def test_a_weight_is_the_number_of_passes_an_epoch(
+    sources: list[tuple[int, Decimal]], epochs: int, is_shuffled: bool
+) -> None:
+    counts, passes = zip(*sources, strict=True)
+    mixture = Mixture(counts, tuple(map(float, passes)), 0, is_shuffled)
+    seen = Counter(item for epoch in range(epochs) for item in mixture.epoch(epoch).tolist())
+    first = 0
+    for count, weight in sources:
+        for item in range(first, first + count):
+            assert math.floor(epochs * weight) <= seen[item] <= math.ceil(epochs * weight)
+        first += count
+    assert seen.total() == sum(math.ceil(epochs * weight * count) for count, weight in sources)
+
+
+def rows_of(data: Dataset, rows: Any) -> list[list[list[int]]]:
+    return [[column.tolist() for column in data.rows.pieces_of(row)] for row in rows]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_row_depends_on_seed_and_number_alone(cache: Path, is_stream: bool) -> None:
+    sizes = np.random.default_rng(0).integers(2, 40, (2, 60)).tolist()
+
+    def fresh(seed: int = 0, is_shuffled: bool = True) -> Dataset:
+        mixture: dict[str, Any] = {"weights": (1.0, 0.37), "seed": seed, "is_shuffled": is_shuffled}
+        documents = [texts_of(each) for each in sizes]
+        return stream_data(documents, 32, **mixture) if is_stream else packed_data(documents, 32, cache, **mixture)
+
+    count = fresh().rows.row_count(5)
+    assert count > 100
+    in_order = rows_of(fresh(), range(count))
+    for order in (range(count - 1, -1, -1), np.random.default_rng(1).permutation(count).tolist()):
+        for place, row in zip(order, rows_of(fresh(), order), strict=True):
+            assert row == in_order[place]
+    epoch = fresh().rows.row_count(1)
+    assert in_order[:epoch] != in_order[epoch : 2 * epoch]
+    assert in_order[:epoch] != rows_of(fresh(seed=1), range(epoch))
+    assert rows_of(fresh(0, False), range(epoch)) == rows_of(fresh(1, False), range(epoch))
+
+
+@settings(max_examples=50)
+@given(corpora, st.integers(2, 12), st.booleans(), st.integers(1, 4))
+def test_a_segment_is_one_document_and_its_own_successor(
+    cache: Path, corpus: list[list[Mask]], length: int, is_packed: bool, batch_size: int
+) -> None:
+    documents = [documents_of([*each, SHORT], number % 2 == 0, 1 + 9 * number) for number, each in enumerate(corpus)]
+    data = packed_data(documents, length, cache, is_packed)
+    count = data.rows.row_count(1)
+    for index in range(-(-count // batch_size)):
+        batch = data.batch(index, batch_size, count)
+        for row in range(batch_size):
+            token, target, weight, segment, position = (column[row] for column in batch)
+            used = int((segment > 0).sum())
+            assert not any(column[used:].any() for column in (token, target, weight, segment, position))
+            assert not weight[segment == 0].any()
+            last = 0
+            for number in range(1, segment.max() + 1):
+                here = np.flatnonzero(segment == number)
+                assert here.tolist() == list(range(last, last := last + len(here)))
+                assert position[here].tolist() == list(range(len(here)))
+                assert target[here[:-1]].tolist() == token[here[1:]].tolist()
+                assert target[here].tolist() == (token[here] + 1).tolist()
+                assert len({int(each) // DOCUMENT for each in (*token[here], *target[here])}) == 1
+            assert last == used
+
+
+def expected_targets(mask: Mask, length: int, is_prompted: bool) -> tuple[str, list[int]]:
+    """What becomes of a document, and the tokens that are learned of it."""
+    learned = [place for place in range(1, len(mask)) if mask[place]]
+    if not learned:
+        return "without_targets", []
+    end = learned[-1]
+    if end <= length:
+        return "", learned
+    if not is_prompted or len(learned) == end:
+        return "split", learned
+    answer_start = {
+        place: max(each for each in range(-1, place) if each < 0 or not mask[each]) + 1 for place in learned
+    }
+    if end + 1 - answer_start[end] > length:
+        return "answer_too_long", []
+    return "prompt_cut", [place for place in learned if answer_start[place] > end - length]
+
+
+@settings(max_examples=200)
+@given(st.lists(masks, min_size=1, max_size=6), st.integers(1, 12), st.booleans())
+def test_what_is_too_long_is_cut_split_or_dropped_and_counted(
+    cache: Path, corpus: list[Mask], length: int, is_prompted: bool
+) -> None:
+    corpus = [*corpus, SHORT]
+    data = packed_data([documents_of(corpus, is_prompted)], length, cache)
+    learned, slots = [], 0
+    for row in range(data.rows.row_count(1)):
+        batch = data.batch(row, 1)
+        learned += batch.target[batch.weight > 0].tolist()
+        slots += int((batch.segment > 0).sum())
+    fates, targets = zip(*(expected_targets(mask, length, is_prompted) for mask in corpus), strict=True)
+    expected = [number * DOCUMENT + place for number, places in enumerate(targets) for place in places]
+    assert sorted(learned) == expected
+    counted = {name: fates.count(name) for name in ("without_targets", "split", "answer_too_long", "prompt_cut")}
+    assert counted == {name: data.facts[name] for name in counted}
+    lost = sum(sum(mask[1:]) for mask in corpus) - len(expected)
+    totals = {"documents": len(corpus), "target_tokens": len(expected), "tokens": slots, "targets_cut": lost}
+    assert totals == {name: data.facts[name] for name in totals}
+
+
+def test_what_is_cut_keeps_as_much_context_as_fits() -> None:
+    #                     question       answer        question       answer
+    mask = [False] * 5 + [True] * 4 + [False] * 3 + [True] * 2
+    pieces, _ = fit(documents_of([mask]), 0, 6)
+    assert [column.tolist() for column in pieces] == [[0], [7], [14], [9]]  # the answer from 5 on is cut at 7
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 12))
+def test_the_pieces_of_a_text_make_the_text(sizes: list[int], length: int) -> None:
+    texts = texts_of(sizes)
+    pieces, _ = fit(texts, 0, length)
+    assert pieces.slots.max(initial=0) <= length
+    made = {number * DOCUMENT for number, size in enumerate(sizes) if size > 1}
+    for start, stop in sorted(zip(pieces.start, pieces.stop, strict=True)):
+        piece = texts.token[start:stop].tolist()
+        assert piece[0] in made and made.isdisjoint(piece[1:])
+        made.update(piece)
+    assert made == {number * DOCUMENT + place for number, size in enumerate(sizes) if size > 1 for place in range(size)}
+
+
+@given(st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=5), min_size=1, max_size=2), st.integers(1, 40))
+def test_a_stream_is_full_rows_of_each_slot_once_an_epoch(sizes: list[list[int]], length: int) -> None:
+    data = stream_data([texts_of(each) for each in sizes], length)
+    slots = {
+        (source, start + place)
+        for source, (documents, lengths) in enumerate(zip(data.documents, sizes, strict=True))
+        for start, size in zip(documents.start[:-1].tolist(), lengths, strict=True)
+        for place in range(size - 1)
+    }
+    row_count = data.rows.row_count(4)
+    assert row_count == max(1, 4 * len(slots) // length)
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for row in range(row_count):
+        batch = data.batch(row, 1)
+        assert batch.segment.all() and batch.weight.all()
+        pieces = zip(*(column.tolist() for column in data.rows.pieces_of(row)), strict=True)
+        here = [(source, slot) for source, start, stop, _ in pieces for slot in range(start, stop - 1)]
+        for place, slot in enumerate(here, row * length):
+            seen.setdefault(place // len(slots), []).append(slot)
+        assert data.rows.epoch_of(row) == pytest.approx(row * length / len(slots))
+    for epoch in range(row_count * length // len(slots)):
+        assert len(seen[epoch]) == len(slots) and set(seen[epoch]) == slots
+
+
+def test_a_stream_of_one_text_is_shuffled_by_rows() -> None:
+    data = stream_data([texts_of([82])], 8)
+    first = [data.rows.pieces_of(row).start[0] for row in range(20)]
+    assert sorted(first[:10]) == list(range(0, 80, 8)) != first[:10]
+    assert data.rows.pieces_of(10).start.tolist() == [80, 0]  # where an epoch ends and the next begins
+    assert sorted(first[11:]) == list(range(7, 79, 8))
+    assert np.argsort(first[:9]).tolist() != np.argsort(first[11:]).tolist()
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(3, 70), max_size=12), st.integers(2, 64), st.integers(1, 5))
+def test_without_packing_a_row_is_one_document_in_one_of_eight_lengths(
+    cache: Path, sizes: list[int], length: int, batch_size: int
+) -> None:
+    sizes = [*sizes, 3]
+    data = packed_data([documents_of([[False] * 2 + [True] * (size - 2) for size in sizes])], length, cache, False)
+    kept = sorted(min(size - 1, length) for size in sizes if size - 2 <= length)
+    count, found, widths = data.rows.row_count(1), [], set()
+    assert count == len(kept)
+    for index in range(-(-count // batch_size)):
+        batch = data.batch(index, batch_size, count)
+        assert batch.segment.max() == 1
+        found += batch.segment.sum(axis=1).tolist()
+        width, longest = batch.token.shape[1], batch.segment.sum(axis=1).max()
+        assert longest <= width <= length and (width < longest + -(-length // 8))
+        widths.add(width)
+    assert sorted(size for size in found if size) == kept
+    assert all(width == length or width % -(-length // 8) == 0 for width in widths)
+
+
+def test_rows_behind_the_limit_are_empty(cache: Path) -> None:
+    data = packed_data([texts_of([5] * 10)], 4, cache)
+    assert data.rows.row_count(1) == 10
+    batches = [data.batch(index, 4, 10) for index in range(3)]
+    assert [int((batch.segment > 0).any(axis=1).sum()) for batch in batches] == [4, 4, 2]
+    assert sum(float(batch.weight.sum()) for batch in batches) == data.facts["target_tokens"] == 40
+    assert not batches[-1].token[2:].any() and not batches[-1].weight[2:].any()
+    assert data.batch(2, 4).weight.all()  # without a limit the next epoch follows
+    assert data.rows.epoch_of(15) == 1.5
+    assert isinstance(data.rows, PackedRows) and data.rows.slot_count(0) == 40
+
+
+# Whole data sets, with the tokenizer of the tiny configs
+
+
+def chat(question: str, *rest: str) -> str:
+    roles = ("user", "assistant") * len(rest)
+    turns = zip(roles, (question, *rest), strict=False)
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
+
+
+def data_set(tmp_path: Path, *lines: str, is_stream: bool = False, **settings: Any) -> Dataset:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    options = {"model_name": "unused", "run_name": "run", "data": ({"path": str(path)},), "sequence_length": 16}
+    page = (PretrainConfig if is_stream else SftConfig)(**options | settings)
+    return load_dataset(page.data, load_tokenizer(TINY), page, is_stream, is_shuffled=not is_stream)
+
+
+def test_the_answers_of_chats_are_learned_and_coloured(tmp_path: Path) -> None:
+    data = data_set(tmp_path, chat("How many?", "3 jars.", "And now?", "24."), sequence_length=64)
+    batch = data.batch(0, 1)
+    text = coloured(batch, 0, load_tokenizer(TINY))
+    green = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "green")
+    assert green == "3 jars.<|im_end|>24.<|im_end|>"
+    dim = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "dim")
+    assert "How many?" in dim and "And now?" in dim and "24" not in dim
+    assert int(batch.weight.sum()) == data.facts["target_tokens"]
+
+
+def test_what_was_counted_is_told_in_words(tmp_path: Path) -> None:
+    lines = (
+        chat("Hi", "3"),
+        chat("How many stones does Ben have in the end? " * 2, "4"),
+        chat("Hi", "3 + 4 = 7. " * 9),
+        "{",
+    )
+    first = describe(data_set(tmp_path, *lines, on_bad_data="skip").facts)
+    again = describe(data_set(tmp_path, *lines, on_bad_data="skip").facts)
+    assert first.startswith(
+        "4 rows read, 1 bad rows left out, 3 samples, 1 samples dropped, as the last answer alone is"
+    )
+    assert "1 prompts cut from the left" in first and " supervised (" in first
+    assert again == first.replace("4 rows read", "4 rows read, 4 of them from the cache")
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([chat("Hi", "3 + 4 = 7. " * 9)], "1 samples dropped, as the last answer alone is longer than a row"),
+        ([json.dumps({"prompt": "3", "completion": "4"}), "{"], None),
+        (["{", "[]"], r"2 rows read, 2 bad rows left out.*line 1: broken JSON"),
+        ([""], "1 rows read, 1 bad rows left out.*rows.jsonl: it holds no rows"),
+    ],
+)
+def test_a_data_set_without_a_target_is_refused(tmp_path: Path, lines: list[str], told: str | None) -> None:
+    if told is None:
+        assert data_set(tmp_path, *lines, on_bad_data="skip").facts["target_tokens"]
+    else:
+        with pytest.raises(UserError, match=f"rows.jsonl, train: no token to learn from .*{told}"):
+            data_set(tmp_path, *lines, on_bad_data="skip")
+
+
+def test_pretraining_reads_texts_only_and_ends_each(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rows.jsonl holds chats or prompts; .* sft"):
+        data_set(tmp_path, chat("Hi", "3"), is_stream=True)
+    tokenizer = load_tokenizer(TINY)
+    data = data_set(tmp_path, *(json.dumps({"text": f"Ben has {n}."}) for n in range(20)), is_stream=True)
+    rows = [data.batch(row, 1) for row in range(data.rows.row_count(1))]
+    for batch in rows:
+        ends = np.flatnonzero(np.diff(batch.segment[0], append=0))
+        assert set(batch.target[0, ends[:-1]].tolist()) == {tokenizer.eos_id}
+    assert data.facts["documents"] == 20 and data.facts["tokens"] == data.facts["target_tokens"]
+
+
+def test_a_source_is_sliced_and_weighted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    sources = [{"path": str(path), "split": "train[:75%]", "weight": 2}, {"path": str(path), "split": "train[75%:]"}]
+    data = data_set(tmp_path, *(chat("Hi", str(n % 10)) for n in range(8)), data=tuple(sources))
+    assert [len(each.start) - 1 for each in data.documents] == [6, 2]
+    seen = Counter(
+        (source, start)
+        for row in range(data.rows.row_count(1))
+        for source, start in zip(*(column.tolist() for column in data.rows.pieces_of(row)[:2]), strict=True)
+    )
+    assert sorted(seen.values()) == [1] * 2 + [2] * 6
+    assert {source for (source, _), count in seen.items() if count == 2} == {0}
+
+
+@pytest.mark.reference
+def test_real_chats_fill_their_rows(shelf: Path) -> None:
+    page = SftConfig(model_name="unused", run_name="run", data=({"path": str(shelf / "chat" / "*.jsonl")},))
+    tokenizer = load_tokenizer(shelf / "tokenizers" / "qwen2.5")
+    data = load_dataset(page.data, tokenizer, page, is_stream=False, is_shuffled=True)
+    assert data.facts["documents"] == 10_249 and isinstance(data.rows, PackedRows)
+    assert data.rows.slot_count(0) == data.facts["tokens"]
+    assert data.facts["tokens"] >= 0.99 * data.rows.row_count(1) * page.sequence_length
