@@ -335,7 +335,7 @@ def test_the_command_takes_model_and_data_by_name(hub: Hub, tmp_path: Path) -> N
     assert "It is 14." in shown.stdout and "It is 16." not in shown.stdout
 
 
-def test_the_command_refuses_half_a_model_when_the_hub_is_down(first: Fetched, nowhere: str) -> None:
-    refused = sft(nowhere, first.home, "acme/bare")
+def test_the_command_refuses_an_unknown_model_when_the_hub_is_down(first: Fetched, nowhere: str) -> None:
+    refused = sft(nowhere, first.home, "acme/other")
     assert refused.returncode == 2
-    assert re.fullmatch("error: model_name 'acme/bare': .*Connection refused.*\n", refused.stderr), refused.stderr
+    assert re.fullmatch("error: model_name 'acme/other': .*Connection refused.*\n", refused.stderr), refused.stderr

@@ -48,7 +48,7 @@ class Page(BaseModel):
 
 
 class DataSource(Page):
-    path: str = Field(min_length=1, description="File, glob, or data set on the hub")
+    path: str = Field(min_length=1, description="File, glob, or data set on the hub (path:config for one of several)")
     split: str = Field("train", min_length=1, description="Split, or a slice of one such as train[:95%]")
     weight: float = Field(1.0, gt=0, description="Passes over this source per epoch")
     messages_column: str = Field("messages", description="Column of chats: lists of role and content")

@@ -42,6 +42,8 @@ def run(page: EvalConfig) -> None:
     check_divisible(mesh, model.sizes)
     print(f"model: {page.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
     print(f"data: {describe(dataset.facts)}")
+    for example in (example for documents in dataset.documents for example in documents.facts["bad_examples"]):
+        print(f"left out: {example}")
     with jax.set_mesh(mesh):
         params = checkpoint.load_params(source, model, mesh)
         rows = page.batch_size * row_shards(mesh)

@@ -277,6 +277,7 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
         UserError: whatever about config, model, data or devices can't be trained with.
     """
     started = time.perf_counter()
+    resumed = None if isinstance(page, SftConfig) and page.show else checkpoint_to_resume(page)
     chat = page if isinstance(page, SftConfig) else None
     is_shown = bool(chat and chat.show)
     source = checkpoint.resolve_model(page.model_name, with_weights=not page.from_scratch and not is_shown)
@@ -298,14 +299,19 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
     check_divisible(mesh, model.sizes)
     row_limit = None if page.steps else dataset.rows.row_count(page.epochs)
     steps = page.steps or -(-dataset.rows.row_count(page.epochs) // page.batch_size)
-    directory, resumed = page.run_directory, open_run(page)
-    first_step = resumed[1]["step"] if resumed else 0
+    directory, first_step = page.run_directory, resumed[1]["step"] if resumed else 0
+    if page.overwrite:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.toml").write_text(to_toml(page))
     with (
         jax.set_mesh(mesh),
         RunLog(directory, steps, page.log_every, first_step, page.wandb, masked_config(page)) as log,
     ):
         for line in start_facts(page, model, mesh, accumulation, steps, dataset, held_out):
             log.info(line)
+        if page.resume and not resumed:
+            log.info("no checkpoint to resume from yet, so this begins at the beginning")
         if resumed:
             log.info(f"resuming from {resumed[0]}")
             state = checkpoint.load_checkpoint(*resumed, abstract_state(model, mesh))
@@ -316,7 +322,7 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
             page, model, mesh, dataset, held_out, tokenizer, log, accumulation, steps, row_limit, recipe, started
         )
         state = loop.train(state, resumed[1]["best_eval_loss"] if resumed else None)
-        if loop.stop.is_wanted:
+        if loop.step < steps:
             log.info(f"stopped after step {loop.step} of {steps}; the same command with --resume goes on from there")
         else:
             checkpoint.save_model(directory / "model", state.params, model, source, chat.chat_template if chat else "")
@@ -358,34 +364,25 @@ def masked_config(page: TrainingConfig) -> dict[str, Any]:
     return tomllib.loads(to_toml(page))
 
 
-def open_run(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
-    """Make the run's directory; the checkpoint to resume from with its manifest, if the page asks for one.
+def checkpoint_to_resume(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that the page asks to go on from, with its manifest; none for a new run.
 
     Raises:
-        UserError: a run is there already, a fixed key was changed, or no checkpoint is good.
+        UserError: a run is there already, none of its checkpoints is whole, or a fixed key was changed.
     """
-    directory, resumed = page.run_directory, None
-    if page.resume or page.resume_from:
-        resumed = checkpoint_to_resume(page)
-    elif page.overwrite:
-        shutil.rmtree(directory, ignore_errors=True)
-    elif (directory / "config.toml").exists():
-        raise UserError(f"{directory} holds a run already; add --resume to go on with it, --overwrite to delete it")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.toml").write_text(to_toml(page))
-    return resumed
-
-
-def checkpoint_to_resume(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The named checkpoint, or the newest good one of the run, whose config agrees; none where there is none yet."""
+    directory = page.run_directory
     if page.resume_from:
-        found = (Path(page.resume_from), checkpoint.read_manifest(Path(page.resume_from)))
+        found = Path(page.resume_from), checkpoint.read_manifest(Path(page.resume_from))
+    elif page.resume:
+        found = checkpoint.newest_good(directory)
+    elif (directory / "config.toml").exists() and not page.overwrite:
+        raise UserError(f"{directory} holds a run already; add --resume to go on with it, --overwrite to delete it")
     else:
-        found = checkpoint.newest_good(page.run_directory)
+        return None
     if found:
         saved, now = found[1]["config"], masked_config(page)
-        if changed := [key for key in FIXED_ON_RESUME if key in now and saved.get(key) != now[key]]:
-            differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed)
+        if changed := [key for key in FIXED_ON_RESUME if saved.get(key) != now.get(key)]:
+            differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in changed)
             raise UserError(f"{found[0]}: a run can't change this when it resumes: {differences}")
     return found
 
@@ -513,6 +510,7 @@ class Loop:
             self.programs[length] = step.lower(state, batch, self.recipe).compile()
             seconds = time.perf_counter() - began
             self.compile_seconds += seconds
+            self.clock += seconds
             memory = self.programs[length].memory_analysis()
             held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
             self.log.info(
