@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,23 @@ def test_every_device_gets_its_part_of_the_same_weights(shape: tuple[int, int, i
         np.testing.assert_array_equal(ours, expected)
     part, full = parted["layers"]["query"].addressable_shards[0].data.size, whole["layers"]["query"].size
     assert part * shape[1] * shape[2] == full
+
+
+def test_devices_read_no_more_than_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = read_model_config(REFERENCE / "qwen3"), []
+    opened = checkpoint.open_tensors
+
+    def counted(directory: Path, stack: ExitStack) -> dict[str, checkpoint.FileTensor]:
+        def counting(tensor: checkpoint.FileTensor) -> checkpoint.FileTensor:
+            return tensor._replace(read=lambda slices: read.append(tensor.read(slices)) or read[-1])
+
+        return {name: counting(tensor) for name, tensor in opened(directory, stack).items()}
+
+    monkeypatch.setattr(checkpoint, "open_tensors", counted)
+    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 4, 2))
+    shards = [shard for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+    assert sum(part.nbytes for part in read) <= sum(shard.data.nbytes for shard in shards)
+    assert max(part.nbytes for part in read) <= max(shard.data.nbytes for shard in shards)
 
 
 def test_padded_rows_of_the_vocabulary_are_zero_in_memory_and_gone_from_the_file(tmp_path: Path) -> None:

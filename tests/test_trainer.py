@@ -334,6 +334,17 @@ def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(small: Path) 
     assert [row["gradient_norm"] for row in records(page)][-5:] == [None] * 5
 
 
+def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
+    model = read_model_config(REFERENCE / "qwen3")
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    batch, settings = random_batch(0, 1, 2, 8, model.vocabulary_size), page(neftune_alpha=1.0)
+    programs = {
+        jax.jit(trainer.train_step, static_argnums=(3, 4)).lower(state, batch, recipe, model, settings).as_text()
+        for recipe in (trainer.recipe_of(settings, 50), trainer.recipe_of(page(learning_rate=1.0, seed=7), 9))
+    }
+    assert len(programs) == 1
+
+
 def test_training_lowers_the_loss(small: Path) -> None:
     page = chat_run(small, epochs=12, learning_rate=1e-2)
     trainer.run(page)
