@@ -350,3 +350,23 @@ def test_training_lowers_the_loss(small: Path) -> None:
     trainer.run(page)
     losses = [row["loss"] for row in records(page)]
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
+
+
+def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_times() -> None:
+    model = read_model_config(REFERENCE / "qwen3")
+    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    batch = random_batch(0, 1, 8, 256, model.vocabulary_size)
+    batch = batch._replace(token=jnp.where(np.arange(256) % 2, 7, batch.token))
+    gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = page(compute_dtype=dtype)
+        recipe = trainer.recipe_of(settings, 50)
+        found[dtype] = gradient(params, batch, jnp.int32(0), recipe, model, settings)
+    (wide_loss, wide), (loss, narrow) = found["float32"], found["bfloat16"]
+    assert float(loss) == pytest.approx(float(wide_loss), rel=5e-3)
+    for ours, expected in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        assert ours.dtype == jnp.float32
+        assert np.linalg.norm(ours - expected) < 0.05 * np.linalg.norm(expected)
+    met = np.linalg.norm(narrow["embedding"][7] - wide["embedding"][7]) / np.linalg.norm(wide["embedding"][7])
+    assert met < 0.02

@@ -273,10 +273,15 @@ def initial_params(key: Key[Array, ""], config: ModelConfig) -> PyTree[Float[Arr
 
 
 def cast(params: PyTree, config: ModelConfig, dtype: DTypeLike) -> PyTree:
-    """Weights in the dtype of compute; norm scales stay float32."""
-    return jax.tree.map(
-        lambda row, leaf: leaf if row.role == "norm" else leaf.astype(dtype), parameter_table(config), params
-    )
+    """Weights in the dtype of compute; norm scales stay float32, and so does what has a row for each token.
+
+    Those rows are cast where they are used, so the gradient of one met a thousand times is a sum in float32.
+    """
+
+    def stays(row: Parameter) -> bool:
+        return row.role == "norm" or row.axes.startswith("vocab")
+
+    return jax.tree.map(lambda row, x: x if stays(row) else x.astype(dtype), parameter_table(config), params)
 
 
 def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
@@ -403,8 +408,8 @@ def layer_forward(
 
 
 def embed(params: PyTree[Array], token: Int[Array, "batch token"]) -> Float[Array, "batch token embed"]:
-    """Embeddings of the tokens."""
-    return shard_rows(params["embedding"][token])
+    """Embeddings of the tokens, in the dtype of compute."""
+    return shard_rows(params["embedding"][token].astype(params["layers"]["query"].dtype))
 
 
 def forward(
@@ -439,7 +444,7 @@ def head_of(params: PyTree[Array], config: ModelConfig) -> Float[Array, "vocab e
 def logits_of(
     hidden: Float[Array, "batch token embed"], head: Float[Array, "vocab embed"], vocabulary_size: int
 ) -> Float[Array, "batch token vocab"]:
-    """Float32 logits; rows of a padded vocabulary are -inf, so they have no probability and no gradient."""
+    """Float32 logits; those of a padded vocabulary are -inf, so they have no probability and no gradient."""
     logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=jnp.float32)
     if head.shape[0] == vocabulary_size:
         return logits
@@ -482,6 +487,7 @@ def token_statistics(
         logits = logits_of(chunk[0], head, vocabulary_size)
         return _negative_log_likelihood(logits, chunk[1])[0], jnp.argmax(logits, axis=-1) == chunk[1]
 
+    head = head.astype(hidden.dtype)
     chunks = _split_tokens(_chunk_length(hidden), hidden, target)
     joined = (jnp.moveaxis(x, 0, 1).reshape(hidden.shape[0], -1) for x in jax.lax.map(chunk_statistics, chunks))
     loss, is_correct = (x[:, : hidden.shape[1]] for x in joined)
@@ -508,15 +514,16 @@ def _cross_entropy_forward(
     hidden: Array, head: Array, target: Array, weight: Array, vocabulary_size: int
 ) -> tuple[Array, tuple[Array, Array]]:
     chunks = _split_tokens(_chunk_length(hidden), hidden, target, weight)
+    compute_head = head.astype(hidden.dtype)
 
     def step(total: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         hidden, target, weight = chunk
-        logits = logits_of(hidden, head, vocabulary_size)
+        logits = logits_of(hidden, compute_head, vocabulary_size)
         loss, normalizer, is_target = _negative_log_likelihood(logits, target)
         logit_gradient = (jnp.exp(logits - normalizer) - is_target) * weight[..., None]
         logit_gradient = jax.lax.optimization_barrier(logit_gradient.astype(hidden.dtype))
         head_gradient = jnp.einsum("btv,bte->ve", logit_gradient, hidden, preferred_element_type=jnp.float32)
-        hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, head)
+        hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, compute_head)
         return (total[0] + jnp.sum(loss * weight), total[1] + head_gradient), hidden_gradient
 
     zero = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
