@@ -32,11 +32,11 @@ def main() -> None:
             prepare_process()
             print(json.dumps({"label": "peak"} | peak()))
         case ["train", "pretrain" | "sft" as command, *arguments]:
+            prepare_process()
             with tempfile.TemporaryDirectory() as scratch:
                 fixed = ["--output-dir", scratch, "--run-name", "bench", "--save-every", "0"]
                 pages: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
                 page = parse(pages[command], [*arguments, *fixed], f"bench train {command}")
-                prepare_process()
                 print(json.dumps({"label": "train"} | train(page, started)))
         case _:
             sys.exit(__doc__)
@@ -90,7 +90,7 @@ def train(page: TrainingConfig, started: float) -> dict[str, Any]:
     assert ended
     loop, state = ended
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
-    timed = records[WARM_STEPS:]
+    timed = records[min(WARM_STEPS, len(records) - 1) :]
     length, program = max(loop.programs.items())
     batch, _ = loop.prepare(0)
     states = [state]

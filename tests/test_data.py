@@ -331,7 +331,7 @@ def data_set(tmp_path: Path, *lines: str, is_stream: bool = False, **settings: A
 def test_the_answers_of_chats_are_learned_and_coloured(tmp_path: Path) -> None:
     data = data_set(tmp_path, chat("How many?", "3 jars.", "And now?", "24."), sequence_length=64)
     batch = data.batch(0, 1)
-    text = coloured(batch, 0, load_tokenizer(TINY))
+    text = coloured(batch, 0, load_tokenizer(TINY), has_marks=False)
     green = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "green")
     assert green == "3 jars.<|im_end|>24.<|im_end|>"
     dim = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "dim")

@@ -241,6 +241,16 @@ def test_initial_weights_are_the_same_on_every_mesh() -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"dtype": "int8", "torch_dtype": None}, "int8"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "full_attention"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+        ({"num_experts": 8}, "num_experts = 8"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "ForSequenceClassification"),
+        ({"head_dim": 31}, "head_dim = 31 is odd"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' = 0"),
+        ({"vocab_size": "512"}, "'vocab_size' = '512'"),
+        ({"rope_theta": "x"}, "'rope_theta' = 'x'"),
+        ({"attention_bias": "yes"}, "'attention_bias' = 'yes'"),
+        ({"layer_types": 3}, "'layer_types' = 3"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], words: str) -> None:

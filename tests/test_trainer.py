@@ -306,25 +306,60 @@ def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(sma
         trainer.run(text_run(small, steps=2, seed=1, resume=True))
 
 
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, steps = text_run(small, run_name="stopped"), []
-    prepare = trainer.Loop.prepare
+@pytest.mark.parametrize("place", ["prepare", "flush", "evaluate"])
+def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
+    small: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)
+    page = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
+    usual = getattr(trainer.Loop, place)
 
-    def interrupted(loop: trainer.Loop, index: int) -> Any:
-        steps.append(index)
-        if index == 3:
+    def interrupted(loop: trainer.Loop, *arguments: Any, **named: Any) -> Any:
+        if loop.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return prepare(loop, index)
+            monkeypatch.undo()
+        return usual(loop, *arguments, **named)
 
-    monkeypatch.setattr(trainer.Loop, "prepare", interrupted)
+    monkeypatch.setattr(trainer.Loop, place, interrupted)
     trainer.run(page)
-    monkeypatch.undo()
-    assert checkpoint.saved_steps(page.run_directory) == [3] and not (page.run_directory / "model").exists()
-    assert "--resume" in (page.run_directory / "run.log").read_text()
-    trainer.run(text_run(small, run_name="stopped", resume=True))
-    whole = text_run(small, run_name="whole")
+    (step,) = checkpoint.saved_steps(page.run_directory)
+    assert step < 8 and records(page)[-1]["step"] == step and not (page.run_directory / "model").exists()
+    assert "config.toml --resume" in (page.run_directory / "run.log").read_text()
+    trainer.run(page.model_copy(update={"resume": True}))
+    whole = page.model_copy(update={"run_name": "whole"})
     trainer.run(whole)
     assert outcome(page) == outcome(whole)
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(small: Path) -> None:
+    page = text_run(small, steps=1, overwrite=True)
+    page.run_directory.mkdir(parents=True)
+    thesis = page.run_directory / "thesis.tex"
+    thesis.write_text("years of work")
+    with pytest.raises(UserError, match="files that are no run"):
+        trainer.run(page)
+    assert thesis.exists()
+    thesis.unlink()
+    trainer.run(page)
+    trainer.run(page)
+    own = page.model_copy(update={"model_name": str(page.run_directory), "from_scratch": False})
+    with pytest.raises(UserError, match="would delete"):
+        trainer.run(own)
+    wrong = page.model_copy(update={"model_name": str(small), "from_scratch": False})
+    with pytest.raises(UserError, match="no such file; to train from random weights"):
+        trainer.run(wrong)
+    assert (page.run_directory / "model" / "config.json").exists()
+
+
+def test_data_that_changed_since_the_checkpoint_are_refused(small: Path) -> None:
+    data = small.parent / "texts.jsonl"
+    lines = (TINY / "pretrain.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:50]))
+    page = text_run(small, data=({"path": str(data)},), steps=1)
+    trainer.run(page)
+    data.write_text("".join(lines[:49]))
+    with pytest.raises(UserError, match="texts.jsonl: its content has changed"):
+        trainer.run(page.model_copy(update={"resume": True, "steps": 2}))
 
 
 def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(small: Path) -> None:

@@ -55,6 +55,10 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
     path = Path(model_name)
     if (path / "model" / "config.json").is_file():
         return path / "model"
+    if (path / "manifest.json").is_file():
+        raise UserError(f"{path}: a checkpoint to resume from, not a model; a run exports its model when it ends")
+    if (path / "config.toml").is_file():
+        raise UserError(f"{path}: a run that has not ended, so it has no model yet; go on with it by --resume")
     if path.is_dir():
         return path
     import huggingface_hub
@@ -257,6 +261,8 @@ def save_model(
             shutil.copyfile(source / name, scratch / name)
     if chat_template:
         shutil.copyfile(chat_template, scratch / "chat_template.jinja")
+    for path in (*scratch.iterdir(), scratch):
+        sync(path)
     replace_directory(scratch, directory)
 
 

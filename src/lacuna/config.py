@@ -194,8 +194,8 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
                 f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; "
                 f"set warmup_steps to {self.steps} or less"
             )
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite contradict each other; drop one of them")
+        if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
+            raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
         if self.eval_every and not self.eval_data:
             raise ValueError(f"eval_every = {self.eval_every} has no data; add [[eval_data]] or drop eval_every")
         return self
@@ -262,10 +262,10 @@ def parse(page: type[Config], arguments: list[str], program: str) -> Config:
         raise UserError("\n".join(explain(one, page, program, typed, origins) for one in error.errors())) from None
 
 
-def to_toml(page: Page) -> str:
-    """The page as TOML that reads back as an equal page."""
+def to_toml(page: Page, without: Iterable[str] = ()) -> str:
+    """The page as TOML that reads back as an equal page, but for the keys left out."""
     plain, tables = [], []
-    for key, value in page.model_dump().items():
+    for key, value in page.model_dump(exclude=set(without)).items():
         if isinstance(value, tuple):
             for entry in value:
                 tables += ["", f"[[{key}]]", *(f"{name} = {toml_value(entry[name])}" for name in entry)]
@@ -339,7 +339,8 @@ def with_entry(entries: list[Values], index: int, name: str, text: str) -> list[
 class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         mend = "needs a value behind it; one that begins with - is written OPTION=VALUE"
-        raise UserError(message.removeprefix("argument ").replace(": expected one argument", f" {mend}"))
+        message = message.removeprefix("argument ").replace(": expected one argument", f" {mend}")
+        raise UserError(message.replace(": ignored explicit argument", " takes no value, but has"))
 
 
 def read_flags(

@@ -388,8 +388,8 @@ def describe(facts: Mapping[str, int]) -> str:
     return ", ".join(f"{facts[key]:,} {words}" for key, words in WORDING.items() if facts.get(key)) + share
 
 
-def coloured(batch: Batch, row: int, tokenizer: Tokenizer) -> Text:
-    """A packed row as text: what is learned in green, the context dim, each document under a line of its own."""
+def coloured(batch: Batch, row: int, tokenizer: Tokenizer, has_marks: bool) -> Text:
+    """A packed row as text: what is learned in green (and in ⟦ ⟧), its context dim, each document under a line."""
     text = Text()
     for segment in range(1, int(batch.segment[row].max()) + 1):
         here = np.flatnonzero(batch.segment[row] == segment)
@@ -397,6 +397,7 @@ def coloured(batch: Batch, row: int, tokenizer: Tokenizer) -> Text:
         is_learned = [False, *(batch.weight[row, here] > 0)]
         text.append(f"── document {segment}: {len(here)} tokens, {sum(is_learned)} supervised ──\n", style="bold cyan")
         for learned, run in groupby(zip(is_learned, ids, strict=True), lambda pair: pair[0]):
-            text.append(decode(tokenizer, [int(each) for _, each in run]), style="green" if learned else "dim")
+            written = decode(tokenizer, [int(each) for _, each in run])
+            text.append(f"⟦{written}⟧" if learned and has_marks else written, style="green" if learned else "dim")
         text.append("\n")
     return text

@@ -24,7 +24,7 @@ def make_mesh(data_parallel: int, fsdp: int, tensor: int) -> Mesh:
     if math.prod(shape) != count:
         raise UserError(
             f"data_parallel × fsdp × tensor = {' × '.join(map(str, shape))} = {math.prod(shape)}, but the devices "
-            f"are {count}; leave fsdp at 0 to use those left over"
+            f"are {count}; choose divisors of {count}, and fsdp = 0 for those left over"
         )
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 

@@ -115,7 +115,7 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
             if len(line) > MAX_LINE_BYTES:
                 yield f"{file} line {number}", ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
             elif line.strip():
-                yield f"{file} line {number}", as_row(parsed(line))
+                yield f"{file} line {number}", as_row(parsed(line.rstrip(b"\r\n")))
 
 
 def bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -411,7 +411,7 @@ def fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, ski
 def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, directory: Path) -> None:
     """Write the files token, supervised, start, is_prompted and facts.json from the rows of a source."""
     bad: list[str] = []
-    start, is_prompted, end, straddling = [0], [], 0, 0
+    start, is_prompted, end, straddling, digest = [0], [], 0, 0, hashlib.sha256()
     with (
         (directory / "token").open("wb") as token_file,
         (directory / "supervised").open("wb") as supervised_file,
@@ -423,6 +423,7 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
             for part, encoded in zip(batch, encode_parts(batch, tokenizer), strict=True):
                 token_file.write(encoded.token.tobytes())
                 supervised_file.write(encoded.supervised.tobytes())
+                digest.update(encoded.token.tobytes() + encoded.supervised.tobytes())
                 straddling += encoded.straddling_count
                 end += len(encoded.token)
                 if part.is_last:
@@ -430,8 +431,14 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
                     is_prompted.append(part.is_prompted)
     np.array(start, np.int64).tofile(directory / "start")
     np.array(is_prompted, np.bool_).tofile(directory / "is_prompted")
-    counts = {"rows": len(is_prompted) + len(bad), "bad": len(bad), "straddling": straddling}
-    (directory / "facts.json").write_text(json.dumps(counts | {"bad_examples": bad[:SHOWN_BAD_ROWS]}))
+    facts = {
+        "rows": len(is_prompted) + len(bad),
+        "bad": len(bad),
+        "bad_examples": bad[:SHOWN_BAD_ROWS],
+        "straddling": straddling,
+        "digest": digest.hexdigest(),
+    }
+    (directory / "facts.json").write_text(json.dumps(facts))
 
 
 def prepared_rows(

@@ -34,7 +34,7 @@ class RopeScaling:
     factor: float
     low_frequency_factor: float
     high_frequency_factor: float
-    original_positions: int
+    original_positions: float
 
 
 @dataclass(frozen=True)
@@ -170,70 +170,96 @@ def read_model_config(directory: Path) -> ModelConfig:
         raise UserError(f"{directory}: no config.json; model_name must be a model in Hugging Face layout") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds a {type(raw).__name__}, not the object that describes a model")
     return model_config(raw, str(path))
 
 
 def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """A `ModelConfig` from the fields of a config.json, in the form of transformers 4 or 5; `where` is for messages."""
 
-    def field(key: str) -> Any:
-        if raw.get(key) is None:
+    def value(key: str, kind: type, default: Any, fields: Mapping[str, Any] = raw) -> Any:
+        found = fields.get(key) if fields.get(key) is not None else default
+        if found is None:
             raise UserError(f"{where}: {key!r} is missing")
-        return raw[key]
+        is_right = isinstance(found, (int, float) if kind is float else kind) and isinstance(found, bool) == (
+            kind is bool
+        )
+        if not is_right or (kind in (int, float) and found < 0) or (kind is int and found == 0 and default is None):
+            raise UserError(f"{where}: {key!r} = {found!r} is not a {kind.__name__} that a model can have")
+        return kind(found)
+
+    def refuse(key: str, what: Any) -> None:
+        raise UserError(f"{where}: {key} = {what!r} is not supported")
 
     family = raw.get("model_type")
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
         raise UserError(f"{where}: model_type {family!r} is not supported; llama, mistral, qwen2 and qwen3 are")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    for architecture in value("architectures", list, []):
+        if not str(architecture).endswith("ForCausalLM"):
+            refuse("architectures", architecture)
+    rope = value("rope_parameters", dict, raw.get("rope_scaling") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refused = {
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "mlp_bias": bool(raw.get("mlp_bias")),
-        "attention_dropout": bool(raw.get("attention_dropout")),
-        "rope_interleaved": bool(raw.get("rope_interleaved")),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1,
-        "quantization_config": bool(raw.get("quantization_config")),
-    }
-    if bad := [key for key, is_bad in refused.items() if is_bad]:
-        raise UserError(f"{where}: {bad[0]} = {raw.get(bad[0], rope.get(bad[0]))!r} is not supported")
+    if nested := [key for key, inner in rope.items() if isinstance(inner, dict)]:
+        refuse(f"a rope of its own for {nested[0]}", rope[nested[0]])
     if rope_type not in ("default", "llama3"):
         raise UserError(f"{where}: rope type {rope_type!r} is not supported; default and llama3 are")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", raw["hidden_act"])
+    for key in (
+        "mlp_bias",
+        "attention_dropout",
+        "rope_interleaved",
+        "quantization_config",
+        "num_experts",
+        "num_local_experts",
+    ):
+        if raw.get(key):
+            refuse(key, raw[key])
+    partial_rotary = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    if partial_rotary != 1:
+        refuse("partial_rotary_factor", partial_rotary)
     file_dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if file_dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"{where}: dtype {file_dtype!r} is not supported; float32, bfloat16 and float16 are")
-    heads, kv_heads = field("num_attention_heads"), raw.get("num_key_value_heads") or field("num_attention_heads")
+    embed, heads = value("hidden_size", int, None), value("num_attention_heads", int, None)
+    kv_heads = value("num_key_value_heads", int, heads)
     if heads % kv_heads:
         raise UserError(f"{where}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
-    has_window = raw.get("use_sliding_window", family == "mistral") or "sliding_attention" in raw.get("layer_types", ())
-    has_bias = bool(raw.get("attention_bias"))
+    head = value("head_dim", int, embed // heads)
+    if head % 2:
+        raise UserError(f"{where}: head_dim = {head} is odd, and rotary embedding turns pairs of channels")
+    has_window = value("use_sliding_window", bool, family == "mistral")
+    has_window = has_window or "sliding_attention" in value("layer_types", list, [])
+    has_bias = value("attention_bias", bool, False)
+    scaling = None
+    if rope_type == "llama3":
+        numbers = (
+            value(key, float, None, rope)
+            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        )
+        scaling = RopeScaling(*numbers)
     return ModelConfig(
         family=family,
-        vocabulary_size=field("vocab_size"),
-        embed=field("hidden_size"),
-        layers=field("num_hidden_layers"),
+        vocabulary_size=value("vocab_size", int, None),
+        embed=embed,
+        layers=value("num_hidden_layers", int, None),
         kv_heads=kv_heads,
         group=heads // kv_heads,
-        head=raw.get("head_dim") or field("hidden_size") // heads,
-        feedforward=field("intermediate_size"),
-        max_positions=field("max_position_embeddings"),
-        sliding_window=(raw.get("sliding_window") or 0) if has_window else 0,
-        norm_epsilon=float(field("rms_norm_eps")),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling=RopeScaling(
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope["original_max_position_embeddings"],
-        )
-        if rope_type == "llama3"
-        else None,
-        is_tied=bool(raw.get("tie_word_embeddings", False)),
+        head=head,
+        feedforward=value("intermediate_size", int, None),
+        max_positions=value("max_position_embeddings", int, None),
+        sliding_window=value("sliding_window", int, 0) if has_window else 0,
+        norm_epsilon=value("rms_norm_eps", float, None),
+        rope_theta=value("rope_theta", float, value("rope_theta", float, 10000.0), rope),
+        rope_scaling=scaling,
+        is_tied=value("tie_word_embeddings", bool, False),
         has_qkv_bias=family == "qwen2" or has_bias,
         has_output_bias=family != "qwen2" and has_bias,
         has_query_key_norm=family == "qwen3",
-        initializer_range=raw.get("initializer_range", 0.02),
+        initializer_range=value("initializer_range", float, 0.02),
         file_dtype=file_dtype,
-        padded_vocabulary=raw["vocab_size"],
+        padded_vocabulary=value("vocab_size", int, None),
     )
 
 

@@ -20,7 +20,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 from rich.console import Console
-from rich.text import Text
 
 from lacuna import checkpoint, metrics
 from lacuna.config import EvalConfig, PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps, to_toml
@@ -277,12 +276,16 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
         UserError: whatever about config, model, data or devices can't be trained with.
     """
     started = time.perf_counter()
-    resumed = None if isinstance(page, SftConfig) and page.show else checkpoint_to_resume(page)
     chat = page if isinstance(page, SftConfig) else None
     is_shown = bool(chat and chat.show)
-    source = checkpoint.resolve_model(page.model_name, with_weights=not page.from_scratch and not is_shown)
+    resumed = None if is_shown else checkpoint_to_resume(page)
+    source = checkpoint.resolve_model(page.model_name, with_weights=False)
     model = read_model_config(source)
     check_sequence_length(model, page.sequence_length)
+    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
+    accumulation = accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
+    model = replace(model, padded_vocabulary=padded(model.vocabulary_size, mesh))
+    check_divisible(mesh, model.sizes)
     tokenizer = load_tokenizer(source, *([chat.chat_template, chat.template_date] if chat else []))
     check_vocabulary(model, tokenizer)
     dataset = load_dataset(page.data, tokenizer, page, is_stream=isinstance(page, PretrainConfig), is_shuffled=True)
@@ -293,53 +296,64 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
         show(dataset, tokenizer, chat.show)
         return None
     enable_compilation_cache(page)
-    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
-    accumulation = accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
-    model = replace(model, padded_vocabulary=padded(model.vocabulary_size, mesh))
-    check_divisible(mesh, model.sizes)
     row_limit = None if page.steps else dataset.rows.row_count(page.epochs)
     steps = page.steps or -(-dataset.rows.row_count(page.epochs) // page.batch_size)
-    directory, first_step = page.run_directory, resumed[1]["step"] if resumed else 0
-    if page.overwrite:
-        shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.toml").write_text(to_toml(page))
-    with (
-        jax.set_mesh(mesh),
-        RunLog(directory, steps, page.log_every, first_step, page.wandb, masked_config(page)) as log,
-    ):
-        for line in start_facts(page, model, mesh, accumulation, steps, dataset, held_out):
-            log.info(line)
-        if page.resume and not resumed:
-            log.info("no checkpoint to resume from yet, so this begins at the beginning")
+    directory, manifest = page.run_directory, resumed[1] if resumed else {}
+    check_same_data(page, dataset, manifest)
+    with jax.set_mesh(mesh):
         if resumed:
-            log.info(f"resuming from {resumed[0]}")
             state = checkpoint.load_checkpoint(*resumed, abstract_state(model, mesh))
         else:
+            source = checkpoint.resolve_model(page.model_name, with_weights=not page.from_scratch)
             state = starting_state(page, source, model, mesh)
-        recipe = jax.device_put(recipe_of(page, steps), NamedSharding(mesh, PartitionSpec()))
-        loop = Loop(
-            page, model, mesh, dataset, held_out, tokenizer, log, accumulation, steps, row_limit, recipe, started
-        )
-        state = loop.train(state, resumed[1]["best_eval_loss"] if resumed else None)
-        if loop.step < steps:
-            log.info(f"stopped after step {loop.step} of {steps}; the same command with --resume goes on from there")
-        else:
-            checkpoint.save_model(directory / "model", state.params, model, source, chat.chat_template if chat else "")
-            log.info(f"model in Hugging Face layout: {directory / 'model'}")
-        metrics.write_summary(directory, loop.summary())
-        metrics.write_report(directory)
-        log.info(f"report: {directory / 'report.html'}")
-        return loop, state
+        begin(page)
+        with RunLog(directory, steps, page.log_every, manifest.get("step", 0), page.wandb, masked_config(page)) as log:
+            for line in start_facts(page, model, mesh, accumulation, steps, dataset, held_out):
+                log.info(line)
+            if resumed:
+                log.info(f"resuming from {resumed[0]}")
+            elif page.resume:
+                log.info("no checkpoint to resume from yet, so this begins at the beginning")
+            recipe = jax.device_put(recipe_of(page, steps), NamedSharding(mesh, PartitionSpec()))
+            loop = Loop(
+                page, model, mesh, dataset, held_out, tokenizer, log, accumulation, steps, row_limit, recipe, started,
+                earlier_seconds=manifest.get("wall_seconds", 0.0), best_eval_loss=manifest.get("best_eval_loss"),
+            )  # fmt: skip
+            state = loop.train(state)
+            if loop.step < steps:
+                again = f"{command_of(page)} @ {directory / 'config.toml'} --resume"
+                log.info(f"stopped after step {loop.step} of {steps}, all saved; to go on: uv run {again}")
+            else:
+                template = chat.chat_template if chat else ""
+                checkpoint.save_model(directory / "model", state.params, model, source, template)
+                log.info(f"model in Hugging Face layout: {directory / 'model'}")
+            metrics.write_summary(directory, loop.summary())
+            metrics.write_report(directory)
+            log.info(f"report: {directory / 'report.html'}")
+    return loop, state
+
+
+def command_of(page: TrainingConfig) -> str:
+    """Name of the command that a page belongs to."""
+    return "pretrain" if isinstance(page, PretrainConfig) else "sft"
 
 
 def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
-    """Print the first rows that would be trained on, supervised text in green."""
+    """Print the first rows that would be trained on, supervised text in green, or in ⟦ ⟧ where there is no colour."""
     console = Console(highlight=False)
-    for row in range(count):
+    for row in range(min(count, dataset.rows.row_count(1))):
         console.rule(f"row {row + 1}")
-        console.print(coloured(dataset.batch(row, 1), 0, tokenizer), soft_wrap=True)
-    console.print(Text.assemble("what is learned is ", ("green", "green"), ", its context is ", ("dim", "dim")))
+        text = coloured(dataset.batch(row, 1), 0, tokenizer, has_marks=not console.is_terminal)
+        console.print(text, soft_wrap=True)
+    console.print(f"data: {describe(dataset.facts)}")
+    for example in left_out(dataset):
+        console.print(example)
+
+
+def left_out(dataset: Dataset) -> Iterator[str]:
+    """Lines on the first of the bad rows."""
+    for documents in dataset.documents:
+        yield from (f"left out: {example}" for example in documents.facts["bad_examples"])
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -368,16 +382,15 @@ def checkpoint_to_resume(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | 
     """The checkpoint that the page asks to go on from, with its manifest; none for a new run.
 
     Raises:
-        UserError: a run is there already, none of its checkpoints is whole, or a fixed key was changed.
+        UserError: a run is there already, what is there is no run, no checkpoint is whole, or a fixed key was changed.
     """
     directory = page.run_directory
     if page.resume_from:
         found = Path(page.resume_from), checkpoint.read_manifest(Path(page.resume_from))
     elif page.resume:
         found = checkpoint.newest_good(directory)
-    elif (directory / "config.toml").exists() and not page.overwrite:
-        raise UserError(f"{directory} holds a run already; add --resume to go on with it, --overwrite to delete it")
     else:
+        check_free(page, directory)
         return None
     if found:
         saved, now = found[1]["config"], masked_config(page)
@@ -385,6 +398,47 @@ def checkpoint_to_resume(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | 
             differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in changed)
             raise UserError(f"{found[0]}: a run can't change this when it resumes: {differences}")
     return found
+
+
+def check_free(page: TrainingConfig, directory: Path) -> None:
+    """Refuse to begin a run where one is, or to overwrite what is no run or is needed by the new one."""
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not (directory / "config.toml").exists():
+        raise UserError(f"{directory} holds files that are no run of ours; choose another run_name or output_dir")
+    log = directory / "metrics.jsonl"
+    if not page.overwrite:
+        if checkpoint.saved_steps(directory) or (log.exists() and log.stat().st_size):
+            raise UserError(f"{directory} holds a run already; add --resume to go on with it, --overwrite to delete it")
+        return
+    needed = [page.model_name, *(source.path for source in (*page.data, *page.eval_data))]
+    if inside := [path for path in needed if Path(path).resolve().is_relative_to(directory.resolve())]:
+        raise UserError(f"--overwrite would delete {inside[0]}, which this run reads; give it another run_name")
+
+
+def check_same_data(page: TrainingConfig, dataset: Dataset, manifest: dict[str, Any]) -> None:
+    """Refuse to resume on data that were changed in the meantime."""
+    digests = zip(page.data, data_digests(dataset), manifest.get("data", data_digests(dataset)), strict=True)
+    for source, now, saved in digests:
+        if now != saved:
+            raise UserError(f"{source.path}: its content has changed since the checkpoint; restore it, or start anew")
+
+
+def data_digests(dataset: Dataset) -> list[str]:
+    """A hash of each source's encoded documents."""
+    return [documents.facts["digest"] for documents in dataset.documents]
+
+
+def begin(page: TrainingConfig) -> None:
+    """Make the run's directory, in place of an earlier one if the page says so, and write down the config."""
+    directory = page.run_directory
+    try:
+        if page.overwrite and directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.toml").write_text(to_toml(page, without=("resume", "resume_from", "overwrite", "show")))
+    except OSError as error:
+        raise UserError(f"{directory}: {error.strerror}; choose another output_dir") from error
 
 
 def start_facts(
@@ -411,8 +465,8 @@ def start_facts(
     yield f"data: {describe(dataset.facts)}; {fill(dataset)}"
     if held_out:
         yield f"held-out data: {describe(held_out.facts)}"
-    for facts in (each.facts for data in (dataset, held_out) if data for each in data.documents):
-        yield from (f"left out: {example}" for example in facts["bad_examples"])
+    for data in filter(None, (dataset, held_out)):
+        yield from left_out(data)
     if page.compilation_cache:
         yield f"compiled programs are kept in {page.cache_dir / 'programs'}"
 
@@ -442,8 +496,9 @@ class Loop:
     row_limit: int | None
     recipe: Recipe
     started: float
+    earlier_seconds: float
+    best_eval_loss: float | None
     step: int = 0
-    best_eval_loss: float | None = None
     stop: Stop = field(default_factory=Stop)
     pending: list[tuple[dict[str, Any], dict[str, Array]]] = field(default_factory=list)
     programs: dict[int, Any] = field(default_factory=dict)
@@ -451,30 +506,34 @@ class Loop:
     compile_seconds: float = 0.0
     first_step_seconds: float | None = None
 
-    def train(self, state: TrainState, best_eval_loss: float | None) -> TrainState:
+    def train(self, state: TrainState) -> TrainState:
         """Every step that is left: dispatch it, prepare the next batch while it runs, then log, evaluate and save."""
-        page, self.step, self.best_eval_loss = self.page, int(state.step), best_eval_loss
-        batch, record = self.prepare(self.step)
-        self.program(state, batch)
+        page, self.step = self.page, int(state.step)
+        if self.step < self.steps:
+            batch, record = self.prepare(self.step)
+            self.program(state, batch)
         self.clock = time.perf_counter()
         with self.stop.listening(self.log.info):
-            while self.step < self.steps and not self.stop.is_wanted:
+            while self.step < self.steps:
                 state, facts = self.program(state, batch)(state, batch, self.recipe)
                 self.step += 1
                 self.pending.append((record, facts))
                 is_last = self.step == self.steps
                 if not is_last:
                     batch, record = self.prepare(self.step)
-                is_eval = self.held_out and (is_last or (page.eval_every and self.step % page.eval_every == 0))
-                is_save = is_last or (page.save_every and self.step % page.save_every == 0)
-                if is_eval or is_save or self.stop.is_wanted:
-                    is_best = is_eval and self.evaluate(state)
-                    self.flush()
-                    if is_save or is_best or self.stop.is_wanted:
-                        self.save(state, bool(is_best))
-                    self.clock = time.perf_counter()
-                elif self.step % page.log_every == 0:
+                if self.step % page.log_every == 0:
                     self.flush(leave=1)
+                is_eval = self.held_out and (is_last or (page.eval_every and self.step % page.eval_every == 0))
+                is_best = bool(is_eval) and self.evaluate(state)
+                is_stop = self.stop.is_wanted
+                is_save = is_last or is_best or is_stop or (page.save_every and self.step % page.save_every == 0)
+                if is_eval or is_save:
+                    self.flush()
+                    if is_save:
+                        self.save(state, is_best)
+                    self.clock = time.perf_counter()
+                if is_stop:
+                    break
         return state
 
     def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
@@ -576,24 +635,34 @@ class Loop:
     def save(self, state: TrainState, is_best: bool) -> None:
         """Write the checkpoint of this step and remove those no longer kept."""
         directory = checkpoint.checkpoint_directory(self.page.run_directory, self.step)
-        facts = {"step": self.step, "best_eval_loss": self.best_eval_loss, "config": masked_config(self.page)}
+        facts = {
+            "step": self.step,
+            "best_eval_loss": self.best_eval_loss,
+            "wall_seconds": self.wall_seconds(),
+            "data": data_digests(self.dataset),
+            "config": masked_config(self.page),
+        }
         checkpoint.save_checkpoint(directory, state, facts)
         if is_best:
             checkpoint.mark_best(self.page.run_directory, directory)
         checkpoint.remove_old(self.page.run_directory, self.page.keep)
         self.log.info(f"saved {directory}{', the best so far' if is_best else ''}")
 
+    def wall_seconds(self) -> float:
+        """Seconds of the whole run, those before it was resumed included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
+
     def summary(self) -> dict[str, Any]:
         """What summary.json holds."""
         records = metrics.read_metrics(self.page.run_directory / "metrics.jsonl")
         return metrics.summarise(records) | {
-            "command": "pretrain" if isinstance(self.page, PretrainConfig) else "sft",
+            "command": command_of(self.page),
             "parameters": parameter_counts(self.model)["all"],
             "effective_batch_size": self.page.batch_size,
             "accumulation_steps": self.accumulation,
             "skipped_steps": sum(not math.isfinite(record["loss"] or math.nan) for record in records),
             "data": dict(self.dataset.facts),
-            "wall_seconds": time.perf_counter() - self.started,
+            "wall_seconds": self.wall_seconds(),
             "first_step_seconds": self.first_step_seconds,
             "compile_seconds": self.compile_seconds,
             "device_kind": self.mesh.devices.flat[0].device_kind,
