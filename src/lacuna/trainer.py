@@ -624,9 +624,12 @@ class Loop:
     def evaluate(self, state: TrainState) -> bool:
         """Held-out loss into the log line of the last step; whether it is the best so far."""
         assert self.held_out
+        jax.block_until_ready(self.pending[-1][1])
+        began = time.perf_counter()
         rows = self.page.micro_batch_size * row_shards(self.mesh)
         result = held_out_loss(state.params, self.held_out, rows, self.model, self.mesh, self.page.compute_dtype)
         self.pending[-1][0].update(eval_loss=result["eval_loss"], eval_accuracy=result["eval_accuracy"])
+        self.clock += time.perf_counter() - began
         is_best = self.best_eval_loss is None or result["eval_loss"] < self.best_eval_loss
         if is_best:
             self.best_eval_loss = result["eval_loss"]
