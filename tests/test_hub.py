@@ -24,8 +24,8 @@ import pytest
 from conftest import REFERENCE, mesh_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lacuna.checkpoint import load_params
 from lacuna.model import read_model_config
+from lacuna.weights import load_params
 
 COMMIT = "c0ffee" * 6 + "c0de"
 TOKEN = "hf_a_token_of_ours"
@@ -40,7 +40,7 @@ LARGE = bytes(range(251)) * 100_000
 # What the client reads of its environment it reads when imported, so each is a process of its own.
 CLIENT = """
 import json, sys, time
-from lacuna.checkpoint import resolve_model
+from lacuna.weights import resolve_model
 from lacuna.config import DataSource, UserError
 from lacuna.documents import read_rows
 

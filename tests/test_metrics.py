@@ -175,7 +175,7 @@ def test_an_exception_passes_and_leaves_whole_files_and_a_sane_terminal(
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     out = capsys.readouterr().out
     assert hidden in out and out.endswith(shown) and "step 1/5" in out and "loss 4.0000" in out
-    assert log.metrics_file.closed and log.text_file.closed
+    assert log.metrics_file.file.closed and log.text_file.file.closed
     assert steps_on_disk(tmp_path) == [1]
     assert (tmp_path / "run.log").read_text() == "step 1/5  loss 4.0000  rate 3.00e-04  50 tokens/s\n"
 

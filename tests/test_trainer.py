@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, TINY, mesh_of
 
-from lacuna import checkpoint, trainer
+from lacuna import checkpoint, trainer, weights
 from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, UserError
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
@@ -55,7 +55,7 @@ def assert_trees_close(ours: Any, expected: Any, rtol: float, atol: float) -> No
 def test_fifty_steps_follow_pytorch(family: str) -> None:
     model = read_model_config(REFERENCE / family)
     expected = np.load(REFERENCE / "training.npz")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
     step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
     losses, norms, rates = [], [], []
     for number in range(50):
@@ -72,15 +72,15 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
     np.testing.assert_allclose(norms, expected[f"{family}/gradient_norms"], rtol=1e-3)
     rows, leaves = jax.tree.leaves(parameter_table(model)), jax.tree.leaves(state.params)
     for row, leaf in zip(rows, leaves, strict=True):
-        for layer, name in enumerate(checkpoint.file_names(row, model)):
-            norm = np.linalg.norm(checkpoint.file_tensor(leaf, row, layer, model, np.float32))
+        for layer, name in enumerate(weights.file_names(row, model)):
+            norm = np.linalg.norm(weights.file_tensor(leaf, row, layer, model, np.float32))
             index = list(expected[f"{family}/parameter_names"]).index(name)
             np.testing.assert_allclose(norm, expected[f"{family}/parameter_norms"][index], rtol=1e-4, err_msg=name)
 
 
 def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
     model = read_model_config(REFERENCE / "qwen2")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
     batch, settings = random_batch(0, 1, 4, 24, model.vocabulary_size), page(clip_norm=0.5)
     recipe = trainer.recipe_of(settings, 50)
     loss, gradients = trainer.whole_batch_gradient(state.params, batch, jnp.int32(0), recipe, model, settings)
@@ -108,7 +108,7 @@ def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 5.0])
 def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
     whole, settings = random_batch(1, 1, 8, 24, model.vocabulary_size), page(neftune_alpha=alpha)
     gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))
     recipe = trainer.recipe_of(settings, 50)
@@ -165,7 +165,7 @@ def test_devices_change_nothing_even_where_the_vocabulary_is_padded(shape: tuple
 
 def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     step = jax.jit(trainer.train_step, static_argnums=(3, 4))
     good = random_batch(0, 1, 4, 16, model.vocabulary_size)
     bad = good._replace(weight=good.weight + jnp.inf)
@@ -223,8 +223,8 @@ def records(page: TrainingConfig) -> list[dict[str, Any]]:
 def outcome(page: TrainingConfig) -> tuple[list[Any], bytes]:
     """What must be equal bit for bit: the logged numbers of every step and the exported weights."""
     keys = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "target_tokens", "epoch", "eval_loss")
-    weights = (page.run_directory / "model" / "model.safetensors").read_bytes()
-    return [[record.get(key) for key in keys] for record in records(page)], weights
+    exported = (page.run_directory / "model" / "model.safetensors").read_bytes()
+    return [[record.get(key) for key in keys] for record in records(page)], exported
 
 
 RUNS = {
@@ -274,11 +274,12 @@ def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
     assert summary["best_eval_loss"] == rows[-1]["eval_loss"] and summary["final_loss"] == rows[-1]["loss"]
     assert (directory / "best").resolve() == checkpoint.checkpoint_directory(directory, len(rows)).resolve()
     exported = read_model_config(directory / "model")
-    params = checkpoint.load_params(directory / "model", exported, mesh_of(1, 1, 1))
+    params = weights.load_params(directory / "model", exported, mesh_of(1, 1, 1))
     state = checkpoint.load_checkpoint(
         directory / "best",
         checkpoint.read_manifest(directory / "best"),
         trainer.abstract_state(exported, mesh_of(1, 1, 1)),
+        trainer.saved_shapes(exported),
     )
     assert_trees_close(params, state.params, rtol=0, atol=0)
     assert (directory / "model" / "tokenizer_config.json").read_bytes() == (TINY / "tokenizer_config.json").read_bytes()
@@ -371,7 +372,7 @@ def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(small: Path) 
 
 def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     batch, settings = random_batch(0, 1, 2, 8, model.vocabulary_size), page(neftune_alpha=1.0)
     programs = {
         jax.jit(trainer.train_step, static_argnums=(3, 4)).lower(state, batch, recipe, model, settings).as_text()
@@ -389,7 +390,7 @@ def test_training_lowers_the_loss(small: Path) -> None:
 
 def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_times() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
     batch = random_batch(0, 1, 8, 256, model.vocabulary_size)
     batch = batch._replace(token=jnp.where(np.arange(256) % 2, 7, batch.token))
     gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))

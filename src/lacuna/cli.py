@@ -41,14 +41,17 @@ def start(command: str, arguments: list[str]) -> None:
     try:
         page = parse(PAGES[command], arguments, command)
         prepare_process()
-        if isinstance(page, EvalConfig):
-            from lacuna.eval import run as measure
+        from lacuna.distributed import cluster
 
-            measure(page)
-        else:
-            from lacuna.trainer import run as train
+        with cluster():
+            if isinstance(page, EvalConfig):
+                from lacuna.eval import run as measure
 
-            train(page)
+                measure(page)
+            else:
+                from lacuna.trainer import run as train
+
+                train(page)
     except UserError as error:
         stop(f"error: {error}", 2)
     except KeyboardInterrupt:

@@ -1,16 +1,251 @@
-"""Devices: the mesh, which logical axis lies on which mesh axis, and host batches as arrays over all devices."""
+"""Processes and devices: joining a cluster, agreeing and stopping together, and arrays over the mesh of all devices.
 
+Processes talk through the key-value store of JAX's coordination service, never through collectives on the devices, so
+whatever they agree on may happen in a thread while the devices train. The store has no public name yet.
+"""
+
+import faulthandler
 import math
-from collections.abc import Mapping
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from lacuna.config import UserError
 
 ROW_AXES = ("data", "fsdp")
 AXIS_RULES: dict[str, str] = {"embed": "fsdp", "vocab": "tensor", "kv_head": "tensor", "feedforward": "tensor"}
+HEARTBEAT_SECONDS = 20.0
+PULSE_SECONDS = 1.0
+AGREEMENT_SECONDS = 7 * 24 * 3600.0
+STALL_SECONDS, STALL_MEDIANS = 300.0, 20
+STALL_EXIT_CODE = 124  # as of timeout(1)
+
+# Processes
+
+
+@contextmanager
+def cluster() -> Generator[None]:
+    """This process among those of its job; if one of them fails, all end with a line that says which and why.
+
+    A job is described by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as by scripts/launch.sh, or
+    found by JAX (SLURM, Open MPI, Cloud TPU, Kubernetes); without one, nothing is called.
+    """
+    job = described_job()
+    if job is None and not any(
+        kind.is_env_present() for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method
+    ):
+        yield
+        return
+    try:
+        jax.distributed.initialize(
+            **(job or {}), heartbeat_timeout_seconds=int(3 * HEARTBEAT_SECONDS), shutdown_timeout_seconds=60
+        )
+    except RuntimeError as error:
+        raise UserError(f"the other processes of this job can't be reached: {error}") from error
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+    has_left = threading.Event()
+    for watch in (pulse, listen):
+        threading.Thread(target=watch, args=(has_left,), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        fail(error)
+    has_left.set()
+    jax.distributed.shutdown()
+
+
+def described_job() -> dict[str, Any] | None:
+    """The arguments of `jax.distributed.initialize` that the environment spells out.
+
+    Raises:
+        UserError: a part of the description is missing, or no number.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    values = [os.environ.get(name, "") for name in names]
+    if not any(values[1:]):
+        return None
+    if not values[0] or not values[1].isdecimal() or not values[2].isdecimal():
+        raise UserError(f"{', '.join(names)} describe a job together, but are {values}; see scripts/launch.sh")
+    return {"coordinator_address": values[0], "num_processes": int(values[1]), "process_id": int(values[2])}
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks, logs and decides for all."""
+    return jax.process_index() == 0
+
+
+def from_all(name: str, value: str) -> list[str]:
+    """What each process gives for `name`, in their order; waits for all of them. A name serves once."""
+    if jax.process_count() == 1:
+        return [value]
+    tell(name, value)
+    return [ask(f"{name}/{process}") for process in range(jax.process_count())]
+
+
+def from_first(name: str, value: str) -> str:
+    """What the first process gives for `name`."""
+    if jax.process_count() == 1:
+        return value
+    if is_first():
+        tell(name, value)
+    return ask(f"{name}/0")
+
+
+def store() -> Any:
+    """The job's key-value store."""
+    return global_state.client
+
+
+def tell(name: str, value: str) -> None:
+    store().key_value_set(f"lacuna/{name}/{jax.process_index()}", value)
+
+
+def ask(key: str) -> str:
+    return store().blocking_key_value_get(f"lacuna/{key}", int(AGREEMENT_SECONDS * 1000))
+
+
+def check_same(name: str, value: str) -> None:
+    """Refuse to go on where a process has another value than the first."""
+    values = from_all(name, value)
+    if other := [process for process, given in enumerate(values) if given != values[0]]:
+        raise UserError(
+            f"{name} differ between process 0 and process {', '.join(map(str, other))}; each process must be started "
+            "with the same command and read the same files"
+        )
+
+
+def pulse(has_left: threading.Event) -> None:
+    """Show this process's heartbeat to the first one, which tells all when another's has stopped."""
+    client, index = store(), global_state.process_id
+    last_change: dict[str, tuple[str, float]] = {}
+    beat = 0
+    with suppress(Exception):  # whatever ends the service is heard by `listen`
+        while not has_left.wait(PULSE_SECONDS):
+            beat += 1
+            client.key_value_set(f"lacuna/pulse/{index}", str(beat), allow_overwrite=True)
+            now = time.monotonic()
+            for key, value in client.key_value_dir_get("lacuna/pulse/") if index == 0 else ():
+                if last_change.setdefault(key, (value, now))[0] != value:
+                    last_change[key] = (value, now)
+                if value != "left" and now - last_change[key][1] > HEARTBEAT_SECONDS:
+                    process = key.rpartition("/")[2]
+                    line = f"process {process} has not been heard of for {HEARTBEAT_SECONDS:.0f} s, so it is gone"
+                    client.key_value_set("lacuna/failure", line)
+        client.key_value_set(f"lacuna/pulse/{index}", "left", allow_overwrite=True)
+
+
+def listen(has_left: threading.Event) -> None:
+    """End this process with one line when another has failed."""
+    try:
+        line = store().blocking_key_value_get("lacuna/failure", int(AGREEMENT_SECONDS * 1000))
+    except Exception as error:  # of the coordination service, whose kinds are not public
+        line = f"process 0 is gone, and with it the job ({str(error).splitlines()[0]})"
+    if not has_left.is_set():
+        leave_at_once(f"error: {line}; the same command with --resume goes on from the newest checkpoint", 1)
+
+
+def fail(error: BaseException) -> None:
+    """Tell the other processes what ends this one, and end."""
+    code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+    line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    if code == 1:
+        traceback.print_exception(error)
+    with suppress(Exception):
+        where = f"process {global_state.process_id} on {socket.gethostname()}"
+        store().key_value_set("lacuna/failure", f"{where} ended: {line.splitlines()[0][:500]}")
+    if global_state.process_id == 0:
+        time.sleep(2 * PULSE_SECONDS)  # the service ends with this process, and the others are to hear of it first
+    leave_at_once(f"error: {line}", code)
+
+
+def leave_at_once(line: str, code: int) -> None:
+    """End the process without the exit barrier of the job, in which it would wait for minutes."""
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Stop:
+    """Whether someone asked to stop: SIGTERM or Ctrl-C once lets the step finish, a second time leaves at once.
+
+    In a job of several processes JAX's own handler of SIGTERM makes all of them agree on the step.
+    """
+
+    is_asked = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether to stop after this step; to be called at every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.is_asked
+
+    @contextmanager
+    def listening(self, say: Callable[[str], None]) -> Generator[None]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if self.is_asked:
+                raise KeyboardInterrupt
+            self.is_asked = True
+            say("stopping after this step; once more to leave at once")
+            if jax.process_count() > 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        before = {number: signal.signal(number, on_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def watchdog(finished: Callable[[], int | None], log: Path) -> Generator[None]:
+    """End the process when `finished`, a count of steps, does not grow for 300 s and 20 of its usual steps.
+
+    The stacks of all threads go to `log`. While the count is None, as during compilation, time does not run.
+    """
+    has_ended = threading.Event()
+
+    def watch() -> None:
+        count, since, seconds = finished(), time.monotonic(), deque[float](maxlen=100)
+        while not has_ended.wait(PULSE_SECONDS):
+            now, current = time.monotonic(), finished()
+            if current is None or current != count:
+                if current is not None and count is not None:
+                    seconds.append((now - since) / (current - count))
+                count, since = current, now
+            elif now - since > max(STALL_SECONDS, STALL_MEDIANS * statistics.median(seconds or [0.0])):
+                line = f"no step has finished for {now - since:.0f} s, so this run has hung; its stacks are in {log}"
+                with log.open("a") as file:
+                    print(line, file=file, flush=True)
+                    faulthandler.dump_traceback(file, all_threads=True)
+                leave_at_once(f"error: {line}", STALL_EXIT_CODE)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+
+
+# Devices
 
 
 def make_mesh(data_parallel: int, fsdp: int, tensor: int) -> Mesh:
@@ -53,5 +288,6 @@ def shard_rows(x: Array) -> Array:
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree[Array]:
-    """Host arrays [micro_batch, row, …] on the devices, rows split over the data axes."""
-    return jax.device_put(batch, jax.NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))
+    """Host arrays [micro_batch, row, …], the same on every process, on the devices, rows split over the data axes."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch)

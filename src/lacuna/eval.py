@@ -9,10 +9,10 @@ from functools import partial
 import jax
 from rich.progress import track
 
-from lacuna import checkpoint, metrics
+from lacuna import metrics, weights
 from lacuna.config import EvalConfig, UserError, to_toml
 from lacuna.data import describe, load_dataset
-from lacuna.distributed import check_divisible, make_mesh, row_shards
+from lacuna.distributed import check_divisible, is_first, make_mesh, row_shards
 from lacuna.model import check_sequence_length, parameter_counts, read_model_config
 from lacuna.tokenizer import load_tokenizer
 from lacuna.trainer import check_vocabulary, enable_compilation_cache, held_out_loss, padded
@@ -30,7 +30,7 @@ def run(page: EvalConfig) -> None:
         raise UserError(
             f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
         )
-    source = checkpoint.resolve_model(page.model_name)
+    source = weights.resolve_model(page.model_name)
     model = read_model_config(source)
     check_sequence_length(model, page.sequence_length)
     tokenizer = load_tokenizer(source, page.chat_template, page.template_date)
@@ -45,7 +45,7 @@ def run(page: EvalConfig) -> None:
     for example in (example for documents in dataset.documents for example in documents.facts["bad_examples"]):
         print(f"left out: {example}")
     with jax.set_mesh(mesh):
-        params = checkpoint.load_params(source, model, mesh)
+        params = weights.load_params(source, model, mesh)
         rows = page.batch_size * row_shards(mesh)
         progress = partial(track, description="Evaluating", transient=True, disable=not sys.stdout.isatty())
         result = held_out_loss(params, dataset, rows, model, mesh, page.compute_dtype, progress)
@@ -61,6 +61,8 @@ def run(page: EvalConfig) -> None:
         "device_count": jax.device_count(),
         "versions": metrics.versions(),
     }
+    if not is_first():
+        return
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.toml").write_text(to_toml(page))
     metrics.write_summary(directory, summary)

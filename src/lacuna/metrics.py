@@ -13,7 +13,7 @@ import time
 import tomllib
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -197,10 +197,31 @@ def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dic
     return run
 
 
+class LineFile:
+    """Lines at the end of a file; those that find no room on the disk are kept, and written when there is some."""
+
+    def __init__(self, path: Path, mode: Literal["ab", "wb"]) -> None:
+        self.file = path.open(mode, buffering=0)
+        self.waiting = b""
+
+    def write(self, line: str) -> None:
+        self.waiting += line.encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError:
+            return
+
+    def sync(self) -> None:
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
+
+
 class RunLog:
     """Everything a run writes down as it goes; as a context manager it leaves whole files and a sane terminal.
 
-    metrics.jsonl keeps the steps up to `resume_step` and drops the rest; 0 begins anew.
+    metrics.jsonl keeps the steps up to `resume_step` and drops the rest; 0 begins anew. Where `is_kept` is false, as in
+    all processes of a job but the first, nothing is written or shown.
     """
 
     def __init__(
@@ -211,16 +232,18 @@ class RunLog:
         resume_step: int = 0,
         wandb_mode: Literal["off", "online", "offline"] = "off",
         config: dict[str, Any] | None = None,
+        is_kept: bool = True,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if resume_step else []
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.metrics_file = path.open("a", encoding="utf-8")
-        self.text_file = (directory / "run.log").open("a" if resume_step else "w", encoding="utf-8")
+        path = directory / "metrics.jsonl" if is_kept else Path(os.devnull)
+        if is_kept:
+            kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if resume_step else []
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.metrics_file = LineFile(path, "ab")
+        self.text_file = LineFile(directory / "run.log" if is_kept else path, "ab" if resume_step else "wb")
         self.steps, self.log_every = steps, log_every
         self.step_seconds: deque[float] = deque(maxlen=100)
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, quiet=not is_kept)
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("step {task.completed}/{task.total}"),
@@ -233,7 +256,7 @@ class RunLog:
         )
         self.task = self.bar.add_task("", total=steps, completed=resume_step, numbers="")
         self.wandb: Any = None
-        if wandb_mode != "off":
+        if wandb_mode != "off" and is_kept:
             with self.wandb_may_fail():
                 self.wandb = start_wandb(wandb_mode, directory, config or {}, resume_step > 0)
         self.bar.start()
@@ -242,11 +265,11 @@ class RunLog:
         """Print a line and keep it, without its colours, in run.log."""
         styled = Text.from_ansi(text) if isinstance(text, str) else text
         self.console.print(styled, soft_wrap=True)
-        print(styled.plain, file=self.text_file, flush=True)
+        self.text_file.write(styled.plain)
 
     def step(self, record: dict[str, Any]) -> None:
         """Log one step: every one in metrics.jsonl, on the progress bar and in W&B; a line every `log_every` steps."""
-        print(json.dumps(strict(record), allow_nan=False), file=self.metrics_file, flush=True)
+        self.metrics_file.write(json.dumps(strict(record), allow_nan=False))
         step = record["step"]
         if record.get("step_seconds") is not None:
             self.step_seconds.append(record["step_seconds"])
@@ -261,7 +284,7 @@ class RunLog:
             if is_evaluation or not self.console.is_interactive:
                 self.info(line)
             else:
-                print(line, file=self.text_file, flush=True)
+                self.text_file.write(line)
         if self.wandb is not None:
             with self.wandb_may_fail():
                 self.wandb.log(record, step=step)
@@ -281,8 +304,12 @@ class RunLog:
         if self.wandb is not None:
             with self.wandb_may_fail():
                 self.wandb.finish(exit_code=exit_code)
-        self.metrics_file.close()
-        self.text_file.close()
+        self.metrics_file.file.close()
+        self.text_file.file.close()
+
+    def sync(self) -> None:
+        """Wait until all that was logged is on the disk."""
+        self.metrics_file.sync()
 
     def __enter__(self) -> "RunLog":
         return self

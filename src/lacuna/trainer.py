@@ -1,16 +1,14 @@
 """Training: the loss, the optimizer step, held-out loss, and the loop that pretrain and sft share."""
 
+import hashlib
 import math
-import shutil
-import signal
+import secrets
 import time
-import tomllib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +19,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 from rich.console import Console
 
-from lacuna import checkpoint, metrics
-from lacuna.config import EvalConfig, PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps, to_toml
+from lacuna import checkpoint, metrics, runs, weights
+from lacuna.checkpoint import Manifest, RunFacts, Saver
+from lacuna.config import EvalConfig, PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps
 from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
-from lacuna.distributed import AXIS_RULES, check_divisible, make_mesh, put_batch, row_shards
+from lacuna.distributed import (
+    AXIS_RULES,
+    Stop,
+    check_divisible,
+    check_same,
+    from_first,
+    is_first,
+    make_mesh,
+    put_batch,
+    row_shards,
+    watchdog,
+)
 from lacuna.metrics import RunLog, byte_size
 from lacuna.model import (
     ModelConfig,
@@ -46,10 +56,6 @@ from lacuna.tokenizer import Tokenizer, decode, load_tokenizer
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
 FINAL_LEARNING_RATE = 0.1  # of the peak
 SKIPS_IN_A_ROW = 5
-FIXED_ON_RESUME = (
-    "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
-    "train_on", "chat_template", "template_date", "neftune_alpha", "on_bad_data",
-)  # fmt: skip
 
 
 class TrainState(NamedTuple):
@@ -204,6 +210,12 @@ def abstract_state(model: ModelConfig, mesh: Mesh) -> TrainState:
     )
 
 
+def saved_shapes(model: ModelConfig) -> TrainState:
+    """Shapes of the state in a checkpoint, which does without the rows that pad the vocabulary."""
+    unpadded = replace(model, padded_vocabulary=model.vocabulary_size)
+    return jax.eval_shape(lambda key: fresh_state(initial_params(key, unpadded)), jax.random.key(0))
+
+
 def padded(vocabulary_size: int, mesh: Mesh) -> int:
     """Rows of the vocabulary in memory: the next multiple of what shards it."""
     shards = mesh.shape[AXIS_RULES["vocab"]]
@@ -221,7 +233,7 @@ def starting_state(page: TrainingConfig, directory: Path, model: ModelConfig, me
     if page.from_scratch:
         random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
         return random(jax.random.key(page.seed))
-    params = checkpoint.load_params(directory, model, mesh)
+    params = weights.load_params(directory, model, mesh)
     return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -245,28 +257,17 @@ def held_out_loss(
     return {"eval_loss": loss / targets, "eval_accuracy": correct / targets, "target_tokens": targets}
 
 
-class Stop:
-    """Whether someone asked to stop: SIGTERM or Ctrl-C once lets the step finish, a second time leaves at once."""
-
-    is_wanted = False
-
-    @contextmanager
-    def listening(self, say: Callable[[str], None]) -> Generator[None]:
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.is_wanted:
-                raise KeyboardInterrupt
-            self.is_wanted = True
-            say("stopping after this step; once more to leave at once")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 # The run
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it computes; the model has its vocabulary padded for the mesh."""
+
+    mesh: Mesh
+    model: ModelConfig
+    tokenizer: Tokenizer
+    dataset: Dataset
+    held_out: Dataset | None
 
 
 def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
@@ -276,60 +277,83 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
         UserError: whatever about config, model, data or devices can't be trained with.
     """
     started = time.perf_counter()
-    chat = page if isinstance(page, SftConfig) else None
-    is_shown = bool(chat and chat.show)
-    resumed = None if is_shown else checkpoint_to_resume(page)
-    source = checkpoint.resolve_model(page.model_name, with_weights=False)
+    if isinstance(page, SftConfig) and page.show:
+        inputs = read_inputs(page)
+        show(inputs.dataset, inputs.tokenizer, page.show)
+        return None
+    with runs.claimed(page):
+        lines: list[str] = []
+        resumed = runs.checkpoint_to_resume(page, lines.append)
+        inputs = read_inputs(page)
+        if resumed:
+            runs.check_unchanged(page, inputs.model, inputs.dataset, resumed[1])
+            lines.append(f"resuming from {resumed[0]}")
+        elif page.resume:
+            lines.append("no checkpoint to resume from yet, so this begins at the beginning")
+        check_same("config, model or data", fingerprint(page, inputs))
+        enable_compilation_cache(page)
+        with jax.set_mesh(inputs.mesh):
+            return train(page, inputs, resumed, lines, started)
+
+
+def read_inputs(page: TrainingConfig) -> Inputs:
+    """Devices, model config, tokenizer and data of a page, each checked against the others."""
+    source = weights.resolve_model(page.model_name, with_weights=False)
     model = read_model_config(source)
     check_sequence_length(model, page.sequence_length)
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
-    accumulation = accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
+    accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
     model = replace(model, padded_vocabulary=padded(model.vocabulary_size, mesh))
     check_divisible(mesh, model.sizes)
-    tokenizer = load_tokenizer(source, *([chat.chat_template, chat.template_date] if chat else []))
+    chat = [page.chat_template, page.template_date] if isinstance(page, SftConfig) else []
+    tokenizer = load_tokenizer(source, *chat)
     check_vocabulary(model, tokenizer)
     dataset = load_dataset(page.data, tokenizer, page, is_stream=isinstance(page, PretrainConfig), is_shuffled=True)
     held_out = None
     if page.eval_data:
         held_out = load_dataset(page.eval_data, tokenizer, page, is_stream=False, is_shuffled=False)
-    if chat and is_shown:
-        show(dataset, tokenizer, chat.show)
-        return None
-    enable_compilation_cache(page)
+    return Inputs(mesh, model, tokenizer, dataset, held_out)
+
+
+def fingerprint(page: TrainingConfig, inputs: Inputs) -> str:
+    """A hash of all that the processes of a job must have in common."""
+    data = [runs.data_digests(data) for data in (inputs.dataset, inputs.held_out) if data]
+    first_rows = inputs.dataset.batch(0, page.batch_size)
+    parts = repr((runs.masked_config(page), inputs.model, data)), *(leaf.tobytes() for leaf in first_rows)
+    return hashlib.sha256(b"".join(part.encode() if isinstance(part, str) else part for part in parts)).hexdigest()
+
+
+def train(
+    page: TrainingConfig, inputs: Inputs, resumed: tuple[Path, Manifest] | None, lines: list[str], started: float
+) -> "tuple[Loop, TrainState]":
+    """A run whose directory is claimed and whose data are read; its log begins with `lines`."""
+    mesh, model, _, dataset, _ = inputs
+    directory, facts = page.run_directory, resumed[1].run if resumed else None
+    first_step = facts.step if facts else 0
+    source = weights.resolve_model(page.model_name, with_weights=not (resumed or page.from_scratch))
+    if resumed:
+        state = checkpoint.load_checkpoint(*resumed, abstract_state(model, mesh), saved_shapes(model))
+    else:
+        state = starting_state(page, source, model, mesh)
+    session = from_first("session", secrets.token_hex(4))
+    if is_first():
+        runs.begin(page, first_step, lines.append)
     row_limit = None if page.steps else dataset.rows.row_count(page.epochs)
     steps = page.steps or -(-dataset.rows.row_count(page.epochs) // page.batch_size)
-    directory, manifest = page.run_directory, resumed[1] if resumed else {}
-    check_same_data(page, dataset, manifest)
-    with jax.set_mesh(mesh):
-        if resumed:
-            state = checkpoint.load_checkpoint(*resumed, abstract_state(model, mesh))
-        else:
-            source = checkpoint.resolve_model(page.model_name, with_weights=not page.from_scratch)
-            state = starting_state(page, source, model, mesh)
-        begin(page)
-        with RunLog(directory, steps, page.log_every, manifest.get("step", 0), page.wandb, masked_config(page)) as log:
-            for line in start_facts(page, model, mesh, accumulation, steps, dataset, held_out):
-                log.info(line)
-            if resumed:
-                log.info(f"resuming from {resumed[0]}")
-            elif page.resume:
-                log.info("no checkpoint to resume from yet, so this begins at the beginning")
-            recipe = jax.device_put(recipe_of(page, steps), NamedSharding(mesh, PartitionSpec()))
-            loop = Loop(
-                page, model, mesh, dataset, held_out, tokenizer, log, accumulation, steps, row_limit, recipe, started,
-                earlier_seconds=manifest.get("wall_seconds", 0.0), best_eval_loss=manifest.get("best_eval_loss"),
-            )  # fmt: skip
-            state = loop.train(state)
-            if loop.step < steps:
-                again = f"{command_of(page)} @ {directory / 'config.toml'} --resume"
-                log.info(f"stopped after step {loop.step} of {steps}, all saved; to go on: uv run {again}")
-            else:
-                template = chat.chat_template if chat else ""
-                checkpoint.save_model(directory / "model", state.params, model, source, template)
-                log.info(f"model in Hugging Face layout: {directory / 'model'}")
-            metrics.write_summary(directory, loop.summary())
-            metrics.write_report(directory)
-            log.info(f"report: {directory / 'report.html'}")
+    with RunLog(directory, steps, page.log_every, first_step, page.wandb, runs.masked_config(page), is_first()) as log:
+        for line in (*start_facts(page, inputs, steps), *lines):
+            log.info(line)
+        recipe = jax.device_put(recipe_of(page, steps), NamedSharding(mesh, PartitionSpec()))
+        saver = Saver(directory, page.keep, session)
+        saver.newest = resumed[0] if resumed else None
+        loop = Loop(page, inputs, log, saver, steps, row_limit, recipe, started)
+        if facts:
+            loop.earlier_seconds = facts.wall_seconds
+            loop.best_eval_loss = facts.best_eval_loss if (directory / "best").exists() else None
+        state = loop.train(state)
+        if is_first():
+            loop.end(source)
+        from_first("run ended", "")  # the others wait here for what the first process writes
     return loop, state
 
 
@@ -373,94 +397,23 @@ def enable_compilation_cache(page: TrainingConfig | EvalConfig) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def masked_config(page: TrainingConfig) -> dict[str, Any]:
-    """The page as plain values, secrets masked."""
-    return tomllib.loads(to_toml(page))
-
-
-def checkpoint_to_resume(page: TrainingConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that the page asks to go on from, with its manifest; none for a new run.
-
-    Raises:
-        UserError: a run is there already, what is there is no run, no checkpoint is whole, or a fixed key was changed.
-    """
-    directory = page.run_directory
-    if page.resume_from:
-        found = Path(page.resume_from), checkpoint.read_manifest(Path(page.resume_from))
-    elif page.resume:
-        found = checkpoint.newest_good(directory)
-    else:
-        check_free(page, directory)
-        return None
-    if found:
-        saved, now = found[1]["config"], masked_config(page)
-        if changed := [key for key in FIXED_ON_RESUME if saved.get(key) != now.get(key)]:
-            differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in changed)
-            raise UserError(f"{found[0]}: a run can't change this when it resumes: {differences}")
-    return found
-
-
-def check_free(page: TrainingConfig, directory: Path) -> None:
-    """Refuse to begin a run where one is, or to overwrite what is no run or is needed by the new one."""
-    if not directory.exists() or not any(directory.iterdir()):
-        return
-    if not (directory / "config.toml").exists():
-        raise UserError(f"{directory} holds files that are no run of ours; choose another run_name or output_dir")
-    log = directory / "metrics.jsonl"
-    if not page.overwrite:
-        if checkpoint.saved_steps(directory) or (log.exists() and log.stat().st_size):
-            raise UserError(f"{directory} holds a run already; add --resume to go on with it, --overwrite to delete it")
-        return
-    needed = [page.model_name, *(source.path for source in (*page.data, *page.eval_data))]
-    if inside := [path for path in needed if Path(path).resolve().is_relative_to(directory.resolve())]:
-        raise UserError(f"--overwrite would delete {inside[0]}, which this run reads; give it another run_name")
-
-
-def check_same_data(page: TrainingConfig, dataset: Dataset, manifest: dict[str, Any]) -> None:
-    """Refuse to resume on data that were changed in the meantime."""
-    digests = zip(page.data, data_digests(dataset), manifest.get("data", data_digests(dataset)), strict=True)
-    for source, now, saved in digests:
-        if now != saved:
-            raise UserError(f"{source.path}: its content has changed since the checkpoint; restore it, or start anew")
-
-
-def data_digests(dataset: Dataset) -> list[str]:
-    """A hash of each source's encoded documents."""
-    return [documents.facts["digest"] for documents in dataset.documents]
-
-
-def begin(page: TrainingConfig) -> None:
-    """Make the run's directory, in place of an earlier one if the page says so, and write down the config."""
-    directory = page.run_directory
-    try:
-        if page.overwrite and directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.toml").write_text(to_toml(page, without=("resume", "resume_from", "overwrite", "show")))
-    except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; choose another output_dir") from error
-
-
-def start_facts(
-    page: TrainingConfig,
-    model: ModelConfig,
-    mesh: Mesh,
-    accumulation: int,
-    steps: int,
-    dataset: Dataset,
-    held_out: Dataset | None,
-) -> Iterator[str]:
+def start_facts(page: TrainingConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     """The start-up lines: model, devices, batch arithmetic, data."""
+    mesh, model, _, dataset, held_out = inputs
+    shards = row_shards(mesh)
+    accumulation = accumulation_steps(page.batch_size, page.micro_batch_size, shards)
     counts = parameter_counts(model)
     yield (
         f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, "
         f"{counts['decayed']:,} with weight decay and {counts['all'] - counts['decayed']:,} without"
     )
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    yield f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}, compute in {page.compute_dtype}"
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {page.compute_dtype}"
     yield (
         f"batch: {page.batch_size} rows × {page.sequence_length} tokens = {page.micro_batch_size} a forward pass × "
-        f"{row_shards(mesh)} data-parallel devices × {accumulation} accumulated; {steps:,} steps"
+        f"{shards} data-parallel devices × {accumulation} accumulated; {steps:,} steps"
     )
     yield f"data: {describe(dataset.facts)}; {fill(dataset)}"
     if held_out:
@@ -485,23 +438,22 @@ class Loop:
     """The training loop and what it keeps at hand; `step` counts the steps done."""
 
     page: TrainingConfig
-    model: ModelConfig
-    mesh: Mesh
-    dataset: Dataset
-    held_out: Dataset | None
-    tokenizer: Tokenizer
+    inputs: Inputs
     log: RunLog
-    accumulation: int
+    saver: Saver
     steps: int
     row_limit: int | None
     recipe: Recipe
     started: float
-    earlier_seconds: float
-    best_eval_loss: float | None
+    earlier_seconds: float = 0.0
+    best_eval_loss: float | None = None
     step: int = 0
     stop: Stop = field(default_factory=Stop)
     pending: list[tuple[dict[str, Any], dict[str, Array]]] = field(default_factory=list)
     programs: dict[int, Any] = field(default_factory=dict)
+    save_seconds: list[float] = field(default_factory=list)
+    work_done: int = 0
+    is_timed: bool = False
     clock: float = 0.0
     compile_seconds: float = 0.0
     first_step_seconds: float | None = None
@@ -513,7 +465,8 @@ class Loop:
             batch, record = self.prepare(self.step)
             self.program(state, batch)
         self.clock = time.perf_counter()
-        with self.stop.listening(self.log.info):
+        log_file = page.run_directory / "run.log"
+        with self.stop.listening(self.log.info), watchdog(self.progress, log_file), self.saver.finishing():
             while self.step < self.steps:
                 state, facts = self.program(state, batch)(state, batch, self.recipe)
                 self.step += 1
@@ -523,29 +476,35 @@ class Loop:
                     batch, record = self.prepare(self.step)
                 if self.step % page.log_every == 0:
                     self.flush(leave=1)
-                is_eval = self.held_out and (is_last or (page.eval_every and self.step % page.eval_every == 0))
+                is_eval = self.inputs.held_out and (is_last or (page.eval_every and self.step % page.eval_every == 0))
                 is_best = bool(is_eval) and self.evaluate(state)
-                is_stop = self.stop.is_wanted
+                is_stop = self.stop.is_due(self.step)
                 is_save = is_last or is_best or is_stop or (page.save_every and self.step % page.save_every == 0)
                 if is_eval or is_save:
                     self.flush()
                     if is_save:
                         self.save(state, is_best)
                     self.clock = time.perf_counter()
+                self.tell_saved()
                 if is_stop:
                     break
+            with self.untimed():
+                self.saver.wait()
+            self.tell_saved()
+        if self.saver.failures:
+            raise UserError(f"step {self.step} is not saved; make room and go on with --resume")
         return state
 
     def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
         """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
-        model = self.model
-        batch = self.dataset.batch(index, self.page.batch_size, self.row_limit)
+        mesh, model, _, dataset, _ = self.inputs
+        batch = dataset.batch(index, self.page.batch_size, self.row_limit)
         lengths = np.array(
             [count for row in batch.segment for count in np.bincount(row, minlength=2)[1:] if count], np.int64
         )
         record = {
             "step": index + 1,
-            "epoch": round(self.dataset.rows.epoch_of((index + 1) * self.page.batch_size), 4),
+            "epoch": round(dataset.rows.epoch_of((index + 1) * self.page.batch_size), 4),
             "tokens": int(lengths.sum()),
             "target_tokens": int(batch.weight.sum()),
             "packing_efficiency": float(lengths.sum() / batch.token.size),
@@ -557,16 +516,18 @@ class Loop:
                 int(np.sum(lengths**2)),
             ),
         }
-        split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)
-        return put_batch(split, self.mesh), record
+        accumulation = accumulation_steps(self.page.batch_size, self.page.micro_batch_size, row_shards(mesh))
+        split = jax.tree.map(lambda leaf: leaf.reshape(accumulation, -1, leaf.shape[1]), batch)
+        return put_batch(split, mesh), record
 
     def program(self, state: TrainState, batch: Batch) -> Any:
         """The compiled step for rows of this length."""
         length = batch.token.shape[-1]
         if length not in self.programs:
             began = time.perf_counter()
-            step = jax.jit(partial(train_step, model=self.model, page=self.page), donate_argnames="state")
-            self.programs[length] = step.lower(state, batch, self.recipe).compile()
+            step = jax.jit(partial(train_step, model=self.inputs.model, page=self.page), donate_argnames="state")
+            with self.untimed():
+                self.programs[length] = step.lower(state, batch, self.recipe).compile()
             seconds = time.perf_counter() - began
             self.compile_seconds += seconds
             self.clock += seconds
@@ -592,7 +553,9 @@ class Loop:
         seconds = (time.perf_counter() - self.clock) / count
         self.clock = time.perf_counter()
         self.first_step_seconds = self.first_step_seconds or self.clock - self.started
-        peak = metrics.peak_flops(self.mesh.devices.flat[0].device_kind)
+        self.work_done += count
+        mesh = self.inputs.mesh
+        peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
         for (record, _), facts in zip(ready, fetched, strict=True):
             skipped = int(facts.pop("skipped"))
             record |= {key: float(value) for key, value in facts.items()}
@@ -600,7 +563,7 @@ class Loop:
                 "step_seconds": seconds,
                 "tokens_per_second": record["tokens"] / seconds,
                 "target_tokens_per_second": record["target_tokens"] / seconds,
-                "mfu": record["flops"] / seconds / (peak * self.mesh.size) if peak else None,
+                "mfu": record["flops"] / seconds / (peak * mesh.size) if peak else None,
                 "memory_bytes": metrics.memory_bytes(),
             }
             self.log.step(record)
@@ -610,7 +573,7 @@ class Loop:
     def report_skip(self, step: int, in_a_row: int) -> None:
         """Say that a step had no effect; the fifth in a row ends the run."""
         first = (step - 1) * self.page.batch_size
-        begin = decode(self.tokenizer, self.dataset.batch(first, 1).token[0][:24].tolist())
+        begin = decode(self.inputs.tokenizer, self.inputs.dataset.batch(first, 1).token[0][:24].tolist())
         what = (
             f"step {step}: the loss or gradient is not finite, so weights and optimizer stay as they were; its data "
             f"are rows {first + 1} to {first + self.page.batch_size}, beginning {begin!r}"
@@ -623,11 +586,12 @@ class Loop:
 
     def evaluate(self, state: TrainState) -> bool:
         """Held-out loss into the log line of the last step; whether it is the best so far."""
-        assert self.held_out
+        mesh, model, _, _, held_out = self.inputs
+        assert held_out
         jax.block_until_ready(self.pending[-1][1])
         began = time.perf_counter()
-        rows = self.page.micro_batch_size * row_shards(self.mesh)
-        result = held_out_loss(state.params, self.held_out, rows, self.model, self.mesh, self.page.compute_dtype)
+        rows, dtype = self.page.micro_batch_size * row_shards(mesh), self.page.compute_dtype
+        result = held_out_loss(state.params, held_out, rows, model, mesh, dtype, self.counted)
         self.pending[-1][0].update(eval_loss=result["eval_loss"], eval_accuracy=result["eval_accuracy"])
         self.clock += time.perf_counter() - began
         is_best = self.best_eval_loss is None or result["eval_loss"] < self.best_eval_loss
@@ -635,21 +599,63 @@ class Loop:
             self.best_eval_loss = result["eval_loss"]
         return is_best
 
+    def counted(self, batches: range) -> Iterator[int]:
+        """The batches of an evaluation, each counted as work done, the first untimed as it compiles."""
+        for index in batches:
+            with nullcontext() if index else self.untimed():
+                yield index
+            self.work_done += 1
+
     def save(self, state: TrainState, is_best: bool) -> None:
-        """Write the checkpoint of this step and remove those no longer kept."""
-        directory = checkpoint.checkpoint_directory(self.page.run_directory, self.step)
-        facts = {
-            "step": self.step,
-            "best_eval_loss": self.best_eval_loss,
-            "wall_seconds": self.wall_seconds(),
-            "data": data_digests(self.dataset),
-            "config": masked_config(self.page),
-        }
-        checkpoint.save_checkpoint(directory, state, facts)
-        if is_best:
-            checkpoint.mark_best(self.page.run_directory, directory)
-        checkpoint.remove_old(self.page.run_directory, self.page.keep)
-        self.log.info(f"saved {directory}{', the best so far' if is_best else ''}")
+        """Begin to save the checkpoint of this step."""
+        self.log.sync()
+        facts = RunFacts(
+            step=self.step,
+            best_eval_loss=self.best_eval_loss,
+            wall_seconds=self.wall_seconds(),
+            config=runs.masked_config(self.page),
+            model=runs.model_facts(self.inputs.model),
+            data=runs.data_digests(self.inputs.dataset),
+            versions=metrics.versions(),
+        )
+        with self.untimed():
+            self.save_seconds.append(self.saver.save(state, saved_shapes(self.inputs.model), facts, is_best))
+
+    def tell_saved(self) -> None:
+        """Log the saves that have ended meanwhile."""
+        for line in self.saver.news():
+            self.log.info(line)
+
+    def progress(self) -> int | None:
+        """Pieces of work done so far, for the watchdog; none while something runs that may take its time."""
+        if not self.is_timed:
+            return None
+        losses: list[Any] = [facts["loss"] for _, facts in tuple(self.pending)]
+        return self.work_done + sum(loss.is_ready() for loss in losses)
+
+    @contextmanager
+    def untimed(self) -> Generator[None]:
+        """Where the watchdog looks away: compilers and disks may take long."""
+        self.is_timed = False
+        yield
+        self.is_timed = True
+
+    def end(self, source: Path) -> None:
+        """Write what a run leaves behind, with the model if all steps are done."""
+        page, directory = self.page, self.page.run_directory
+        metrics.write_summary(directory, self.summary())
+        metrics.write_report(directory)
+        if self.step < self.steps:
+            again = f"{command_of(page)} @ {directory / 'config.toml'} --resume"
+            self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to go on: uv run {again}")
+        else:
+            template = page.chat_template if isinstance(page, SftConfig) else ""
+            assert self.saver.newest
+            with ExitStack() as stack:
+                params = checkpoint.saved_params(self.saver.newest, self.inputs.model, stack)
+                weights.save_model(directory / "model", params, self.inputs.model, source, template)
+            self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
+        self.log.info(f"report: {directory / 'report.html'}")
 
     def wall_seconds(self) -> float:
         """Seconds of the whole run, those before it was resumed included."""
@@ -660,15 +666,18 @@ class Loop:
         records = metrics.read_metrics(self.page.run_directory / "metrics.jsonl")
         return metrics.summarise(records) | {
             "command": command_of(self.page),
-            "parameters": parameter_counts(self.model)["all"],
+            "parameters": parameter_counts(self.inputs.model)["all"],
             "effective_batch_size": self.page.batch_size,
-            "accumulation_steps": self.accumulation,
+            "accumulation_steps": accumulation_steps(
+                self.page.batch_size, self.page.micro_batch_size, row_shards(self.inputs.mesh)
+            ),
             "skipped_steps": sum(not math.isfinite(record["loss"] or math.nan) for record in records),
-            "data": dict(self.dataset.facts),
+            "data": dict(self.inputs.dataset.facts),
             "wall_seconds": self.wall_seconds(),
             "first_step_seconds": self.first_step_seconds,
             "compile_seconds": self.compile_seconds,
-            "device_kind": self.mesh.devices.flat[0].device_kind,
+            "save_hold_up_seconds": max(self.save_seconds, default=None),
+            "device_kind": self.inputs.mesh.devices.flat[0].device_kind,
             "device_count": jax.device_count(),
             "process_count": jax.process_count(),
             "versions": metrics.versions(),
