@@ -1,13 +1,17 @@
 """Eight virtual CPU devices and quick compilation for every test, and the places of reference values and data shelf."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time here goes into compiling
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
+
+from lacuna.config import PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -35,3 +39,57 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     """A mesh over the first of the eight devices."""
     devices = jax.devices()[: data * fsdp * tensor]
     return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
+
+
+# Whole runs of a small model
+
+SIZES = {
+    "vocab_size": 157, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The tiny model's directory with a smaller model in it."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (directory / name).write_bytes((TINY / name).read_bytes())
+    raw = json.loads((TINY / "config.json").read_text())
+    vocabulary = {"vocab_size": raw["vocab_size"]}
+    (directory / "config.json").write_text(json.dumps(raw | SIZES | vocabulary))
+    return directory
+
+
+def chat_run(small: Path, **changes: Any) -> SftConfig:
+    settings: dict[str, Any] = {
+        "model_name": str(small), "from_scratch": True, "run_name": "run", "output_dir": str(small.parent / "runs"),
+        "data": (
+            {"path": str(TINY / "heldout.jsonl"), "split": "train[:60]"},
+            {"path": str(TINY / "heldout.jsonl"), "split": "train[60:100]", "weight": 1.5},
+        ),
+        "eval_data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[400:420]"},),
+        "sequence_length": 256, "batch_size": 16, "compute_dtype": "float32", "learning_rate": 3e-3, "epochs": 3,
+    }  # fmt: skip
+    return SftConfig(**settings | changes)
+
+
+def text_run(small: Path, **changes: Any) -> PretrainConfig:
+    settings: dict[str, Any] = {
+        "model_name": str(small), "from_scratch": True, "run_name": "run", "output_dir": str(small.parent / "runs"),
+        "data": ({"path": str(TINY / "pretrain.jsonl"), "split": "train[:100]"},),
+        "sequence_length": 128, "batch_size": 16, "compute_dtype": "float32", "steps": 8,
+    }  # fmt: skip
+    return PretrainConfig(**settings | changes)
+
+
+def records(page: TrainingConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (page.run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(page: TrainingConfig) -> tuple[list[Any], bytes]:
+    """What must be equal bit for bit: the logged numbers of every step and the exported weights."""
+    keys = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "target_tokens", "epoch", "eval_loss")
+    exported = (page.run_directory / "model" / "model.safetensors").read_bytes()
+    return [[record.get(key) for key in keys] for record in records(page)], exported

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, TINY, mesh_of
+from conftest import REFERENCE, SIZES, TINY, chat_run, mesh_of, outcome, records, text_run
 
 from lacuna import checkpoint, trainer, weights
-from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, UserError
+from lacuna.config import SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
 from lacuna.model import initial_params, model_config, parameter_table, read_model_config
@@ -129,12 +129,6 @@ def test_noise_is_within_its_bound_and_new_each_step() -> None:
         assert not np.allclose(noise, trainer.embedding_noise(key, segment, jnp.int32(row), jnp.float32(3), x))
 
 
-SIZES = {
-    "vocab_size": 157, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 8,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 4, 1)])
 def test_devices_change_nothing_even_where_the_vocabulary_is_padded(shape: tuple[int, int, int]) -> None:
     losses = {}
@@ -179,52 +173,6 @@ def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
 
 
 # Whole runs
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """The tiny model's directory with a smaller model in it."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (directory / name).write_bytes((TINY / name).read_bytes())
-    raw = json.loads((TINY / "config.json").read_text())
-    vocabulary = {"vocab_size": raw["vocab_size"]}
-    (directory / "config.json").write_text(json.dumps(raw | SIZES | vocabulary))
-    return directory
-
-
-def chat_run(small: Path, **changes: Any) -> SftConfig:
-    settings: dict[str, Any] = {
-        "model_name": str(small), "from_scratch": True, "run_name": "run", "output_dir": str(small.parent / "runs"),
-        "data": (
-            {"path": str(TINY / "heldout.jsonl"), "split": "train[:60]"},
-            {"path": str(TINY / "heldout.jsonl"), "split": "train[60:100]", "weight": 1.5},
-        ),
-        "eval_data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[400:420]"},),
-        "sequence_length": 256, "batch_size": 16, "compute_dtype": "float32", "learning_rate": 3e-3, "epochs": 3,
-    }  # fmt: skip
-    return SftConfig(**settings | changes)
-
-
-def text_run(small: Path, **changes: Any) -> PretrainConfig:
-    settings: dict[str, Any] = {
-        "model_name": str(small), "from_scratch": True, "run_name": "run", "output_dir": str(small.parent / "runs"),
-        "data": ({"path": str(TINY / "pretrain.jsonl"), "split": "train[:100]"},),
-        "sequence_length": 128, "batch_size": 16, "compute_dtype": "float32", "steps": 8,
-    }  # fmt: skip
-    return PretrainConfig(**settings | changes)
-
-
-def records(page: TrainingConfig) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (page.run_directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def outcome(page: TrainingConfig) -> tuple[list[Any], bytes]:
-    """What must be equal bit for bit: the logged numbers of every step and the exported weights."""
-    keys = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "target_tokens", "epoch", "eval_loss")
-    exported = (page.run_directory / "model" / "model.safetensors").read_bytes()
-    return [[record.get(key) for key in keys] for record in records(page)], exported
 
 
 RUNS = {

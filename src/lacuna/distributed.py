@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src.clusters import ClusterEnv
@@ -37,6 +37,7 @@ PULSE_SECONDS = 1.0
 AGREEMENT_SECONDS = 7 * 24 * 3600.0
 STALL_SECONDS, STALL_MEDIANS = 300.0, 20
 STALL_EXIT_CODE = 124  # as of timeout(1)
+AGAIN = "the same command with --resume goes on from the newest checkpoint"
 
 # Processes
 
@@ -68,6 +69,7 @@ def cluster() -> Generator[None]:
     try:
         yield
     except BaseException as error:
+        has_left.set()
         fail(error)
     has_left.set()
     jax.distributed.shutdown()
@@ -148,7 +150,9 @@ def pulse(has_left: threading.Event) -> None:
                     last_change[key] = (value, now)
                 if value != "left" and now - last_change[key][1] > HEARTBEAT_SECONDS:
                     process = key.rpartition("/")[2]
-                    line = f"process {process} has not been heard of for {HEARTBEAT_SECONDS:.0f} s, so it is gone"
+                    line = (
+                        f"process {process} has not been heard of for {HEARTBEAT_SECONDS:.0f} s, so it is gone; {AGAIN}"
+                    )
                     client.key_value_set("lacuna/failure", line)
         client.key_value_set(f"lacuna/pulse/{index}", "left", allow_overwrite=True)
 
@@ -158,29 +162,37 @@ def listen(has_left: threading.Event) -> None:
     try:
         line = store().blocking_key_value_get("lacuna/failure", int(AGREEMENT_SECONDS * 1000))
     except Exception as error:  # of the coordination service, whose kinds are not public
-        line = f"process 0 is gone, and with it the job ({str(error).splitlines()[0]})"
+        line = f"process 0 is gone, and with it the job ({str(error).splitlines()[0]}); {AGAIN}"
     if not has_left.is_set():
-        leave_at_once(f"error: {line}; the same command with --resume goes on from the newest checkpoint", 1)
+        leave_at_once(line, 1)
 
 
 def fail(error: BaseException) -> None:
-    """Tell the other processes what ends this one, and end."""
+    """End this process of a job, and by it the others, for an error or an interrupt."""
     code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-    line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     if code == 1:
         traceback.print_exception(error)
-    with suppress(Exception):
-        where = f"process {global_state.process_id} on {socket.gethostname()}"
-        store().key_value_set("lacuna/failure", f"{where} ended: {line.splitlines()[0][:500]}")
-    if global_state.process_id == 0:
-        time.sleep(2 * PULSE_SECONDS)  # the service ends with this process, and the others are to hear of it first
-    leave_at_once(f"error: {line}", code)
+    end_job(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", code)
 
 
-def leave_at_once(line: str, code: int) -> None:
+def end_job(line: str, code: int) -> NoReturn:
+    """End this process, and tell the others why; silently, if another was first to tell."""
+    where = f"process {global_state.process_id} on {socket.gethostname()}"
+    try:
+        if store() is not None:
+            store().key_value_set("lacuna/failure", f"{where} ended: {line.splitlines()[0][:500]}")
+    except Exception:
+        line = ""
+    leave_at_once(line, code)
+
+
+def leave_at_once(line: str, code: int) -> NoReturn:
     """End the process without the exit barrier of the job, in which it would wait for minutes."""
-    print(line, file=sys.stderr, flush=True)
+    if line:
+        print(f"error: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if store() is not None and global_state.process_id == 0:
+        time.sleep(2 * PULSE_SECONDS)  # the store ends with this process, and the others are to hear of it first
     os._exit(code)
 
 
@@ -236,7 +248,7 @@ def watchdog(finished: Callable[[], int | None], log: Path) -> Generator[None]:
                 with log.open("a") as file:
                     print(line, file=file, flush=True)
                     faulthandler.dump_traceback(file, all_threads=True)
-                leave_at_once(f"error: {line}", STALL_EXIT_CODE)
+                end_job(line, STALL_EXIT_CODE)
 
     threading.Thread(target=watch, daemon=True).start()
     try:

@@ -1,0 +1,259 @@
+"""Runs that are killed, stopped, filled up or hung at any point, alone and as several processes, and go on exactly."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import chat_run, outcome, records, text_run
+
+from lacuna import checkpoint
+from lacuna.config import PretrainConfig, TrainingConfig, to_toml
+
+FAULTS = Path(__file__).with_name("faults.py")
+PATIENCE = 300
+CHATS = {"neftune_alpha": 5.0, "epochs": 2, "batch_size": 8, "micro_batch_size": 4, "save_every": 3, "eval_every": 5}
+COMMANDS = {"pretrain": (text_run, {"steps": 20, "save_every": 3}), "sft": (chat_run, CHATS)}
+
+
+class Job:
+    """One or several processes at a run, with a fault built into one of them."""
+
+    def __init__(
+        self,
+        page: TrainingConfig,
+        fault: str = "none",
+        step: int = 0,
+        more: tuple[str, ...] = (),
+        processes: int = 1,
+        devices: int = 1,
+        faulty: int = 0,
+        last_only: tuple[str, ...] = (),
+    ) -> None:
+        file = page.run_directory.parent / f"{page.run_name}.toml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_toml(page))
+        command = "pretrain" if isinstance(page, PretrainConfig) else "sft"
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
+        common = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, FAULTS, *((fault, str(step)) if rank == faulty else ("none", "0")),
+                 command, f"@{file}", *more, *(last_only if rank == processes - 1 else ())],
+                env=os.environ | common | job | ({"JAX_PROCESS_ID": str(rank)} if job else {}),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(processes)
+        ]  # fmt: skip
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def wait_for(self, file: Path, words: str) -> None:
+        """Wait until a file of the run holds some words."""
+        end = time.monotonic() + PATIENCE
+        while not (file.exists() and words in file.read_text()):
+            assert time.monotonic() < end and any(process.poll() is None for process in self.processes), words
+            time.sleep(0.05)
+
+    def end(self) -> tuple[list[int], str]:
+        """Exit codes, and what all wrote."""
+        outputs = [process.communicate(timeout=PATIENCE) for process in self.processes]
+        return [process.returncode for process in self.processes], "".join(text for pair in outputs for text in pair)
+
+
+def finished(page: TrainingConfig, *arguments: Any, **named: Any) -> str:
+    """What a job wrote that ended well."""
+    with Job(page, *arguments, **named) as job:
+        codes, output = job.end()
+        assert not any(codes), output
+    return output
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cache of compiled programs that the runs of a test share."""
+    yield str(tmp_path_factory.mktemp("warm"))
+
+
+@pytest.fixture(autouse=True)
+def shared_cache(own_cache: None, warm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", warm)
+
+
+def killed_at_each(steps: list[int], name: str, small: Path) -> None:
+    """A run killed after each of `steps`, each time resumed, is the uninterrupted one."""
+    make, changes = COMMANDS[name]
+    whole, cut = (make(small, run_name=run, **changes) for run in ("whole", "cut"))
+    finished(whole)
+    for step in steps:
+        with Job(cut, "kill", step, ("--resume",)) as job:
+            assert job.end()[0] == [-signal.SIGKILL]
+    finished(cut, more=("--resume",))
+    assert outcome(cut) == outcome(whole)
+    assert [record["step"] for record in records(cut)] == list(range(1, len(records(whole)) + 1))
+    assert len(records(whole)) == 20
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_killed_after_any_of_four_steps_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
+    killed_at_each([1, 7, 9, 20], name, small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_killed_after_each_of_twenty_steps_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
+    killed_at_each(list(range(1, 21)), name, small)
+
+
+@pytest.mark.parametrize(
+    "point", ["after a shard", "before the manifest", "before the rename", "after the rename", "during retention"]
+)
+def test_a_kill_at_any_point_of_a_save_leaves_a_good_checkpoint_and_nothing_else_for_long(
+    point: str, small: Path
+) -> None:
+    page = text_run(small, steps=8, save_every=2, keep=1)
+    with Job(page, f"kill {point}", 6) as job:
+        assert job.end()[0] == [-signal.SIGKILL]
+    is_committed = point in ("after the rename", "during retention")
+    said: list[str] = []
+    found = checkpoint.newest_good(page.run_directory, said.append)
+    assert found and found[1].run.step == (6 if is_committed else 4) and not said
+    output = finished(page, more=("--resume",))
+    assert f"resuming from {found[0]}" in output
+    assert [path.name for path in (page.run_directory / "checkpoints").iterdir()] == ["step_00000008"]
+    whole = page.model_copy(update={"run_name": "whole"})
+    finished(whole)
+    assert outcome(page) == outcome(whole)
+
+
+def test_a_run_that_is_at_work_is_refused_to_a_second_process_by_name(small: Path) -> None:
+    page = text_run(small, steps=10_000)
+    with Job(page) as first:
+        first.wait_for(page.run_directory / "metrics.jsonl", '"step": 1,')
+        for more in ("--resume", "--overwrite"):
+            with Job(page, more=(more,)) as second:
+                codes, output = second.end()
+            assert codes == [2] and f"process {first.processes[0].pid} on {socket.gethostname()}" in output
+        first.processes[0].send_signal(signal.SIGTERM)
+        codes, output = first.end()
+    assert codes == [0] and "to go on: uv run pretrain" in output
+    assert json.loads((page.run_directory / "summary.json").read_text())["steps"] == len(records(page))
+    assert not (page.run_directory / "lock").exists()
+
+
+def test_a_second_interrupt_leaves_at_once(small: Path) -> None:
+    page = text_run(small, steps=10_000)
+    with Job(page, "sleep", 4) as job:
+        job.wait_for(page.run_directory / "metrics.jsonl", '"step": 2,')
+        job.processes[0].send_signal(signal.SIGINT)
+        job.wait_for(page.run_directory / "run.log", "once more to leave at once")
+        job.processes[0].send_signal(signal.SIGINT)
+        codes, output = job.end()
+    assert codes == [130] and "interrupted" in output and "Traceback" not in output
+
+
+def test_a_step_that_never_ends_is_ended_with_the_stacks_of_all_threads(small: Path) -> None:
+    page = text_run(small, steps=10)
+    with Job(page, "hang", 3) as job:
+        codes, output = job.end()
+    assert codes == [124] and "no step has finished for" in output
+    log = (page.run_directory / "run.log").read_text()
+    assert "Thread 0x" in log and "in prepare" not in log.partition("no step has finished")[0] and "faults.py" in log
+
+
+# Several processes
+
+
+def text_job(small: Path, **changes: Any) -> PretrainConfig:
+    return text_run(small, **{"batch_size": 8, "micro_batch_size": 2, "steps": 12, "save_every": 4} | changes)
+
+
+def losses(page: TrainingConfig) -> list[float]:
+    return [record["loss"] for record in records(page)]
+
+
+def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(small: Path) -> None:
+    alone, together = (text_job(small, run_name=name, fsdp=2, tensor=2) for name in ("alone", "together"))
+    finished(alone, devices=4)
+    finished(together, processes=2, devices=2)
+    assert len(records(together)) == 12
+    np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
+    saved = checkpoint.checkpoint_directory(together.run_directory, 12)
+    assert len(checkpoint.read_manifest(saved).files) == 2
+    assert all((saved / f"shard-0000{process}.safetensors").stat().st_size > 10_000 for process in range(2))
+    first = checkpoint.checkpoint_directory(alone.run_directory, 8)
+    for name, processes, devices in (("one", 1, 1), ("two of two", 2, 2)):
+        layout: dict[str, Any] = {"fsdp": 0, "tensor": 1, "micro_batch_size": 2}
+        other = text_job(small, run_name=name, **layout)
+        finished(other, more=("--resume-from", str(first)), processes=processes, devices=devices)
+        assert [record["step"] for record in records(other)] == [9, 10, 11, 12]
+        np.testing.assert_allclose(losses(other), losses(alone)[8:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_saved_step(small: Path, signalled: int) -> None:
+    page = text_job(small, steps=10_000)
+    with Job(page, processes=2) as job:
+        job.wait_for(page.run_directory / "metrics.jsonl", '"step": 3,')
+        job.processes[signalled].send_signal(signal.SIGTERM)
+        codes, output = job.end()
+    assert codes == [0, 0], output
+    step = checkpoint.saved_steps(page.run_directory)[-1]
+    assert records(page)[-1]["step"] == step and f"stopped after step {step}" in output
+    assert len(checkpoint.read_manifest(checkpoint.checkpoint_directory(page.run_directory, step)).files) == 2
+
+
+@pytest.mark.parametrize(("fault", "victim"), [("kill", 0), ("raise", 0), ("raise", 1)])
+def test_when_one_of_two_processes_ends_the_other_soon_ends_too_and_says_why(
+    small: Path, fault: str, victim: int
+) -> None:
+    page = text_job(small, steps=10_000)
+    with Job(page, fault, 5, processes=2, faulty=victim) as job:
+        job.processes[victim].wait(PATIENCE)
+        began = time.monotonic()
+        codes, output = job.end()
+        assert time.monotonic() - began < 15
+    assert all(codes), output
+    why = "process 0 is gone" if fault == "kill" else f"process {victim} on {socket.gethostname()} ended: RuntimeError"
+    assert why in output or "Gloo" in output
+
+
+def test_a_killed_process_that_is_not_the_first_is_missed_within_the_heartbeat(small: Path) -> None:
+    page = text_job(small, steps=10_000)
+    with Job(page, processes=2) as job:
+        job.wait_for(page.run_directory / "metrics.jsonl", '"step": 3,')
+        job.processes[1].kill()
+        began = time.monotonic()
+        codes, output = job.end()
+        assert time.monotonic() - began < 20 + 10
+    assert codes[0] > 0 and ("process 1 has not been heard of for 20 s" in output or "Gloo" in output), output
+    finished(page, more=("--resume", "--steps", "30"), processes=2)
+    assert [record["step"] for record in records(page)] == list(range(1, len(records(page)) + 1))
+
+
+def test_processes_that_read_other_data_are_refused_before_anything_is_trained(small: Path) -> None:
+    page = text_job(small)
+    with Job(page, processes=2, last_only=("--data.0.split", "train[:99]")) as job:
+        codes, output = job.end()
+    assert all(codes) and "config, model or data differ between process 0 and process 1" in output
+    assert not page.run_directory.exists()
