@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE, SIZES, TINY, chat_run, mesh_of, outcome, records, text_run
+from jax.sharding import Mesh
+from safetensors.numpy import load_file
 
 from lacuna import checkpoint, trainer, weights
 from lacuna.config import SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
-from lacuna.model import initial_params, model_config, parameter_table, read_model_config
+from lacuna.model import (
+    ModelConfig,
+    initial_params,
+    model_config,
+    parameter_counts,
+    parameter_table,
+    read_model_config,
+)
 
 
 def page(**changes: Any) -> SftConfig:
@@ -129,32 +139,89 @@ def test_noise_is_within_its_bound_and_new_each_step() -> None:
         assert not np.allclose(noise, trainer.embedding_noise(key, segment, jnp.int32(row), jnp.float32(3), x))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 4, 1)])
-def test_devices_change_nothing_even_where_the_vocabulary_is_padded(shape: tuple[int, int, int]) -> None:
-    losses = {}
-    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
-        raw = json.loads((REFERENCE / "qwen3" / "config.json").read_text()) | SIZES
-        model = model_config(raw, "config.json")
-        model = replace(model, padded_vocabulary=trainer.padded(157, mesh))
-        assert model.padded_vocabulary == -(-157 // mesh.shape["tensor"]) * mesh.shape["tensor"]
+def sized(**changes: int) -> ModelConfig:
+    raw = json.loads((REFERENCE / "qwen3" / "config.json").read_text())
+    return model_config(raw | SIZES | changes, "config.json")
+
+
+def born(model: ModelConfig, mesh: Mesh) -> trainer.TrainState:
+    """Random weights and empty moments over a mesh."""
+    make = jax.jit(
+        lambda key: trainer.fresh_state(initial_params(key, model)), out_shardings=trainer.state_shardings(model, mesh)
+    )
+    return make(jax.random.key(0))
+
+
+def curve(model: ModelConfig, mesh: Mesh, steps: int, rows: int, length: int) -> tuple[Any, np.ndarray]:
+    """State and [step, (loss, gradient norm)] of some steps on a mesh, the vocabulary padded as it needs."""
+    model = replace(model, padded_vocabulary=trainer.padded(model.vocabulary_size, mesh))
+    facts = []
+    with jax.set_mesh(mesh):
+        state = born(model, mesh)
+        step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
+        for number in range(steps):
+            batch = put_batch(random_batch(number, 1, rows, length, model.vocabulary_size), mesh)
+            state, metrics = step(state, batch, trainer.recipe_of(page(), 50), model, page())
+            facts.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
+    return state, np.array(facts)
+
+
+@pytest.fixture(scope="module")
+def one_device() -> np.ndarray:
+    return curve(sized(), mesh_of(1, 1, 1), 30, 8, 16)[1]
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (1, 1, 4), (1, 2, 4), (2, 2, 2)]
+)
+def test_devices_change_nothing_in_thirty_steps(shape: tuple[int, int, int], one_device: np.ndarray) -> None:
+    mesh = mesh_of(*shape)
+    state, several = curve(sized(), mesh, 30, 8, 16)
+    np.testing.assert_allclose(several, one_device, rtol=1e-5)
+    for leaf in jax.tree.leaves((state.params, state.moments)):
+        if leaf.ndim > 2:
+            assert leaf.addressable_shards[0].data.size * shape[1] * shape[2] == leaf.size
+
+
+@pytest.mark.parametrize("tensor", [3, 4])
+def test_a_vocabulary_that_does_not_divide_is_padded_without_effect(tensor: int, tmp_path: Path) -> None:
+    model = sized(vocab_size=152_225, hidden_size=8, num_attention_heads=tensor, num_key_value_heads=tensor)
+    mesh = mesh_of(1, 1, tensor)
+    _, one = curve(model, mesh_of(1, 1, 1), 3, 2, 16)
+    state, several = curve(model, mesh, 3, 2, 16)
+    np.testing.assert_allclose(several, one, rtol=1e-5)
+    rows = state.params["embedding"].shape[0]
+    assert rows > 152_225 and rows % tensor == 0
+    for tree in (state.params, state.moments.mu, state.moments.nu):
+        assert not np.any(np.asarray(tree["embedding"])[152_225:])
+    weights.save_model(tmp_path / "out", state.params, replace(model, padded_vocabulary=rows), REFERENCE / "qwen3")
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"].shape == (152_225, 8)
+
+
+@pytest.mark.parametrize(("dtype", "counts"), [("float32", (2, 4, 8)), ("bfloat16", (8,))])
+def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[int, ...]) -> None:
+    model = sized(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8, head_dim=32)
+    settings, held, temporary, at_birth = page(compute_dtype=dtype), {}, {}, {}
+    layer = 4 * parameter_counts(model)["all"] / model.layers
+    for count in (1, *counts):
+        mesh = mesh_of(1, count, 1)
         with jax.set_mesh(mesh):
+            batch = put_batch(random_batch(0, 2, 8, 8, 157), mesh)
+            step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
+            recipe, state = trainer.recipe_of(settings, 50), trainer.abstract_state(model, mesh)
+            memory: Any = step.lower(state, batch, recipe, model, settings).compile().memory_analysis()
             make = jax.jit(
-                lambda key, model=model: trainer.fresh_state(initial_params(key, model)),
+                lambda key: trainer.fresh_state(initial_params(key, model)),
                 out_shardings=trainer.state_shardings(model, mesh),
             )
-            state = make(jax.random.key(0))
-            step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
-            for number in range(6):
-                batch = put_batch(random_batch(number, 1, 8, 16, 157), mesh)
-                state, facts = step(state, batch, trainer.recipe_of(page(), 50), model, page())
-                losses.setdefault(mesh, []).append((float(facts["loss"]), float(facts["gradient_norm"])))
-            if model.padded_vocabulary > 157:
-                assert not np.any(np.asarray(state.params["embedding"])[157:])
-            sizes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state.params)}
-            whole = {leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim > 2}
-            assert mesh.shape["fsdp"] == 1 or not sizes & whole
-    one, several = losses.values()
-    np.testing.assert_allclose(several, one, rtol=1e-5)
+            birth: Any = make.lower(jax.random.key(0)).compile().memory_analysis()
+        held[count], temporary[count] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        at_birth[count] = birth.temp_size_in_bytes + birth.output_size_in_bytes
+    assert held[1] > 3 * 8 * layer and temporary[1] > 8 * layer
+    for count in counts:  # a few layers at a time are gathered whole, no more
+        assert held[count] < 1.02 * held[1] / count
+        assert at_birth[count] < 1.02 * at_birth[1] / count
+        assert temporary[count] < 1.02 * temporary[1] / count + 3 * layer
 
 
 def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
@@ -251,7 +318,7 @@ def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(sma
     with pytest.raises(UserError, match="--resume .* --overwrite"):
         trainer.run(page)
     assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
-    with pytest.raises(UserError, match="seed was 0 and is 1"):
+    with pytest.raises(UserError, match="seed was 0 and is 1. It may change: .*learning_rate, .*steps, .*save_every"):
         trainer.run(text_run(small, steps=2, seed=1, resume=True))
 
 
@@ -354,3 +421,31 @@ def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_tim
         assert np.linalg.norm(ours - expected) < 0.05 * np.linalg.norm(expected)
     met = np.linalg.norm(narrow["embedding"][7] - wide["embedding"][7]) / np.linalg.norm(wide["embedding"][7])
     assert met < 0.02
+
+
+def test_a_full_disk_is_said_loudly_and_training_goes_on_to_the_next_save(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = text_run(small, steps=8, save_every=2)
+    free, usual = [1000, 1000, 10**12, 10**12], shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usual(path)._replace(free=free.pop(0)))
+    trainer.run(page)
+    log = (page.run_directory / "run.log").read_text()
+    assert log.count("WARNING: step") == 2 and "are needed, 1 KB are free; training goes on" in log
+    assert checkpoint.saved_steps(page.run_directory) == [6, 8] and len(records(page)) == 8
+
+
+def test_three_full_disks_in_a_row_end_the_run_which_then_goes_on_where_it_was_saved(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = text_run(small, steps=12, save_every=2)
+    free, usual = [10**12, 1000, 1000, 1000, 10**12, 10**12], shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usual(path)._replace(free=free.pop(0)))
+    with pytest.raises(UserError, match="3 saves in a row failed: make room and add --resume"):
+        trainer.run(page)
+    assert checkpoint.saved_steps(page.run_directory) == [2] and not free[2:]
+    monkeypatch.undo()
+    trainer.run(page.model_copy(update={"resume": True}))
+    whole = page.model_copy(update={"run_name": "whole"})
+    trainer.run(whole)
+    assert outcome(page) == outcome(whole)
