@@ -3,10 +3,12 @@
     uv run python scripts/bench.py peak
     uv run python scripts/bench.py train sft @ configs/sft_tiny.toml --steps 20
     uv run python scripts/bench.py train sft --model-name MODEL --from-scratch --data.0.path chat.jsonl --steps 20
+    uv run python scripts/bench.py save sft @ configs/sft_tiny.toml --steps 20
 
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
 reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
-the same process, right behind it, and so is the compiled step alone, repeated on one batch.
+the same process, right behind it, and so is the compiled step alone, repeated on one batch. `save` runs the same, saves
+every fifth step, and tells how long each save held the loop up, beside the time to write the checkpoint whole.
 """
 
 import json
@@ -22,6 +24,7 @@ from lacuna.cli import prepare_process
 from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, parse
 
 WARM_STEPS = 3
+SAVE_EVERY = 5
 
 
 def main() -> None:
@@ -31,13 +34,14 @@ def main() -> None:
         case ["peak"]:
             prepare_process()
             print(json.dumps({"label": "peak"} | peak()))
-        case ["train", "pretrain" | "sft" as command, *arguments]:
+        case ["train" | "save" as label, "pretrain" | "sft" as command, *arguments]:
             prepare_process()
-            with tempfile.TemporaryDirectory() as scratch:
-                fixed = ["--output-dir", scratch, "--run-name", "bench", "--save-every", "0"]
+            with tempfile.TemporaryDirectory(dir=".") as scratch:
+                every = str(SAVE_EVERY) if label == "save" else "0"
+                fixed = ["--output-dir", scratch, "--run-name", "bench", "--save-every", every]
                 pages: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
-                page = parse(pages[command], [*arguments, *fixed], f"bench train {command}")
-                print(json.dumps({"label": "train"} | train(page, started)))
+                page = parse(pages[command], [*arguments, *fixed], f"bench {label} {command}")
+                print(json.dumps({"label": label} | (save(page) if label == "save" else train(page, started))))
         case _:
             sys.exit(__doc__)
 
@@ -126,6 +130,37 @@ def train(page: TrainingConfig, started: float) -> dict[str, Any]:
         "memory_bytes": metrics.memory_bytes(),
         "device_kind": rates["device_kind"],
         "versions": metrics.versions(),
+    }
+
+
+def save(page: TrainingConfig) -> dict[str, Any]:
+    """Figures of the saves of a training run of `page`."""
+    from lacuna import checkpoint, metrics, trainer
+
+    ended = trainer.run(page)
+    assert ended
+    loop, state = ended
+    held_up = list(loop.save_seconds)
+    records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
+    timed = records[WARM_STEPS:]
+    during = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY == 1]
+    others = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY not in (0, 1)]
+    assert loop.saver.newest
+    facts = checkpoint.read_manifest(loop.saver.newest).run
+    began = time.perf_counter()
+    loop.saver.save(state, trainer.saved_shapes(loop.inputs.model), facts, is_best=False)
+    loop.saver.wait()
+    whole = time.perf_counter() - began
+    return {
+        "model": page.model_name,
+        "saves": len(held_up),
+        "checkpoint_bytes": sum(path.stat().st_size for path in loop.saver.newest.iterdir()),
+        "held_up_seconds": statistics.median(held_up),
+        "held_up_seconds_range": [min(held_up), max(held_up)],
+        "whole_save_seconds": whole,
+        "held_up_share_of_save": statistics.median(held_up) / whole,
+        "step_seconds": statistics.median(others),
+        "step_seconds_while_writing": statistics.median(during),
     }
 
 
