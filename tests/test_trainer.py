@@ -154,7 +154,8 @@ def born(model: ModelConfig, mesh: Mesh) -> trainer.TrainState:
 
 def curve(model: ModelConfig, mesh: Mesh, steps: int, rows: int, length: int) -> tuple[Any, np.ndarray]:
     """State and [step, (loss, gradient norm)] of some steps on a mesh, the vocabulary padded as it needs."""
-    model = replace(model, padded_vocabulary=trainer.padded(model.vocabulary_size, mesh))
+    shards = mesh.shape["tensor"]
+    model = replace(model, padded_vocabulary=-(-model.vocabulary_size // shards) * shards)
     facts = []
     with jax.set_mesh(mesh):
         state = born(model, mesh)

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lacuna.config import UserError
+from lacuna.config import DeviceKeys, UserError
 
 ROW_AXES = ("data", "fsdp")
 AXIS_RULES: dict[str, str] = {"embed": "fsdp", "vocab": "tensor", "kv_head": "tensor", "feedforward": "tensor"}
@@ -258,6 +258,14 @@ def watchdog(finished: Callable[[], int | None], log: Path) -> Generator[None]:
 
 
 # Devices
+
+
+def enable_compilation_cache(page: DeviceKeys) -> None:
+    """Keep compiled programs on disk, small ones too."""
+    if page.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(page.cache_dir / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def make_mesh(data_parallel: int, fsdp: int, tensor: int) -> Mesh:

@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,10 +11,9 @@ from rich.progress import track
 from lacuna import metrics, weights
 from lacuna.config import EvalConfig, UserError, to_toml
 from lacuna.data import describe, load_dataset
-from lacuna.distributed import check_divisible, is_first, make_mesh, row_shards
-from lacuna.model import check_sequence_length, parameter_counts, read_model_config
-from lacuna.tokenizer import load_tokenizer
-from lacuna.trainer import check_vocabulary, enable_compilation_cache, held_out_loss, padded
+from lacuna.distributed import enable_compilation_cache, is_first, make_mesh, row_shards
+from lacuna.model import check_sequence_length, parameter_counts
+from lacuna.trainer import held_out_loss
 
 
 def run(page: EvalConfig) -> None:
@@ -30,16 +28,11 @@ def run(page: EvalConfig) -> None:
         raise UserError(
             f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
         )
-    source = weights.resolve_model(page.model_name)
-    model = read_model_config(source)
+    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
+    source, model, tokenizer = weights.open_model(page.model_name, mesh, page.chat_template, page.template_date)
     check_sequence_length(model, page.sequence_length)
-    tokenizer = load_tokenizer(source, page.chat_template, page.template_date)
-    check_vocabulary(model, tokenizer)
     dataset = load_dataset(page.data, tokenizer, page, is_stream=False, is_shuffled=False)
     enable_compilation_cache(page)
-    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
-    model = replace(model, padded_vocabulary=padded(model.vocabulary_size, mesh))
-    check_divisible(mesh, model.sizes)
     print(f"model: {page.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
     print(f"data: {describe(dataset.facts)}")
     for example in (example for documents in dataset.documents for example in documents.facts["bad_examples"]):

@@ -21,13 +21,12 @@ from rich.console import Console
 
 from lacuna import checkpoint, metrics, runs, weights
 from lacuna.checkpoint import Manifest, RunFacts, Saver
-from lacuna.config import EvalConfig, PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps
+from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps
 from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
 from lacuna.distributed import (
-    AXIS_RULES,
     Stop,
-    check_divisible,
     check_same,
+    enable_compilation_cache,
     from_first,
     is_first,
     make_mesh,
@@ -47,11 +46,10 @@ from lacuna.model import (
     parameter_counts,
     parameter_table,
     partition_spec,
-    read_model_config,
     summed_cross_entropy,
     token_statistics,
 )
-from lacuna.tokenizer import Tokenizer, decode, load_tokenizer
+from lacuna.tokenizer import Tokenizer, decode
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
 FINAL_LEARNING_RATE = 0.1  # of the peak
@@ -216,12 +214,6 @@ def saved_shapes(model: ModelConfig) -> TrainState:
     return jax.eval_shape(lambda key: fresh_state(initial_params(key, unpadded)), jax.random.key(0))
 
 
-def padded(vocabulary_size: int, mesh: Mesh) -> int:
-    """Rows of the vocabulary in memory: the next multiple of what shards it."""
-    shards = mesh.shape[AXIS_RULES["vocab"]]
-    return -(-vocabulary_size // shards) * shards
-
-
 def fresh_state(params: PyTree[Array]) -> TrainState:
     """The state of a run before its first step."""
     return TrainState(params, adam.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
@@ -298,16 +290,11 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
 
 def read_inputs(page: TrainingConfig) -> Inputs:
     """Devices, model config, tokenizer and data of a page, each checked against the others."""
-    source = weights.resolve_model(page.model_name, with_weights=False)
-    model = read_model_config(source)
-    check_sequence_length(model, page.sequence_length)
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
     accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
-    model = replace(model, padded_vocabulary=padded(model.vocabulary_size, mesh))
-    check_divisible(mesh, model.sizes)
-    chat = [page.chat_template, page.template_date] if isinstance(page, SftConfig) else []
-    tokenizer = load_tokenizer(source, *chat)
-    check_vocabulary(model, tokenizer)
+    template = [page.chat_template, page.template_date] if isinstance(page, SftConfig) else []
+    _, model, tokenizer = weights.open_model(page.model_name, mesh, *template, with_weights=False)
+    check_sequence_length(model, page.sequence_length)
     dataset = load_dataset(page.data, tokenizer, page, is_stream=isinstance(page, PretrainConfig), is_shuffled=True)
     held_out = None
     if page.eval_data:
@@ -352,7 +339,10 @@ def train(
             loop.best_eval_loss = facts.best_eval_loss if (directory / "best").exists() else None
         state = loop.train(state)
         if is_first():
-            loop.end(source)
+            try:
+                loop.end(source)
+            except OSError as error:
+                raise UserError(f"{error.filename}: {error.strerror}; all steps are saved: add --resume") from error
         from_first("run ended", "")  # the others wait here for what the first process writes
     return loop, state
 
@@ -378,23 +368,6 @@ def left_out(dataset: Dataset) -> Iterator[str]:
     """Lines on the first of the bad rows."""
     for documents in dataset.documents:
         yield from (f"left out: {example}" for example in documents.facts["bad_examples"])
-
-
-def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that writes ids the model has no embedding for."""
-    if tokenizer.vocabulary_size > model.vocabulary_size:
-        raise UserError(
-            f"{tokenizer.directory}: the tokenizer has {tokenizer.vocabulary_size} tokens, config.json's vocab_size is "
-            f"{model.vocabulary_size}; do they belong together?"
-        )
-
-
-def enable_compilation_cache(page: TrainingConfig | EvalConfig) -> None:
-    """Keep compiled programs on disk, small ones too."""
-    if page.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(page.cache_dir / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def start_facts(page: TrainingConfig, inputs: Inputs, steps: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 
 from lacuna.config import UserError
-from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec, shape_of
+from lacuna.distributed import AXIS_RULES, check_divisible
+from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
+from lacuna.tokenizer import Tokenizer, load_tokenizer
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # ours, in a file's header
 FILE_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -77,6 +80,34 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
             case _:
                 reason = f"the download failed ({error}); that mended, the same command fetches what is missing"
         raise UserError(f"model_name {model_name!r}: {' '.join(reason.split())}") from error
+
+
+class OpenedModel(NamedTuple):
+    """A model's directory, its config with the vocabulary padded for the mesh, and its tokenizer."""
+
+    source: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def open_model(model_name: str, mesh: Mesh, *template: str, with_weights: bool = True) -> OpenedModel:
+    """All of a model but its weights, each part checked against the others; `template` is as for `load_tokenizer`.
+
+    Raises:
+        UserError: no such model, or one that is not supported or does not fit the mesh.
+    """
+    source = resolve_model(model_name, with_weights)
+    config = read_model_config(source)
+    shards = mesh.shape[AXIS_RULES["vocab"]]
+    config = replace(config, padded_vocabulary=-(-config.vocabulary_size // shards) * shards)
+    check_divisible(mesh, config.sizes)
+    tokenizer = load_tokenizer(source, *template)
+    if tokenizer.vocabulary_size > config.vocabulary_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocabulary_size} tokens, config.json's vocab_size is "
+            f"{config.vocabulary_size}; do they belong together?"
+        )
+    return OpenedModel(source, config, tokenizer)
 
 
 class FileTensor(NamedTuple):
