@@ -52,7 +52,10 @@ SIZES = {
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """The tiny model's directory with a smaller model in it."""
-    directory = tmp_path / "small"
+    return make_small(tmp_path / "small")
+
+
+def make_small(directory: Path) -> Path:
     directory.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (directory / name).write_bytes((TINY / name).read_bytes())

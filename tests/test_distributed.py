@@ -14,7 +14,7 @@ from lacuna.config import UserError
 def test_without_a_job_nothing_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("there is no job"))
     with distributed.cluster():
-        assert distributed.from_all("name", "value") == ["value"]
+        assert distributed.to_first("name", "value") == ["value"]
         assert distributed.from_first("name", "value") == "value"
         distributed.check_same("name", "value")
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from lacuna.config import UserError
-from lacuna.distributed import from_all, from_first, is_first
+from lacuna.distributed import from_first, is_first, to_first
 from lacuna.metrics import byte_size, duration
 from lacuna.model import ModelConfig, parameter_table
 from lacuna.weights import replace_directory, sync, write_safetensors
@@ -115,7 +115,7 @@ class Saver:
     def save(self, state: PyTree[Array], shapes: PyTree, facts: RunFacts, is_best: bool) -> float:
         """Begin to save; the seconds for which this held up the caller.
 
-        `shapes`, as of `trainer.abstract_state`, are those to be saved, without what pads the vocabulary in memory.
+        `shapes` are those to be saved, without the rows that pad the vocabulary in memory.
         """
         began = time.perf_counter()
         self.wait()
@@ -131,12 +131,11 @@ class Saver:
             scratch = directory.with_name(f"{directory.name}.{self.session}.tmp")
             needed = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(shapes))
             report = write_pieces(scratch, pieces, needed)
-            reports = [
-                Report.model_validate_json(text) for text in from_all(f"save {facts.step}", report.model_dump_json())
-            ]
-            problem = next((report.error for report in reports if report.error), "")
+            texts = to_first(f"save {facts.step}", report.model_dump_json())
+            reports, problem = [Report.model_validate_json(text) for text in texts], ""
             if is_first():
-                problem = self.commit(scratch, directory, reports, shapes, facts, is_best) if not problem else problem
+                problem = next((report.error for report in reports if report.error), "")
+                problem = problem or self.commit(scratch, directory, reports, shapes, facts, is_best)
                 if problem:
                     shutil.rmtree(scratch, ignore_errors=True)
             problem = from_first(f"commit {facts.step}", problem)
@@ -412,7 +411,7 @@ def open_checkpoint(directory: Path, manifest: Manifest, stack: ExitStack) -> di
 def load_checkpoint(directory: Path, manifest: Manifest, abstract: PyTree, shapes: PyTree) -> PyTree[Array]:
     """The run state in the shapes and shardings of `abstract`, whatever devices it was saved from.
 
-    `shapes` are those that were saved, without what pads the vocabulary in memory.
+    `shapes` are those that were saved, without the rows that pad the vocabulary in memory.
 
     Raises:
         UserError: a tensor that is missing or of another shape.

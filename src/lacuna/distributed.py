@@ -95,16 +95,20 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def from_all(name: str, value: str) -> list[str]:
-    """What each process gives for `name`, in their order; waits for all of them. A name serves once."""
+def to_first(name: str, value: str) -> list[str]:
+    """What each process gives for `name`, in their order, waited for and told to the first process alone."""
     if jax.process_count() == 1:
         return [value]
     tell(name, value)
-    return [ask(f"{name}/{process}") for process in range(jax.process_count())]
+    if not is_first():
+        return []
+    values = [ask(f"{name}/{process}") for process in range(jax.process_count())]
+    store().key_value_delete(f"lacuna/{name}/")
+    return values
 
 
 def from_first(name: str, value: str) -> str:
-    """What the first process gives for `name`."""
+    """What the first process gives for `name`; a name serves once."""
     if jax.process_count() == 1:
         return value
     if is_first():
@@ -127,7 +131,7 @@ def ask(key: str) -> str:
 
 def check_same(name: str, value: str) -> None:
     """Refuse to go on where a process has another value than the first."""
-    values = from_all(name, value)
+    values = to_first(name, value)
     if other := [process for process, given in enumerate(values) if given != values[0]]:
         raise UserError(
             f"{name} differ between process 0 and process {', '.join(map(str, other))}; each process must be started "
