@@ -4,11 +4,16 @@
     uv run python scripts/bench.py train sft @ configs/sft_tiny.toml --steps 20
     uv run python scripts/bench.py train sft --model-name MODEL --from-scratch --data.0.path chat.jsonl --steps 20
     uv run python scripts/bench.py save sft @ configs/sft_tiny.toml --steps 20
+    uv run python scripts/bench.py generate MODEL float32
 
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
 reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
 the same process, right behind it, and so is the compiled step alone, repeated on one batch. `save` runs the same, saves
 every fifth step, and tells how long each save held the loop up, beside the time to write the checkpoint whole.
+
+`generate` decodes greedily: batches of 1 and 32 prompts of 64 tokens, 128 new tokens each, then 64 requests of 16 to
+256 new tokens through 32 slots. A decode step is compared with the time in which the memory could deliver the weights
+and the tokens in the cache, at the faster of the two rates (copying, matrix times vector) found before and after.
 """
 
 import json
@@ -18,17 +23,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from lacuna.cli import prepare_process
 from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, parse
 
 WARM_STEPS = 3
 SAVE_EVERY = 5
+PROMPT_TOKENS, NEW_TOKENS = 64, 128
 
 
 def main() -> None:
-    """The subcommands peak and train."""
+    """The subcommands peak, train, save and generate."""
     started = time.time() - process_age()
     match sys.argv[1:]:
         case ["peak"]:
@@ -42,6 +48,9 @@ def main() -> None:
                 pages: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
                 page = parse(pages[command], [*arguments, *fixed], f"bench {label} {command}")
                 print(json.dumps({"label": label} | (save(page) if label == "save" else train(page, started))))
+        case ["generate", model_name, ("float32" | "bfloat16") as dtype]:
+            prepare_process()
+            print(json.dumps({"label": "generate"} | generate(model_name, dtype)))
         case _:
             sys.exit(__doc__)
 
@@ -161,6 +170,86 @@ def save(page: TrainingConfig) -> dict[str, Any]:
         "held_up_share_of_save": statistics.median(held_up) / whole,
         "step_seconds": statistics.median(others),
         "step_seconds_while_writing": statistics.median(during),
+    }
+
+
+def read_rate() -> float:
+    """Bytes a second that a matrix-vector product reads."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix, vector = jnp.ones((2**13, 2**13)), jnp.ones(2**13)
+    product = jax.jit(jnp.matmul)
+    return matrix.nbytes / seconds_of(lambda: product(matrix, vector).block_until_ready(), 15)
+
+
+def generate(model_name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+    """Figures of the sampler for each batch, and of continuous batching."""
+    import jax
+    import numpy as np
+
+    from lacuna import metrics, sampler, weights
+    from lacuna.config import SamplingKeys
+    from lacuna.distributed import make_mesh
+    from lacuna.model import read_model_config
+    from lacuna.tokenizer import load_tokenizer
+
+    source = weights.resolve_model(model_name)
+    config, tokenizer, mesh = read_model_config(source), load_tokenizer(source), make_mesh(1, 0, 1)
+    params = weights.load_params(source, config, mesh)
+    random = np.random.default_rng(0)
+    rates = [max(read_rate(), peak()["copy_bytes_per_second"])]
+
+    def requests(limits: list[int]) -> list[sampler.Request]:
+        prompts = random.integers(config.vocabulary_size, size=(len(limits), PROMPT_TOKENS)).tolist()
+        return [
+            sampler.Request(tuple(prompt), SamplingKeys(temperature=0.0, max_tokens=limit))
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
+
+    def batch(slots: int, limits: list[int]) -> dict[str, Any]:
+        batch = sampler.Sampler(params, config, tokenizer, mesh, slots, PROMPT_TOKENS + max(limits), dtype)
+        waiting = requests(limits)
+        seconds = seconds_of(lambda: batch.generate(waiting), 3)
+        firsts, steps = [], []
+        for _ in range(3):
+            for request in waiting[:slots]:
+                batch.submit(request)
+            began = time.perf_counter()
+            batch.advance(1)
+            firsts.append(time.perf_counter() - began)
+            while not batch.is_idle:
+                began = time.perf_counter()
+                parts = batch.advance()
+                steps.append((time.perf_counter() - began) / max(len(part.tokens) for part in parts))
+        weight_bytes = sum(x.nbytes for x in jax.tree.leaves(batch.params))
+        held = slots * (PROMPT_TOKENS + max(limits) / 2)
+        cache_bytes = held * 2 * config.layers * config.kv_heads * config.head * jax.numpy.dtype(dtype).itemsize
+        return {
+            "tokens_per_second": sum(limits) / seconds,
+            "seconds": seconds,
+            "time_to_first_token_seconds": statistics.median(firsts),
+            "step_seconds": statistics.median(steps),
+            "weight_bytes": weight_bytes,
+            "cache_bytes": cache_bytes,
+        }
+
+    found = {f"batch_{slots}": batch(slots, [NEW_TOKENS] * slots) for slots in (1, 32)}
+    mixed = np.linspace(16, 256, 64).round().astype(int)
+    found["continuous"] = batch(32, random.permutation(mixed).tolist())
+    rates.append(max(read_rate(), peak()["copy_bytes_per_second"]))
+    for figures in (found["batch_1"], found["batch_32"]):
+        bound = (figures["weight_bytes"] + figures["cache_bytes"]) / max(rates)
+        figures["bound_seconds"], figures["share_of_bound"] = bound, bound / figures["step_seconds"]
+    return {
+        "model": model_name,
+        "dtype": dtype,
+        "prompt": PROMPT_TOKENS,
+        "new": NEW_TOKENS,
+        "bytes_per_second": rates,
+        **found,
+        "device_kind": jax.devices()[0].device_kind,
+        "versions": metrics.versions(),
     }
 
 

@@ -160,6 +160,29 @@ class RecordKeys(Page):
     wandb_project: str = Field("lacuna", min_length=1, description="Project there")
 
 
+class SamplingKeys(Page):
+    """Sampling"""
+
+    temperature: float = Field(1.0, ge=0, description="Divides the logits; 0: always the likeliest token")
+    top_k: int = Field(0, ge=0, description="Sample among that many likeliest tokens; 0: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this probability")
+    min_p: float = Field(0.0, ge=0, le=1, description="Least probability of a token, as a share of the likeliest one's")
+    repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens met before; 1: none")
+    frequency_penalty: float = Field(0.0, description="Taken from a token's logit each time it was generated")
+    presence_penalty: float = Field(0.0, description="Taken from a token's logit once it was generated")
+    max_tokens: int = Field(512, ge=1, description="Most tokens of a completion")
+
+
+class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
+    """What the commands share that generate."""
+
+    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
+    context_length: int = Field(
+        0, ge=0, description="Most tokens of prompt and answer together; 0: what the model was made for, at most 8,192"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is sampled")
+
+
 def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: int) -> int:
     """Forward passes per optimizer step; `device_shards` is data_parallel × fsdp, the devices that share out the batch.
 

@@ -7,7 +7,7 @@ read from config.json, not a class.
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,10 @@ from lacuna.distributed import AXIS_RULES, shard_rows
 
 ATTENTION_BLOCK, ATTENTION_BLOCKS = 128, 8
 LOSS_CHUNK = 512
+PAGE = 64
+
+# Of each layer, keys [slot, kv_head, page, head, offset] and values [slot, kv_head, page, offset, head]
+Cache = tuple[tuple[Array, Array], ...]
 
 
 @dataclass(frozen=True)
@@ -387,14 +391,14 @@ def attention(
     """
     starts = range(0, segment.shape[1], max(ATTENTION_BLOCK, -(-segment.shape[1] // ATTENTION_BLOCKS)))
     blocks = [
-        attend(query[:, start:end], key[:, :end], value[:, :end], segment[:, :end])
+        attend_block(query[:, start:end], key[:, :end], value[:, :end], segment[:, :end])
         for start, end in zip(starts, [*starts[1:], segment.shape[1]], strict=True)
     ]
     return jnp.concatenate(blocks, axis=1)
 
 
 @jax.checkpoint
-def attend(
+def attend_block(
     query: Float[Array, "batch token kv_head group head"],
     key: Float[Array, "batch source kv_head head"],
     value: Float[Array, "batch source kv_head head"],
@@ -414,10 +418,13 @@ def layer_forward(
     x: Float[Array, "batch token embed"],
     layer: PyTree[Array],
     angle: Float[Array, "batch token half"],
-    segment: Int[Array, "batch token"],
+    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     config: ModelConfig,
-) -> Float[Array, "batch token embed"]:
-    """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual."""
+) -> tuple[Float[Array, "batch token embed"], Any]:
+    """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual.
+
+    `attend` takes query, key and value, and what it returns besides their mix is handed on: decoding keeps its cache.
+    """
     normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
     query, key, value = (linear(normed, layer[name]) for name in ("query", "key", "value"))
     if config.has_qkv_bias:
@@ -425,12 +432,12 @@ def layer_forward(
     if config.has_query_key_norm:
         query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
         key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
-    mixed = attention(rotate(query, angle), rotate(key, angle), value, segment)
+    mixed, kept = attend(rotate(query, angle), rotate(key, angle), value)
     mixed = linear(mixed, layer["output"])
     x = shard_rows(x + (mixed + layer["output_bias"] if config.has_output_bias else mixed))
     normed = rms_norm(x, layer["feedforward_norm"], config.norm_epsilon)
     hidden = jax.nn.silu(linear(normed, layer["gate"])) * linear(normed, layer["up"])
-    return shard_rows(x + linear(hidden, layer["down"]))
+    return shard_rows(x + linear(hidden, layer["down"])), kept
 
 
 def embed(params: PyTree[Array], token: Int[Array, "batch token"]) -> Float[Array, "batch token embed"]:
@@ -451,15 +458,101 @@ def forward(
     `rematerialisation` says what the backward pass computes again: nothing, all but matrix products, or whole layers.
     """
     angle = position[..., None] * rotary_frequencies(config)
-    body = partial(layer_forward, angle=angle, segment=segment, config=config)
+
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+        return attention(query, key, value, segment), None
+
+    body = partial(layer_forward, angle=angle, attend=attend, config=config)
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
         policy = (
             policies.nothing_saveable if rematerialisation == "layer" else policies.dots_with_no_batch_dims_saveable
         )
         body = jax.checkpoint(body, policy=policy)
-    x, _ = jax.lax.scan(lambda x, layer: (body(x, layer), None), x, params["layers"])
+    x, _ = jax.lax.scan(body, x, params["layers"])
     return rms_norm(x, params["final_norm"], config.norm_epsilon)
+
+
+def decoding_params(params: PyTree[Array], config: ModelConfig, dtype: DTypeLike) -> PyTree[Array]:
+    """The weights as decoding reads them: all but norms in the dtype of compute, each layer by itself.
+
+    A scan over layers would copy the cache in and out of a stack at every step.
+    """
+    params = cast(params, config, dtype)
+    layers = tuple(jax.tree.map(lambda leaf, at=at: leaf[at], params["layers"]) for at in range(config.layers))
+    vocabulary = {name: params[name].astype(dtype) for name in ("embedding", "head") if name in params}
+    return params | vocabulary | {"layers": layers}
+
+
+def empty_cache(config: ModelConfig, slots: int, pages: int, dtype: DTypeLike) -> Cache:
+    """Room for `pages` × PAGE tokens in each slot."""
+    rows = (slots, config.kv_heads, pages)
+    return tuple(
+        (jnp.zeros((*rows, config.head, PAGE), dtype), jnp.zeros((*rows, PAGE, config.head), dtype))
+        for _ in range(config.layers)
+    )
+
+
+def prefill(params: PyTree[Array], token: Int[Array, "batch token"], config: ModelConfig) -> Cache:
+    """The cache of prompts that fill whole pages; what stands behind a shorter one is never read."""
+    angle = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)[..., None] * rotary_frequencies(config)
+    segment = jnp.ones_like(token)
+
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+        paged = (x.reshape(x.shape[0], -1, PAGE, *x.shape[2:]) for x in (key, value))
+        keys, values = (jnp.einsum("bpskh->bkpsh", x) for x in paged)
+        return attention(query, key, value, segment), (jnp.swapaxes(keys, -1, -2), values)
+
+    x, cache = shard_rows(params["embedding"][token]), []
+    for layer in params["layers"]:
+        x, kept = layer_forward(x, layer, angle, attend, config)
+        cache.append(kept)
+    return tuple(cache)
+
+
+def decode_step(
+    params: PyTree[Array], cache: Cache, token: Int[Array, " slot"], length: Int[Array, " slot"], config: ModelConfig
+) -> tuple[Float[Array, "slot 1 embed"], Cache]:
+    """Final normed hidden state behind one more token in each slot, and the cache of `length` tokens with it."""
+    angle = length[:, None, None] * rotary_frequencies(config)
+    # One slot is written twice: XLA would fuse a scatter of one row into its readers and copy the cache at each step.
+    slot = jnp.arange(max(len(token), 2)) % len(token)
+    page, offset = length[slot] // PAGE, length[slot] % PAGE
+    x, grown = shard_rows(params["embedding"][token[:, None]]), []
+    for layer, (keys, values) in zip(params["layers"], cache, strict=True):
+
+        def attend(
+            query: Array, key: Array, value: Array, keys: Array = keys, values: Array = values
+        ) -> tuple[Array, tuple[Array, Array]]:
+            keys = keys.at[slot, :, page, :, offset].set(key[slot, 0])
+            values = values.at[slot, :, page, offset].set(value[slot, 0])
+            return cached_attention(query[:, 0], keys, values, length)[:, None], (keys, values)
+
+        x, kept = layer_forward(x, layer, angle, attend, config)
+        grown.append(kept)
+    return rms_norm(x, params["final_norm"], config.norm_epsilon), tuple(grown)
+
+
+def cached_attention(
+    query: Float[Array, "slot kv_head group head"],
+    keys: Float[Array, "slot kv_head page head offset"],
+    values: Float[Array, "slot kv_head page offset head"],
+    length: Int[Array, " slot"],
+) -> Float[Array, "slot kv_head group head"]:
+    """Attention of one query on the tokens up to and with position `length` of its slot.
+
+    Page by page, so an empty page adds exact zeros: a result does not depend on how many there are. With the group on
+    every page, each is a plain matrix product; else XLA on CPU takes four times as long.
+    """
+    position = jnp.arange(keys.shape[2])[:, None] * PAGE + jnp.arange(PAGE)
+    visible = position <= length[:, None, None]
+    query = jnp.broadcast_to(query[:, :, None], (*keys.shape[:3], *query.shape[2:]))
+    scores = jnp.einsum("bkpgh,bkphs->bkpgs", query, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, :, None], scores * query.shape[-1] ** -0.5, -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, axis=(2, 4), keepdims=True))
+    mixed = jnp.einsum("bkpgs,bkpsh->bkpgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    total = jnp.sum(jnp.sum(weights, axis=4), axis=2)
+    return (jnp.sum(mixed, axis=2) / total[..., None]).astype(values.dtype)
 
 
 def head_of(params: PyTree[Array], config: ModelConfig) -> Float[Array, "vocab embed"]:
