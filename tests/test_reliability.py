@@ -177,7 +177,10 @@ def test_a_second_interrupt_leaves_at_once(small: Path) -> None:
     with Job(page, "sleep", 4) as job:
         job.wait_for(page.run_directory / "metrics.jsonl", '"step": 2,')
         job.processes[0].send_signal(signal.SIGINT)
+        job.processes[0].send_signal(signal.SIGTERM)  # an echo, as of a launcher, which leaves it as it is
         job.wait_for(page.run_directory / "run.log", "once more to leave at once")
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.processes[0].wait(1.5)
         job.processes[0].send_signal(signal.SIGINT)
         codes, output = job.end()
     assert codes == [130] and "interrupted" in output and "Traceback" not in output

@@ -36,6 +36,7 @@ HEARTBEAT_SECONDS = 20.0
 PULSE_SECONDS = 1.0
 AGREEMENT_SECONDS = 7 * 24 * 3600.0
 STALL_SECONDS, STALL_MEDIANS = 300.0, 20
+ECHO_SECONDS = 1.0
 STALL_EXIT_CODE = 124  # as of timeout(1)
 AGAIN = "the same command with --resume goes on from the newest checkpoint"
 
@@ -203,10 +204,12 @@ def leave_at_once(line: str, code: int) -> NoReturn:
 class Stop:
     """Whether someone asked to stop: SIGTERM or Ctrl-C once lets the step finish, a second time leaves at once.
 
-    In a job of several processes JAX's own handler of SIGTERM makes all of them agree on the step.
+    In a job of several processes JAX's own handler of SIGTERM makes all of them agree on the step. What follows within
+    a second is an echo of the first: a launcher such as uv hands on a signal that the whole group has had already.
     """
 
     is_asked = False
+    asked_at = 0.0
 
     def is_due(self, step: int) -> bool:
         """Whether to stop after this step; to be called at every step."""
@@ -215,9 +218,11 @@ class Stop:
     @contextmanager
     def listening(self, say: Callable[[str], None]) -> Generator[None]:
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if self.is_asked:
+            if self.is_asked and time.monotonic() - self.asked_at > ECHO_SECONDS:
                 raise KeyboardInterrupt
-            self.is_asked = True
+            if self.is_asked:
+                return
+            self.is_asked, self.asked_at = True, time.monotonic()
             say("stopping after this step; once more to leave at once")
             if jax.process_count() > 1:
                 signal.raise_signal(signal.SIGTERM)
