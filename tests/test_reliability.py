@@ -249,7 +249,7 @@ def test_when_one_of_two_processes_ends_the_other_soon_ends_too_and_says_why(
         assert time.monotonic() - began < 15
     assert all(codes), output
     why = "process 0 is gone" if fault == "kill" else f"process {victim} on {socket.gethostname()} ended: RuntimeError"
-    assert why in output or "Gloo" in output
+    assert why in output, output
 
 
 def test_a_killed_process_that_is_not_the_first_is_missed_within_the_heartbeat(small: Path) -> None:
@@ -260,7 +260,12 @@ def test_a_killed_process_that_is_not_the_first_is_missed_within_the_heartbeat(s
         began = time.monotonic()
         codes, output = job.end()
         assert time.monotonic() - began < 20 + 10
-    assert codes[0] > 0 and ("process 1 has not been heard of for 20 s" in output or "Gloo" in output), output
+    why = (
+        "error: process 1 has not been heard of for 20 s",
+        "error: JaxRuntimeError",
+        "error: ValueError: UNKNOWN: Gloo",
+    )
+    assert codes[0] > 0 and any(line in output for line in why), output
     finished(page, more=("--resume", "--steps", "30"), processes=2)
     assert [record["step"] for record in records(page)] == list(range(1, len(records(page)) + 1))
 

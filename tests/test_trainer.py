@@ -450,3 +450,20 @@ def test_three_full_disks_in_a_row_end_the_run_which_then_goes_on_where_it_was_s
     whole = page.model_copy(update={"run_name": "whole"})
     trainer.run(whole)
     assert outcome(page) == outcome(whole)
+
+
+def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked_for(small: Path) -> None:
+    page = text_run(small, steps=4, save_every=2)
+    trainer.run(page)
+    shards = [checkpoint.checkpoint_directory(page.run_directory, step) / "shard-00000.safetensors" for step in (2, 4)]
+    os.truncate(shards[1], 100)
+    with pytest.raises(UserError, match="step_00000004.* 100 bytes"):
+        trainer.run(page.model_copy(update={"resume_from": str(shards[1].parent)}))
+    trainer.run(page.model_copy(update={"resume": True}))
+    log = (page.run_directory / "run.log").read_text()
+    assert f"checkpoint passed over: {shards[1]}" in log and f"resuming from {shards[0].parent}" in log
+    assert "set aside as" in log and [record["step"] for record in records(page)] == [1, 2, 3, 4]
+    for shard in shards:
+        os.truncate(shard, 100)
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+        trainer.run(page.model_copy(update={"resume": True}))

@@ -65,11 +65,13 @@ def cluster() -> Generator[None]:
     if not is_first():
         sys.stdout = open(os.devnull, "w")
     has_left = threading.Event()
-    for watch in (pulse, listen):
+    for watch in (pulse, listen, hold_on):
         threading.Thread(target=watch, args=(has_left,), daemon=True).start()
     try:
         yield
     except BaseException as error:
+        if not isinstance(error, UserError | KeyboardInterrupt):
+            time.sleep(2 * PULSE_SECONDS)  # what ends another process often fails here too; its reason comes meanwhile
         has_left.set()
         fail(error)
     has_left.set()
@@ -170,6 +172,24 @@ def listen(has_left: threading.Event) -> None:
         line = f"process 0 is gone, and with it the job ({str(error).splitlines()[0]}); {AGAIN}"
     if not has_left.is_set():
         leave_at_once(line, 1)
+
+
+def hold_on(has_left: threading.Event) -> None:
+    """End this process as soon as the connection that it has to the first one breaks.
+
+    JAX ends it then too, a moment later, but with a stack trace in place of a line.
+    """
+    with suppress(OSError):
+        if is_first():
+            with socket.create_server(("", 0)) as server:
+                tell("lifeline", str(server.getsockname()[1]))
+                _connections = [server.accept()[0] for _ in range(jax.process_count() - 1)]
+                threading.Event().wait()  # they are to last as long as this process does
+        host, port = str(global_state.coordinator_address).rpartition(":")[0], int(ask("lifeline/0"))
+        with socket.create_connection((host, port)) as connection:
+            connection.recv(1)
+        if not has_left.is_set():
+            leave_at_once(f"process 0 is gone, and with it the job; {AGAIN}", 1)
 
 
 def fail(error: BaseException) -> None:
