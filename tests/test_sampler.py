@@ -51,8 +51,8 @@ def test_cached_decoding_has_the_logits_of_the_full_forward_pass(family: str) ->
     steps = 3
     token = prompts_of(config, steps)
     following = np.stack([row[length : length + steps] for row, length in zip(token, LENGTHS, strict=True)])
-    params = model.decoding_params(params, config, "float32")
-    ours = after_prompt(params, token[:, : LENGTHS.max()], LENGTHS, following, config, pages=2)
+    decoding = model.decoding_params(params, config, "float32")
+    ours = after_prompt(decoding, token[:, : LENGTHS.max()], LENGTHS, following, config, pages=2)
     for row, length in enumerate(LENGTHS):
         whole = token[row : row + 1, : length + steps]
         expected = logits(params, config, whole, positions(whole))[0, length:]
@@ -62,10 +62,10 @@ def test_cached_decoding_has_the_logits_of_the_full_forward_pass(family: str) ->
 def test_more_pages_change_no_bit() -> None:
     """4 heads × 4 slots × 4 pages: below 4,096 scores XLA on CPU compiles another exponential."""
     config, params = load(REFERENCE / "qwen3")
-    params = model.decoding_params(params, config, "float32")
+    decoding = model.decoding_params(params, config, "float32")
     token = prompts_of(config, 1)
     few, many = (
-        after_prompt(params, token[:, :PAGE], LENGTHS, token[:, PAGE:], config, pages=pages) for pages in (4, 16)
+        after_prompt(decoding, token[:, :PAGE], LENGTHS, token[:, PAGE:], config, pages=pages) for pages in (4, 16)
     )
     np.testing.assert_array_equal(few, many)
 

@@ -679,7 +679,7 @@ class Sampler:
         while self.cancellations:
             number = self.cancellations.popleft()
             self.running = [None if running and running.number == number else running for running in self.running]
-            for waiting in [waiting for waiting in self.waiting if waiting.number == number]:
+            for waiting in [waiting for waiting in list(self.waiting) if waiting.number == number]:
                 self.waiting.remove(waiting)
 
     def _assign_slots(self) -> Arrivals:
