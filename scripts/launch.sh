@@ -3,7 +3,11 @@
 # Each process takes an even share of the accelerators, or DEVICES virtual CPU devices (1 unless set).
 # Ends with the first exit code that is not 0; Ctrl-C and SIGTERM go to all processes.
 set -euo pipefail
-count=${1:?how many processes?}
+count=${1:-}
+if [[ ! $count =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
+    echo "usage: scripts/launch.sh PROCESSES COMMAND [ARGUMENTS...], as in: scripts/launch.sh 2 sft @ configs/sft_tiny.toml" >&2
+    exit 2
+fi
 shift
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count JAX_NUM_CPU_DEVICES=${DEVICES:-1}

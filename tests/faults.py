@@ -43,6 +43,12 @@ def after(owner: Any, name: str, strike: Callable[[], None], is_due: Callable[..
     setattr(owner, name, patched)
 
 
+def sleep() -> None:
+    """Sleep for ever, waking often, as a signal that comes just before a long sleep is only seen behind it."""
+    while True:
+        time.sleep(0.1)
+
+
 def fail() -> None:
     raise RuntimeError("a fault of the test's own")
 
@@ -85,10 +91,10 @@ def build_in(kind: str, step: int) -> None:
         case "raise":
             before(trainer.Loop, "prepare", fail, is_reached)
         case "sleep":
-            before(trainer.Loop, "prepare", lambda: time.sleep(1000), is_reached)
+            before(trainer.Loop, "prepare", sleep, is_reached)
         case "hang":
             distributed.STALL_SECONDS = 3.0
-            before(trainer.Loop, "prepare", lambda: time.sleep(1000), is_reached)
+            before(trainer.Loop, "prepare", sleep, is_reached)
         case _:
             raise SystemExit(f"no fault {kind!r}")
 

@@ -160,8 +160,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path: Path, kind: str) 
     assert found and found[0].name == "step_00000001"
     assert len(said) == 1 and words in said[0] and str(newest) in said[0]
     shutil.rmtree(checkpoint.checkpoint_directory(tmp_path, 1))
-    with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(UserError, match="none of its 1 checkpoints is whole") as refusal:
         checkpoint.newest_good(tmp_path, said.append)
+    assert words in str(refusal.value) and str(newest) in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])

@@ -467,3 +467,19 @@ def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked
         os.truncate(shard, 100)
     with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
         trainer.run(page.model_copy(update={"resume": True}))
+
+
+def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resumed(small: Path) -> None:
+    page = text_run(small, steps=2)
+    trainer.run(page)
+    shutil.rmtree(page.run_directory / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
+    with pytest.raises(UserError, match="whose checkpoints are gone"):
+        trainer.run(page.model_copy(update={"resume": True}))
+    assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
+    foreign = text_run(small, steps=2, run_name="foreign", resume=True)
+    foreign.run_directory.mkdir()
+    (foreign.run_directory / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="no run of ours"):
+        trainer.run(foreign)
+    assert (foreign.run_directory / "metrics.jsonl").read_text() == "mine"

@@ -313,7 +313,8 @@ def read_manifest(directory: Path, is_hashed: bool = True) -> Manifest:
         content, known_hash = found["manifest"], found["sha256"]
         newest = content["format"]
     except OSError as error:
-        raise UserError(f"{path}: no manifest, so no checkpoint ({error.strerror})") from error
+        hint = "; a run: name one of its checkpoints/" if (directory / "checkpoints").is_dir() else ""
+        raise UserError(f"{path}: no manifest, so no checkpoint ({error.strerror}){hint}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no manifest of ours, so damaged ({type(error).__name__}: {error})") from error
     if newest != MANIFEST_FORMAT:
@@ -467,15 +468,20 @@ def newest_good(run_directory: Path, say: Callable[[str], None]) -> tuple[Path, 
     Raises:
         UserError: there are checkpoints, but none is whole.
     """
-    steps = saved_steps(run_directory)
-    for step in reversed(steps):
+    damaged = []
+    for step in reversed(saved_steps(run_directory)):
         directory = checkpoint_directory(run_directory, step)
         try:
             return directory, read_manifest(directory)
         except UserError as error:
             say(f"checkpoint passed over: {error}")
-    if steps:
-        raise UserError(f"{run_directory}: none of its {len(steps)} checkpoints is whole; start anew with --overwrite")
+            damaged.append(str(error))
+    if damaged:
+        listed = "\n  ".join(damaged)
+        raise UserError(
+            f"{run_directory}: none of its {len(damaged)} checkpoints is whole; bring back files from a copy, or "
+            f"start anew with --overwrite\n  {listed}"
+        )
     return None
 
 

@@ -56,6 +56,7 @@ def cluster() -> Generator[None]:
     ):
         yield
         return
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script starts what it does not wait for without
     try:
         jax.distributed.initialize(
             **(job or {}), heartbeat_timeout_seconds=int(3 * HEARTBEAT_SECONDS), shutdown_timeout_seconds=60
@@ -179,7 +180,7 @@ def hold_on(has_left: threading.Event) -> None:
 
     JAX ends it then too, a moment later, but with a stack trace in place of a line.
     """
-    with suppress(OSError):
+    with suppress(Exception):  # without this connection the process ends all the same, only later
         if is_first():
             with socket.create_server(("", 0)) as server:
                 tell("lifeline", str(server.getsockname()[1]))
@@ -197,7 +198,8 @@ def fail(error: BaseException) -> None:
     code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
     if code == 1:
         traceback.print_exception(error)
-    end_job(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", code)
+    lines = {2: str(error), 130: "interrupted"}
+    end_job(lines.get(code, f"{type(error).__name__}: {error}"), code)
 
 
 def end_job(line: str, code: int) -> NoReturn:

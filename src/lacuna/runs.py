@@ -24,6 +24,7 @@ FIXED_ON_RESUME = (
     "train_on", "chat_template", "template_date", "neftune_alpha", "on_bad_data",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
+NAMES_THE_RUN = ("run_name", "output_dir")
 
 
 @contextmanager
@@ -37,11 +38,11 @@ def claimed(page: TrainingConfig) -> Generator[None]:
         yield
         return
     directory = page.run_directory
-    check_free(page)  # before anything is written there, and again when no one else can write
     try:
+        check_free(page)  # before anything is written there, and again when no one else can write
         handle = take_lock(directory)
     except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; choose another output_dir") from error
+        raise UserError(f"{directory}: {error.strerror}; mend that, or choose another output_dir") from error
     try:
         check_free(page)
         yield
@@ -67,24 +68,28 @@ def take_lock(directory: Path) -> int:
         if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
             break
         os.close(handle)  # its holder removed the file on leaving, just before it was locked here
-    os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    with suppress(OSError):  # a full disk takes no name, but the lock holds
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return handle
 
 
 def check_free(page: TrainingConfig) -> None:
     """Refuse to begin a run where one is, or to overwrite what is no run or is needed by the new one."""
     directory = page.run_directory
-    if page.resume or (page.resume_from and Path(page.resume_from).resolve().is_relative_to(directory.resolve())):
-        return
     if not directory.exists() or all(path.name == LOCK for path in directory.iterdir()):
         return
-    if not (directory / "config.toml").exists():
+    if not (directory / "config.toml").exists() and not checkpoint.saved_steps(directory):
         raise UserError(f"{directory} holds files that are no run of ours; choose another run_name or output_dir")
+    if page.resume or (page.resume_from and Path(page.resume_from).resolve().is_relative_to(directory.resolve())):
+        return
     log = directory / "metrics.jsonl"
     if not page.overwrite:
         if checkpoint.saved_steps(directory) or (log.exists() and log.stat().st_size):
-            raise UserError(f"{directory} holds a run already; add --resume to go on with it, --overwrite to delete it")
+            instead = "replace --resume-from by" if page.resume_from else "add"
+            raise UserError(
+                f"{directory} holds a run already; {instead} --resume to go on with it, --overwrite to delete it"
+            )
         return
     needed = [page.model_name, *(source.path for source in (*page.data, *page.eval_data))]
     if inside := [path for path in needed if Path(path).resolve().is_relative_to(directory.resolve())]:
@@ -100,8 +105,14 @@ def checkpoint_to_resume(page: TrainingConfig, say: Callable[[str], None]) -> tu
     chosen = page.resume_from
     if is_first() and chosen:
         checkpoint.read_manifest(Path(chosen))
-    elif is_first() and page.resume and (found := checkpoint.newest_good(page.run_directory, say)):
-        chosen = str(found[0])
+    elif is_first() and page.resume:
+        found = checkpoint.newest_good(page.run_directory, say)
+        chosen = str(found[0]) if found else ""
+        if not found and (page.run_directory / "summary.json").exists():
+            raise UserError(
+                f"{page.run_directory} holds a run whose checkpoints are gone; to begin anew would replace it, so "
+                "choose another run_name, or --overwrite in place of --resume to delete it"
+            )
     chosen = from_first("checkpoint to resume", chosen)
     if not chosen:
         return None
@@ -109,7 +120,9 @@ def checkpoint_to_resume(page: TrainingConfig, say: Callable[[str], None]) -> tu
     saved, now = manifest.run.config, masked_config(page)
     if changed := [key for key in FIXED_ON_RESUME if saved.get(key) != now.get(key)]:
         differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in changed)
-        free = ", ".join(key for key in type(page).model_fields if key not in (*FIXED_ON_RESUME, *START_ONLY))
+        free = ", ".join(
+            key for key in type(page).model_fields if key not in (*FIXED_ON_RESUME, *START_ONLY, *NAMES_THE_RUN)
+        )
         raise UserError(f"{chosen}: a run can't change this when it resumes: {differences}. It may change: {free}")
     return Path(chosen), manifest
 
@@ -144,7 +157,9 @@ def begin(page: TrainingConfig, first_step: int, say: Callable[[str], None]) -> 
     directory = page.run_directory
     try:
         if page.overwrite:
-            for path in directory.iterdir():
+            for path in sorted(
+                directory.iterdir(), key=lambda path: path.name == "config.toml"
+            ):  # last: it names a run
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 elif path.name != LOCK:
@@ -153,4 +168,4 @@ def begin(page: TrainingConfig, first_step: int, say: Callable[[str], None]) -> 
             say(f"set aside as {path}: it is newer than the checkpoint this goes on from")
         (directory / "config.toml").write_text(to_toml(page, without=START_ONLY))
     except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; choose another output_dir") from error
+        raise UserError(f"{directory}: {error.strerror}; mend that, or choose another output_dir") from error

@@ -327,7 +327,12 @@ def train(
         runs.begin(page, first_step, lines.append)
     row_limit = None if page.steps else dataset.rows.row_count(page.epochs)
     steps = page.steps or -(-dataset.rows.row_count(page.epochs) // page.batch_size)
-    with RunLog(directory, steps, page.log_every, first_step, page.wandb, runs.masked_config(page), is_first()) as log:
+    config = runs.masked_config(page)
+    try:
+        run_log = RunLog(directory, steps, page.log_every, first_step, page.wandb, config, is_first())
+    except OSError as error:
+        raise UserError(f"{directory}: {checkpoint.describe_error(error)}; make room and start again") from error
+    with run_log as log:
         for line in (*start_facts(page, inputs, steps), *lines):
             log.info(line)
         recipe = jax.device_put(recipe_of(page, steps), NamedSharding(mesh, PartitionSpec()))
@@ -342,7 +347,8 @@ def train(
             try:
                 loop.end(source)
             except OSError as error:
-                raise UserError(f"{error.filename}: {error.strerror}; all steps are saved: add --resume") from error
+                why = checkpoint.describe_error(error)
+                raise UserError(f"{directory}: {why}; all steps are saved: make room and add --resume") from error
         from_first("run ended", "")  # the others wait here for what the first process writes
     return loop, state
 

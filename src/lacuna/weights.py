@@ -258,6 +258,23 @@ def save_model(directory: Path, params: PyTree, config: ModelConfig, source: Pat
     scratch = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    try:
+        write_model(scratch, params, config)
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, scratch / name)
+        if chat_template:
+            shutil.copyfile(chat_template, scratch / "chat_template.jinja")
+        for path in (*scratch.iterdir(), scratch):
+            sync(path)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    replace_directory(scratch, directory)
+
+
+def write_model(scratch: Path, params: PyTree, config: ModelConfig) -> None:
+    """The weights alone, in as many files as their size asks for."""
     dtype = np.dtype(FILE_DTYPES[config.file_dtype])
     leaf_of = dict(zip(jax.tree.leaves(parameter_table(config)), jax.tree.leaves(params), strict=True))
     shards: list[dict[str, tuple[Parameter, int]]] = [{}]
@@ -283,14 +300,6 @@ def save_model(directory: Path, params: PyTree, config: ModelConfig, source: Pat
         )
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for name in ("config.json", *TOKENIZER_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, scratch / name)
-    if chat_template:
-        shutil.copyfile(chat_template, scratch / "chat_template.jinja")
-    for path in (*scratch.iterdir(), scratch):
-        sync(path)
-    replace_directory(scratch, directory)
 
 
 def file_tensor(leaf: Any, row: Parameter, layer: int, config: ModelConfig, dtype: Any) -> np.ndarray:
