@@ -20,7 +20,7 @@ from lacuna.config import PretrainConfig, TrainingConfig, to_toml
 
 FAULTS = Path(__file__).with_name("faults.py")
 PATIENCE = 300
-CHATS = {"neftune_alpha": 5.0, "epochs": 2, "batch_size": 8, "micro_batch_size": 4, "save_every": 3, "eval_every": 5}
+CHATS = {"neftune_alpha": 5.0, "steps": 20, "batch_size": 8, "micro_batch_size": 4, "save_every": 3, "eval_every": 5}
 COMMANDS = {"pretrain": (text_run, {"steps": 20, "save_every": 3}), "sft": (chat_run, CHATS)}
 
 
