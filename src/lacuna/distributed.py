@@ -77,6 +77,8 @@ def cluster() -> Generator[None]:
         fail(error)
     has_left.set()
     jax.distributed.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # threads that wait in JAX's store could abort the interpreter while it cleans up
 
 
 def described_job() -> dict[str, Any] | None:
