@@ -191,11 +191,9 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str
     from lacuna import metrics, sampler, weights
     from lacuna.config import SamplingKeys
     from lacuna.distributed import make_mesh
-    from lacuna.model import read_model_config
-    from lacuna.tokenizer import load_tokenizer
 
-    source = weights.resolve_model(model_name)
-    config, tokenizer, mesh = read_model_config(source), load_tokenizer(source), make_mesh(1, 0, 1)
+    mesh = make_mesh(1, 0, 1)
+    source, config, tokenizer = weights.open_model(model_name, mesh)
     params = weights.load_params(source, config, mesh)
     random = np.random.default_rng(0)
     rates = [max(read_rate(), peak()["copy_bytes_per_second"])]

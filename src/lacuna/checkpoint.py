@@ -443,8 +443,9 @@ def load_checkpoint(directory: Path, manifest: Manifest, abstract: PyTree, shape
 
 
 def saved_params(directory: Path, config: ModelConfig, stack: ExitStack) -> PyTree[SavedTensor]:
-    """The parameters of a whole checkpoint, each read when asked for."""
-    table, saved = parameter_table(config), open_checkpoint(directory, read_manifest(directory), stack)
+    """The parameters of a checkpoint that this process wrote or checked, each read when asked for."""
+    table = parameter_table(config)
+    saved = open_checkpoint(directory, read_manifest(directory, is_hashed=False), stack)
     return jax.tree.unflatten(jax.tree.structure(table), [saved[f"params/{name}"] for name, _ in named_leaves(table)])
 
 

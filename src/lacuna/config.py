@@ -173,16 +173,6 @@ class SamplingKeys(Page):
     max_tokens: int = Field(512, ge=1, description="Most tokens of a completion")
 
 
-class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
-    """What the commands share that generate."""
-
-    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
-    context_length: int = Field(
-        0, ge=0, description="Most tokens of prompt and answer together; 0: what the model was made for, at most 8,192"
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of what is sampled")
-
-
 def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: int) -> int:
     """Forward passes per optimizer step; `device_shards` is data_parallel × fsdp, the devices that share out the batch.
 

@@ -304,6 +304,8 @@ class RunLog:
         if self.wandb is not None:
             with self.wandb_may_fail():
                 self.wandb.finish(exit_code=exit_code)
+        if lost := len(self.metrics_file.waiting) + len(self.text_file.waiting):
+            self.console.print(f"WARNING: {byte_size(lost)} of metrics.jsonl and run.log found no room on the disk")
         self.metrics_file.file.close()
         self.text_file.file.close()
 

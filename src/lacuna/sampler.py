@@ -21,8 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 from pydantic import ValidationError
 
-from lacuna.config import GenerationConfig, SamplingKeys, UserError
-from lacuna.distributed import ROW_AXES, enable_compilation_cache, make_mesh, row_shards, shard_rows
+from lacuna.config import SamplingKeys, UserError
+from lacuna.distributed import ROW_AXES, row_shards, shard_rows
 from lacuna.metrics import byte_size
 from lacuna.model import (
     PAGE,
@@ -37,9 +37,7 @@ from lacuna.model import (
     prefill,
 )
 from lacuna.tokenizer import Tokenizer, read_json
-from lacuna.weights import load_params, open_model
 
-CONTEXT_LENGTH = 8192
 BLOCK = 32
 PREFILL_ROWS, PREFILL_PAGES = (64, 16, 4, 1), 128
 LEAST_PAGES = 4
@@ -1041,32 +1039,3 @@ def search(
         return (carry[0] < max_tokens) & jnp.any(~carry[1].is_done & (carry[1].score > -jnp.inf))
 
     return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), start))[1]
-
-
-# A model to generate from
-
-
-class Loaded(NamedTuple):
-    """A sampler, the directory its model came from, and what the model's generation_config.json asks for."""
-
-    sampler: Sampler
-    source: Path
-    defaults: SamplingKeys
-    stop_ids: tuple[int, ...]
-
-
-def load_sampler(page: GenerationConfig, slots: int) -> Loaded:
-    """The model of a page with its weights on the devices; `slots` is rounded up to what the devices share out evenly.
-
-    Raises:
-        UserError: no such model, or one that is not supported or does not fit.
-    """
-    enable_compilation_cache(page)
-    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
-    source, config, tokenizer = open_model(page.model_name, mesh, page.chat_template)
-    own = min(limit for limit in (config.max_positions, config.sliding_window) if limit)
-    capacity = page.context_length or min(own, CONTEXT_LENGTH)
-    params = load_params(source, config, mesh)
-    shards = row_shards(mesh)
-    sampler = Sampler(params, config, tokenizer, mesh, -(-slots // shards) * shards, capacity, page.compute_dtype)
-    return Loaded(sampler, source, *generation_defaults(source, tokenizer))
