@@ -14,11 +14,12 @@ import pytest
 from conftest import REFERENCE, TINY, mesh_of
 from test_model import FAMILIES, load, logits, positions
 
-from lacuna import model, sampler, weights
+from lacuna import model, sampler, sampling, weights
+from lacuna.beams import beam_search
 from lacuna.config import SamplingKeys, UserError
 from lacuna.model import PAGE
 from lacuna.sampler import Request
-from lacuna.tokenizer import Tokenizer, encode, load_tokenizer
+from lacuna.tokenizer import Tokenizer, encode, load_tokenizer, plain, read_on, window_behind
 
 TINY_CONFIG = model.read_model_config(REFERENCE / "qwen3")
 GREEDY = SamplingKeys(temperature=0.0, max_tokens=12)
@@ -99,14 +100,14 @@ def test_decoding_on_eight_devices_equals_one() -> None:
 # Rules
 
 
-def rules_from(values: dict[str, Any], count: int) -> sampler.Rules:
+def rules_from(values: dict[str, Any], count: int) -> sampling.Rules:
     rows = [sampler.rules_of(Request((0,)), 0, capacity=64) for _ in range(count)]
     rules = sampler.empty_slots(TINY_CONFIG, count, 1, "float32").rules
-    filled = {name: np.array([row[name] for row in rows]) for name in sampler.Rules._fields}
-    return sampler.Rules(
+    filled = {name: np.array([row[name] for row in rows]) for name in sampling.Rules._fields}
+    return sampling.Rules(
         **{
             name: jnp.asarray(values.get(name, filled[name]), getattr(rules, name).dtype)
-            for name in sampler.Rules._fields
+            for name in sampling.Rules._fields
         }
     )
 
@@ -129,8 +130,8 @@ def test_rules_leave_the_distribution_that_transformers_processors_leave(name: s
     rules = rules_from({each: reference[each] for each in names}, len(logits))
     seen = presence_of(reference["seen"], logits.shape[1])
     count = jnp.zeros(logits.shape, jnp.int32)
-    penalised = jax.jit(sampler.penalise)(logits, jnp.asarray(seen > 0), count, rules)
-    ours = log_softmax(jax.jit(sampler.restrict)(penalised, rules))
+    penalised = jax.jit(sampling.penalise)(logits, jnp.asarray(seen > 0), count, rules)
+    ours = log_softmax(jax.jit(sampling.restrict)(penalised, rules))
     expected = log_softmax(reference[name if name == "together" else f"only_{name}"])
     assert np.array_equal(ours > -np.inf, expected > -np.inf)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -142,7 +143,7 @@ def test_penalties_follow_openais_formula_over_generated_tokens_only() -> None:
     count = random.integers(0, 4, (3, 50), dtype=np.int32)
     frequency, presence = np.array([0.0, 0.5, -0.25]), np.array([1.5, 0.0, 0.5])
     rules = rules_from({"frequency_penalty": frequency, "presence_penalty": presence}, 3)
-    ours = sampler.penalise(jnp.asarray(logits), jnp.ones((3, 50), bool), jnp.asarray(count), rules)
+    ours = sampling.penalise(jnp.asarray(logits), jnp.ones((3, 50), bool), jnp.asarray(count), rules)
     expected = logits - count * frequency[:, None] - (count > 0) * presence[:, None]
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
@@ -154,7 +155,7 @@ def test_draws_follow_the_probabilities() -> None:
     tries = 40_000
     rows = jnp.broadcast_to(jnp.asarray(scores), (tries, 300))
     zero = jnp.zeros(tries, jnp.int32)
-    token = jax.jit(sampler.draw)(rows, zero.astype(jnp.uint32), zero, jnp.arange(tries))
+    token = jax.jit(sampling.draw)(rows, zero.astype(jnp.uint32), zero, jnp.arange(tries))
     found = np.bincount(token, minlength=300)
     expected = tries * np.exp(log_softmax(scores[None])[0])
     assert not np.any(found[scores == -np.inf])
@@ -279,8 +280,10 @@ def test_sampled_log_probabilities_are_those_of_the_distribution_drawn_from(smal
         prompted = np.bincount(request.prompt, minlength=config.vocabulary_size) > 0
         vectors = {name: np.array([getattr(rules, name)]) for name in SamplingKeys.model_fields}
         here = rules_from(vectors, 1)
-        scores = sampler.penalise(whole[None, 19 + number], jnp.asarray(prompted)[None], jnp.asarray(count)[None], here)
-        expected = log_softmax(sampler.restrict(scores, here))[0, token]
+        scores = sampling.penalise(
+            whole[None, 19 + number], jnp.asarray(prompted)[None], jnp.asarray(count)[None], here
+        )
+        expected = log_softmax(sampling.restrict(scores, here))[0, token]
         assert completion.sampled_log_probabilities[number] == pytest.approx(expected, abs=1e-4)
     (certain,) = small.generate([Request(random_prompt(20), GREEDY)])
     assert set(certain.sampled_log_probabilities) == {0.0}
@@ -391,8 +394,8 @@ def leaf_scores(prompt: tuple[int, ...]) -> dict[tuple[int, ...], float]:
 
 def test_beams_on_a_trie_equal_brute_force_over_its_leaves(small: sampler.Sampler) -> None:
     prompts = [random_prompt(12), random_prompt(70)]
-    found = sampler.beam_search(small, prompts, beam_count=8, max_tokens=6, trie=sampler.token_trie(LEAVES))
-    assert found == sampler.beam_search(small, prompts, beam_count=8, max_tokens=6, trie=sampler.token_trie(LEAVES))
+    found = beam_search(small, prompts, beam_count=8, max_tokens=6, trie=sampling.token_trie(LEAVES))
+    assert found == beam_search(small, prompts, beam_count=8, max_tokens=6, trie=sampling.token_trie(LEAVES))
     for prompt, beams in zip(prompts, found, strict=True):
         expected = sorted(leaf_scores(prompt).items(), key=lambda item: -item[1])
         assert [beam.tokens for beam in beams] == [leaf for leaf, _ in expected]
@@ -403,7 +406,7 @@ def test_beams_on_a_trie_equal_brute_force_over_its_leaves(small: sampler.Sample
 def test_free_beams_equal_brute_force_and_stop_at_stop_tokens(small: sampler.Sampler) -> None:
     config, params = load(REFERENCE / "qwen3")
     prompt, size = random_prompt(12), config.vocabulary_size
-    (beams,) = sampler.beam_search(small, [prompt], beam_count=size, max_tokens=2, stop_ids=(7,))
+    (beams,) = beam_search(small, [prompt], beam_count=size, max_tokens=2, stop_ids=(7,))
     row = np.array([prompt])
     first = log_softmax(logits(params, config, row, positions(row))[0, -1:])[0]
     rows = np.array([[*prompt, token] for token in range(size)])
@@ -417,7 +420,7 @@ def test_free_beams_equal_brute_force_and_stop_at_stop_tokens(small: sampler.Sam
 
 def test_one_beam_is_greedy(small: sampler.Sampler) -> None:
     prompt = random_prompt(33)
-    ((beam,),) = sampler.beam_search(small, [prompt], beam_count=1, max_tokens=GREEDY.max_tokens)
+    ((beam,),) = beam_search(small, [prompt], beam_count=1, max_tokens=GREEDY.max_tokens)
     (completion,) = small.generate([Request(prompt, GREEDY)])
     assert beam.tokens == completion.tokens
     assert beam.log_probability == pytest.approx(sum(completion.log_probabilities), abs=1e-4)
@@ -425,8 +428,8 @@ def test_one_beam_is_greedy(small: sampler.Sampler) -> None:
 
 def test_constrained_completions_are_leaves_drawn_by_their_probability(small: sampler.Sampler) -> None:
     """Greedy takes the likeliest allowed token at each step; draws follow the probabilities of allowed tokens."""
-    trie, prompt = sampler.token_trie(LEAVES), random_prompt(12)
-    others = sampler.token_trie([(1, 2), (3,)])
+    trie, prompt = sampling.token_trie(LEAVES), random_prompt(12)
+    others = sampling.token_trie([(1, 2), (3,)])
     requests = [
         Request(prompt, GREEDY, trie=trie),
         Request(prompt, GREEDY, trie=others),
@@ -446,11 +449,11 @@ def test_constrained_completions_are_leaves_drawn_by_their_probability(small: sa
 
 def test_a_trie_with_an_output_that_begins_another_needs_an_end() -> None:
     with pytest.raises(UserError, match=r"\[1, 2\] begins another"):
-        sampler.token_trie([(1, 2), (1, 2, 3)])
-    trie = sampler.token_trie([(1, 2), (1, 2, 3)], end_id=9)
+        sampling.token_trie([(1, 2), (1, 2, 3)])
+    trie = sampling.token_trie([(1, 2), (1, 2, 3)], end_id=9)
     assert len(trie.token) == 5 and trie.width == 2
     with pytest.raises(UserError, match="at least one"):
-        sampler.token_trie([()])
+        sampling.token_trie([()])
 
 
 # Text
@@ -481,16 +484,14 @@ def test_text_told_piece_by_piece_is_whole_and_never_half_a_character(shelf: Pat
     tokenizer = load_tokenizer(shelf / "tokenizers" / name)
     token = encode(tokenizer, "Say: " + text, add_special_tokens=False).tolist()
     for prompt in range(1, len(token)):
-        window = sampler.window_behind(tokenizer, token[:prompt])
+        window = window_behind(tokenizer, token[:prompt])
         pieces = []
         for each in token[prompt:]:
-            window, piece = sampler.read_on(tokenizer, window, [each])
+            window, piece = read_on(tokenizer, window, [each])
             pieces.append(piece)
         assert "\ufffd" not in "".join(pieces)
-        whole = sampler.plain(tokenizer, token)
-        prefixes = [
-            os.path.commonprefix([sampler.plain(tokenizer, token[:end]), whole]) for end in range(1, prompt + 1)
-        ]
+        whole = plain(tokenizer, token)
+        prefixes = [os.path.commonprefix([plain(tokenizer, token[:end]), whole]) for end in range(1, prompt + 1)]
         assert max(prefixes, key=len) + "".join(pieces) == whole
 
 
@@ -498,10 +499,10 @@ def test_a_broken_sequence_is_told_once_it_has_ended(tokenizer: Tokenizer) -> No
     bird = encode(tokenizer, "🦜", add_special_tokens=False).tolist()
     letter = encode(tokenizer, "x", add_special_tokens=False).tolist()
     assert len(bird) >= 2
-    window = sampler.window_behind(tokenizer, letter)
-    window, nothing = sampler.read_on(tokenizer, window, bird[:1])
-    _, at_end = sampler.read_on(tokenizer, window, [], is_last=True)
-    _, broken = sampler.read_on(tokenizer, window, letter)
+    window = window_behind(tokenizer, letter)
+    window, nothing = read_on(tokenizer, window, bird[:1])
+    _, at_end = read_on(tokenizer, window, [], is_last=True)
+    _, broken = read_on(tokenizer, window, letter)
     assert (nothing, at_end, broken) == ("", "\ufffd", "\ufffdx")
 
 
@@ -511,7 +512,7 @@ def test_text_ends_before_a_stop_string_wherever_tokens_part(
 ) -> None:
     text = "Hello world🦜 café\nlast"
     token = encode(tokenizer, text, add_special_tokens=False).tolist()
-    running = sampler.Running(0, 0, Request((1,), stop=(stop, "never")), sampler.window_behind(tokenizer, [1]), 0)
+    running = sampler.Running(0, 0, Request((1,), stop=(stop, "never")), window_behind(tokenizer, [1]), 0)
     told, reason, used = "", "", 0
     for start in range(0, len(token), 2):
         chunk = token[start : start + 2]
@@ -522,7 +523,7 @@ def test_text_ends_before_a_stop_string_wherever_tokens_part(
             break
     assert told == text.partition(stop)[0]
     assert reason == ("stop" if stop in text else "length")
-    assert stop not in text or stop in sampler.plain(tokenizer, token[:used])
+    assert stop not in text or stop in plain(tokenizer, token[:used])
 
 
 # Defaults

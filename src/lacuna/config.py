@@ -20,7 +20,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -80,21 +80,26 @@ class DataKeys(Page):
         return value
 
 
+def day(value: Any) -> str:
+    try:
+        return date.fromisoformat(str(value)).isoformat()
+    except ValueError as error:
+        raise ValueError("should be a day such as 2024-07-26") from error
+
+
+TemplateDate = Annotated[
+    str, BeforeValidator(day), Field(description="Day that templates see, so that data never changes")
+]
+DAY = "2024-07-26"
+
+
 class ChatKeys(Page):
     """Chats"""
 
     packing: bool = Field(True, description="Pack several chats into a row; otherwise one row each")
     train_on: Literal["assistant", "all", "last"] = Field("assistant", description="Messages that the loss counts")
     chat_template: str = Field("", description="Jinja file in place of the model's chat template")
-    template_date: str = Field("2024-07-26", description="Day that templates see, so that data never changes")
-
-    @field_validator("template_date", mode="before")
-    @classmethod
-    def template_date_is_a_day(cls, value: Any) -> Any:
-        try:
-            return date.fromisoformat(str(value)).isoformat()
-        except ValueError as error:
-            raise ValueError("should be a day such as 2024-07-26") from error
+    template_date: TemplateDate = DAY
 
 
 LearningRate = Annotated[float, Field(gt=0, description="Highest learning rate, reached after the warm-up")]
@@ -241,6 +246,16 @@ class EvalConfig(RunKeys, DeviceKeys, ChatKeys, DataKeys, ModelKeys):
     @property
     def run_directory(self) -> Path:
         return Path(self.output_dir) / (self.run_name or f"eval_{Path(self.model_name).resolve().name}")
+
+
+class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
+    """A model to generate with: what chat and serve share."""
+
+    model_name: str = Field("", description="Run, directory in Hugging Face layout, or hub id; empty: the newest run")
+    output_dir: str = Field("runs", min_length=1, description="Folder of all runs")
+    capacity: int = Field(4096, ge=2, description="Most tokens of prompt and answer together, where the model has more")
+    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
+    template_date: TemplateDate = DAY
 
 
 Config = TypeVar("Config", bound=Page)

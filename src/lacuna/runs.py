@@ -169,3 +169,11 @@ def begin(page: TrainingConfig, first_step: int, say: Callable[[str], None]) -> 
         (directory / "config.toml").write_text(to_toml(page, without=START_ONLY))
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; mend that, or choose another output_dir") from error
+
+
+def newest_run(output_dir: str) -> Path:
+    """The run in this folder whose model was written last. Raises UserError where there is none."""
+    exported = sorted(Path(output_dir).glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    if not exported:
+        raise UserError(f"{output_dir}: no run with a model in it; give --model-name, or train one first")
+    return exported[-1].parents[1]

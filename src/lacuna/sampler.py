@@ -6,9 +6,8 @@ prompt, rules and seed alone: no slot sees another, and randomness is folded fro
 """
 
 import itertools
-import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from pydantic import ValidationError
 
-from lacuna.config import SamplingKeys, UserError
-from lacuna.distributed import ROW_AXES, row_shards, shard_rows
+from lacuna import weights
+from lacuna.config import GenerationConfig, SamplingKeys, UserError
+from lacuna.distributed import ROW_AXES, enable_compilation_cache, make_mesh, row_shards, shard_rows
 from lacuna.metrics import byte_size
 from lacuna.model import (
     PAGE,
@@ -36,33 +36,30 @@ from lacuna.model import (
     logits_of,
     prefill,
 )
-from lacuna.tokenizer import Tokenizer, read_json
+from lacuna.runs import newest_run
+from lacuna.sampling import (
+    Forest,
+    Rules,
+    Trie,
+    confine,
+    draw,
+    edges_of,
+    forest_of,
+    is_leaf,
+    penalise,
+    power_of_two,
+    restrict,
+)
+from lacuna.tokenizer import Tokenizer, Window, before_stop, read_json, read_on, window_behind
 
 BLOCK = 32
 PREFILL_ROWS, PREFILL_PAGES = (64, 16, 4, 1), 128
 LEAST_PAGES = 4
 STOP_IDS = 8
 TOP_LOGPROBS = 20
-VOCABULARY_BLOCK = 128
-REPLACEMENT = "\ufffd"
 
 FinishReason = Literal["", "stop", "length"]
 REASONS: tuple[FinishReason, ...] = ("", "stop", "length")
-
-
-@dataclass(frozen=True, eq=False)
-class Trie:
-    """Allowed outputs: the edges of `node` are those from `first[node]` to `first[node + 1]`, each a token and a child;
-    0 is the root, and a node without edges ends the output."""
-
-    first: Int[np.ndarray, " node_and_end"]
-    token: Int[np.ndarray, " edge"]
-    child: Int[np.ndarray, " edge"]
-
-    @property
-    def width(self) -> int:
-        """Most edges of a node."""
-        return int(np.max(np.diff(self.first)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,171 +104,6 @@ def joined(parts: Sequence[Completion]) -> Completion:
         sampled_log_probabilities=tuple(value for part in parts for value in part.sampled_log_probabilities),
         top_logprobs=tuple(value for part in parts for value in part.top_logprobs),
     )
-
-
-# Rules of sampling, for all slots at once
-
-
-class Rules(NamedTuple):
-    """A request's rules as the device reads them, one row a slot."""
-
-    temperature: Float[Array, " slot"]
-    top_k: Int[Array, " slot"]
-    top_p: Float[Array, " slot"]
-    min_p: Float[Array, " slot"]
-    repetition_penalty: Float[Array, " slot"]
-    frequency_penalty: Float[Array, " slot"]
-    presence_penalty: Float[Array, " slot"]
-    max_tokens: Int[Array, " slot"]
-    seed: UInt32[Array, " slot"]
-    index: Int[Array, " slot"]
-    top_logprobs: Int[Array, " slot"]
-    stop_ids: Int[Array, "slot stop"]
-
-
-def penalise(
-    logits: Float[Array, "slot vocab"],
-    is_prompted: Bool[Array, "slot vocab"],
-    count: Int[Array, "slot vocab"],
-    rules: Rules,
-) -> Float[Array, "slot vocab"]:
-    """Logits less the penalties: repetition (Keskar et al. 2019) sees the prompt too, the others only what was made."""
-    penalty = rules.repetition_penalty[:, None]
-    repeated = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    logits = jnp.where(is_prompted | (count > 0), repeated, logits)
-    return logits - rules.frequency_penalty[:, None] * count - rules.presence_penalty[:, None] * (count > 0)
-
-
-def restrict(logits: Float[Array, "slot vocab"], rules: Rules) -> Float[Array, "slot vocab"]:
-    """Logits over the temperature, and of those that top_k, top_p and min_p leave over, in this order; others -inf."""
-    temperature = jnp.where(rules.temperature > 0, rules.temperature, 1)[:, None]
-    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-    is_filtered = (rules.top_k > 0) | (rules.top_p < 1) | (rules.min_p > 0)
-
-    def filtered() -> Float[Array, "slot vocab"]:
-        bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
-        rank = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-        most = jnp.where(rules.top_k > 0, rules.top_k, jnp.inf)
-        kept = rank >= threshold(rank, jnp.ones_like(scores), most)[:, None]
-        probability = jax.nn.softmax(jnp.where(kept, scores, -jnp.inf), axis=-1)
-        mass = jnp.where(rules.top_p < 1, rules.top_p, jnp.inf)
-        kept &= rank >= threshold(rank, probability, mass)[:, None]
-        kept &= scores >= jnp.log(rules.min_p)[:, None]
-        return jnp.where(kept, scores, -jnp.inf)
-
-    return jax.lax.cond(jnp.any(is_filtered), filtered, lambda: scores)
-
-
-def threshold(
-    rank: UInt32[Array, "slot vocab"], weight: Float[Array, "slot vocab"], target: Float[Array, " slot"]
-) -> UInt32[Array, " slot"]:
-    """The highest rank from which upwards the weights sum to `target`; 0 where they never do. Found bit by bit, which
-    sorts nothing."""
-
-    def set_bit(number: Int[Array, ""], found: UInt32[Array, " slot"]) -> UInt32[Array, " slot"]:
-        trial = found | (jnp.uint32(1 << 31) >> number.astype(jnp.uint32))
-        total = jnp.sum(jnp.where(rank >= trial[:, None], weight, 0), axis=-1)
-        return jnp.where(total >= target, trial, found)
-
-    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(rank.shape[:1], jnp.uint32))
-
-
-def draw(
-    scores: Float[Array, "slot vocab"], seed: UInt32[Array, " slot"], index: Int[Array, " slot"], made: Array
-) -> Int[Array, " slot"]:
-    """A token of each row's softmax, by two uniform numbers: one for a block of the vocabulary, one for the token."""
-
-    def uniforms(seed: Array, index: Array, made: Array) -> Float[Array, " 2"]:
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), made), (2,))
-
-    def pick(mass: Float[Array, "slot part"], uniform: Float[Array, " slot"]) -> Int[Array, " slot"]:
-        total = jnp.cumsum(mass, axis=-1)
-        return jnp.argmax(total > (uniform * total[:, -1])[:, None], axis=-1)
-
-    weight = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    weight = jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % VOCABULARY_BLOCK)))
-    weight = weight.reshape(weight.shape[0], -1, VOCABULARY_BLOCK)
-    uniform = jax.vmap(uniforms)(seed, index, made)
-    block = pick(jnp.sum(weight, axis=-1), uniform[:, 0])
-    inside = pick(jnp.take_along_axis(weight, block[:, None, None], axis=1)[:, 0], uniform[:, 1])
-    return block * VOCABULARY_BLOCK + inside
-
-
-# Constraints
-
-
-def token_trie(sequences: Iterable[Sequence[int]], end_id: int | None = None) -> Trie:
-    """The trie of these token sequences, each followed by `end_id` where one is given.
-
-    Raises:
-        UserError: no sequence, an empty one, or one that begins another, which needs an `end_id`.
-    """
-    root: dict[int, Any] = {}
-    ends = []
-    for sequence in sequences:
-        node = root
-        for token in (*sequence, *(() if end_id is None else (end_id,))):
-            node = node.setdefault(int(token), {})
-        ends.append((node, sequence))
-    if not ends or root in [node for node, _ in ends]:
-        raise UserError("a trie of allowed outputs needs at least one, and none that is empty")
-    if longer := [sequence for node, sequence in ends if node]:
-        raise UserError(f"the allowed output {list(longer[0])} begins another one; give an end_id that ends each")
-    nodes = [root]
-    first, tokens, children = [0], [], []
-    for node in nodes:
-        for token, child in sorted(node.items()):
-            tokens.append(token)
-            children.append(len(nodes))
-            nodes.append(child)
-        first.append(len(tokens))
-    return Trie(*(np.array(values, np.int32) for values in (first, tokens, children)))
-
-
-class Forest(NamedTuple):
-    """Tries on the device, one behind the other; `fan` counts to the most edges of a node."""
-
-    first: Int[Array, " node_and_end"]
-    token: Int[Array, " edge"]
-    child: Int[Array, " edge"]
-    fan: Int[Array, " width"]
-
-
-def forest_of(tries: Sequence[Trie]) -> tuple[Forest, list[int]]:
-    """The tries as one, and the root of each; sizes are rounded up, so that few programs are compiled."""
-    roots = np.cumsum([0, *(len(trie.first) for trie in tries)]).tolist()
-    edges = np.cumsum([0, *(len(trie.token) for trie in tries)]).tolist()
-    ends = [trie.first + edge for trie, edge in zip(tries, edges, strict=False)]
-    children = [trie.child + root for trie, root in zip(tries, roots, strict=False)]
-
-    def padded(parts: list[np.ndarray], fill: int) -> np.ndarray:
-        whole = np.concatenate([np.zeros(0, np.int32), *parts])
-        return np.pad(whole, (0, power_of_two(len(whole) + 2) - len(whole)), constant_values=fill).astype(np.int32)
-
-    width = power_of_two(max((trie.width for trie in tries), default=1))
-    arrays = padded(ends, edges[-1]), padded([trie.token for trie in tries], -1), padded(children, 0)
-    return Forest(*map(jnp.asarray, arrays), jnp.arange(width)), roots[:-1]
-
-
-def edges_of(forest: Forest, node: Int[Array, " row"]) -> tuple[Int[Array, "row width"], Int[Array, "row width"]]:
-    """Token and child of each edge of a node, -1 where it has no more."""
-    edge = forest.first[node][:, None] + forest.fan
-    exists = edge < forest.first[node + 1][:, None]
-    return jnp.where(exists, forest.token[edge], -1), jnp.where(exists, forest.child[edge], -1)
-
-
-def is_leaf(forest: Forest, node: Int[Array, "*row"]) -> Bool[Array, "*row"]:
-    return forest.first[node] == forest.first[node + 1]
-
-
-def confine(
-    logits: Float[Array, "slot vocab"], forest: Forest, node: Int[Array, " slot"]
-) -> Float[Array, "slot vocab"]:
-    """Logits of what a node allows, -inf for all else; node -1 allows everything."""
-    token, _ = edges_of(forest, jnp.maximum(node, 0))
-    token = jnp.where(token < 0, logits.shape[1], token)
-    allowed = jnp.zeros(logits.shape, bool).at[jnp.arange(len(node))[:, None], token].set(True, mode="drop")
-    return jnp.where(allowed | (node < 0)[:, None], logits, -jnp.inf)
 
 
 # The batch on the device
@@ -486,63 +318,6 @@ def next_token(params: PyTree[Array], slots: Slots, forest: Forest, config: Mode
         is_active=ended == 0,
         count=slots.count.at[row, token].add(going),
     ), emitted
-
-
-# Text
-
-
-class Window(NamedTuple):
-    """Where a text being streamed stands: the tokens of its last whole piece, those since, and characters told."""
-
-    context: tuple[int, ...]
-    pending: tuple[int, ...]
-    told: int
-
-
-def window_behind(tokenizer: Tokenizer, prompt: Sequence[int]) -> Window:
-    """A window on the end of a prompt, as a first token's space depends on it. A character may be four byte tokens, so
-    one of four cuts parts none at the end, and one of four none at the beginning."""
-    cuts = range(len(prompt), max(len(prompt) - 4, 0), -1)
-    cut = next((at for at in cuts if not plain(tokenizer, prompt[:at][-12:]).endswith(REPLACEMENT)), len(prompt))
-    contexts = (tuple(prompt[:cut][-size:]) for size in range(8, 12))
-    context = next((each for each in contexts if not plain(tokenizer, each).startswith(REPLACEMENT)), ())
-    pending = tuple(prompt[cut:])
-    whole = plain(tokenizer, (*context, *pending)).rstrip(REPLACEMENT)
-    return Window(context, pending, max(len(whole), len(plain(tokenizer, context))))
-
-
-def plain(tokenizer: Tokenizer, token: Sequence[int]) -> str:
-    """The text of these ids without special tokens."""
-    return tokenizer.backend.decode(list(token), skip_special_tokens=True)
-
-
-def finished(text: str) -> str:
-    """The text without what may be the beginning of a character at its end, which takes up to three bytes."""
-    return text[: len(text) - min(3, len(text) - len(text.rstrip(REPLACEMENT)))]
-
-
-def read_on(tokenizer: Tokenizer, window: Window, token: Sequence[int], is_last: bool = False) -> tuple[Window, str]:
-    """The text that these tokens add, whole characters only unless nothing follows, and where it then stands."""
-    pending = (*window.pending, *token)
-    text = plain(tokenizer, (*window.context, *pending))
-    if is_last or not text.endswith(REPLACEMENT):
-        piece = text[window.told :]
-        return (
-            Window(pending, (), len(plain(tokenizer, pending))) if piece else window._replace(pending=pending)
-        ), piece
-    # Byte tokens: while one character is not whole, those before it are undone too, so nothing is told.
-    whole = finished(text) if len(pending) > 3 else text[: window.told]
-    return Window(window.context, pending, max(window.told, len(whole))), whole[window.told :]
-
-
-def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
-    """What precedes the first stop string, what may begin one and so has to wait, and whether one came."""
-    places = [place for string in stop if (place := text.find(string)) >= 0]
-    if places:
-        return text[: min(places)], "", True
-    sizes = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
-    cut = len(text) - max(sizes, default=0)
-    return text[:cut], text[cut:], False
 
 
 # The sampler
@@ -799,11 +574,6 @@ class Sampler:
 cast_params = jax.jit(decoding_params, static_argnames=("config", "dtype"))
 
 
-def power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
 def prompt_pages(length: int, capacity: int) -> int:
     """Pages of the prefill for a prompt: a power of two, or all there are."""
     return min(power_of_two(-(-length // PAGE)), -(-capacity // PAGE))
@@ -908,134 +678,28 @@ def rules_in_force(page: SamplingKeys, defaults: SamplingKeys) -> SamplingKeys:
     return defaults.model_copy(update=chosen)
 
 
-# Beam search
+class Generator(NamedTuple):
+    """A model ready to generate: its sampler, the directory it came from, and what a request gets unless it says
+    otherwise, from what was typed and else from the model's generation_config.json."""
+
+    sampler: Sampler
+    source: Path
+    rules: SamplingKeys
+    stop_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Beam:
-    """A hypothesis: its tokens, the sum of their log-probabilities, and whether it came to its end."""
+def load_generator(page: GenerationConfig, slots: int) -> Generator:
+    """The model of a page with a sampler of that many slots over all devices.
 
-    tokens: tuple[int, ...]
-    log_probability: float
-    is_finished: bool
-
-
-class Beams(NamedTuple):
-    """Hypotheses of every prompt on the device, the best first."""
-
-    cache: Cache
-    token: Int[Array, "prompt beam"]
-    length: Int[Array, "prompt beam"]
-    score: Float[Array, "prompt beam"]
-    node: Int[Array, "prompt beam"]
-    is_done: Bool[Array, "prompt beam"]
-    history: Int[Array, "prompt beam step"]
-
-
-def beam_search(
-    sampler: Sampler,
-    prompts: Sequence[Sequence[int]],
-    beam_count: int,
-    max_tokens: int,
-    stop_ids: Sequence[int] = (),
-    trie: Trie | None = None,
-) -> list[list[Beam]]:
-    """The likeliest continuations of each prompt, best first: whole paths of `trie` where one is given, else up to a
-    stop token or `max_tokens`. Deterministic; scores are plain sums of the model's log-probabilities."""
-    for prompt in prompts:
-        rules = SamplingKeys(max_tokens=max_tokens)
-        check_request(Request(tuple(prompt), rules, tuple(stop_ids), trie=trie), sampler.config, sampler.capacity)
-    longest = max(len(prompt) for prompt in prompts)
-    pages = prompt_pages(longest, sampler.capacity)
-    token = np.zeros((len(prompts), pages * PAGE), np.int32)
-    for row, prompt in enumerate(prompts):
-        token[row, : len(prompt)] = prompt
-    length = np.array([len(prompt) for prompt in prompts], np.int32)
-    stop = np.array([*stop_ids, -1], np.int32)
-    with jax.set_mesh(sampler.mesh):
-        beams = search(
-            sampler.params, token, length, forest_of([trie])[0] if trie else None, stop, sampler.config,
-            beam_count, max_tokens, page_bucket(longest + max_tokens, sampler.capacity),
-        )  # fmt: skip
-    score, history, is_done = jax.device_get((beams.score, beams.history, beams.is_done))
-    return [
-        [
-            Beam(
-                tuple(history[row, beam][history[row, beam] >= 0].tolist()),
-                float(score[row, beam]),
-                bool(is_done[row, beam]),
-            )
-            for beam in range(beam_count)
-            if score[row, beam] > -np.inf
-        ]
-        for row in range(len(prompts))
-    ]
-
-
-@partial(jax.jit, static_argnames=("config", "beam_count", "max_tokens", "pages"))
-def search(
-    params: PyTree[Array],
-    prompt: Int[Array, "prompt token"],
-    prompt_length: Int[Array, " prompt"],
-    forest: Forest | None,
-    stop_ids: Int[Array, " stop"],
-    config: ModelConfig,
-    beam_count: int,
-    max_tokens: int,
-    pages: int,
-) -> Beams:
-    """Every hypothesis goes on by each of its tokens, and the best sums go on; one that is done stays as it is."""
-    shape = (len(prompt), beam_count)
-    last = jnp.take_along_axis(prompt, prompt_length[:, None] - 1, axis=1)
-    filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, config))
-    empty = empty_cache(config, math.prod(shape), pages, filled[0][0].dtype)
-    start = Beams(
-        cache=jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled),
-        token=jnp.broadcast_to(last, shape),
-        length=jnp.broadcast_to(prompt_length[:, None] - 1, shape),
-        score=jnp.broadcast_to(jnp.where(jnp.arange(beam_count) == 0, 0, -jnp.inf), shape),
-        node=jnp.zeros(shape, jnp.int32),
-        is_done=jnp.zeros(shape, bool),
-        history=jnp.full((*shape, max_tokens), -1, jnp.int32),
-    )
-
-    def step(carry: tuple[Array, Beams]) -> tuple[Array, Beams]:
-        number, beams = carry
-        hidden, cache = decode_step(params, beams.cache, beams.token.ravel(), beams.length.ravel(), config)
-        log_probability = jax.nn.log_softmax(logits_of(hidden, head_of(params, config), config.vocabulary_size)[:, 0])
-        if forest is None:
-            tokens = jnp.broadcast_to(jnp.arange(config.padded_vocabulary), log_probability.shape)
-            children = jnp.zeros_like(tokens)
-        else:
-            tokens, children = edges_of(forest, beams.node.ravel())
-            log_probability = jnp.take_along_axis(log_probability, jnp.maximum(tokens, 0), axis=1)
-            log_probability = jnp.where(tokens < 0, -jnp.inf, log_probability)
-        tokens, children, added = (x.reshape(*shape, -1) for x in (tokens, children, log_probability))
-        stays = jnp.where(jnp.arange(added.shape[2]) == 0, 0, -jnp.inf)
-        total = beams.score[..., None] + jnp.where(beams.is_done[..., None], stays, added)
-        score, choice = jax.lax.top_k(total.reshape(shape[0], -1), beam_count)
-        parent = choice // added.shape[2]
-
-        def of_parent(x: Array) -> Array:
-            return jnp.take_along_axis(x, parent.reshape(*shape, *[1] * (x.ndim - 2)), axis=1)
-
-        was_done = of_parent(beams.is_done)
-        token, node = (jnp.take_along_axis(x.reshape(shape[0], -1), choice, axis=1) for x in (tokens, children))
-        is_end = jnp.any(token[..., None] == stop_ids, axis=-1)
-        if forest is not None:
-            is_end |= is_leaf(forest, node)
-        row = (jnp.arange(shape[0])[:, None] * beam_count + parent).ravel()
-        return number + 1, Beams(
-            cache=jax.tree.map(lambda x: x[row], cache),
-            token=token,
-            length=of_parent(beams.length) + ~was_done,
-            score=score,
-            node=jnp.where(was_done, of_parent(beams.node), node),
-            is_done=was_done | is_end,
-            history=of_parent(beams.history).at[:, :, number].set(jnp.where(was_done, -1, token)),
-        )
-
-    def goes_on(carry: tuple[Array, Beams]) -> Bool[Array, ""]:
-        return (carry[0] < max_tokens) & jnp.any(~carry[1].is_done & (carry[1].score > -jnp.inf))
-
-    return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), start))[1]
+    Raises:
+        UserError: whatever about model, devices or memory can't be used.
+    """
+    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
+    name = page.model_name or str(newest_run(page.output_dir))
+    source, config, tokenizer = weights.open_model(name, mesh, page.chat_template, page.template_date)
+    defaults, stop_ids = generation_defaults(source, tokenizer)
+    enable_compilation_cache(page)
+    capacity = min(page.capacity, config.max_positions, config.sliding_window or page.capacity)
+    params = weights.load_params(source, config, mesh)
+    sampler = Sampler(params, config, tokenizer, mesh, slots, capacity, page.compute_dtype)
+    return Generator(sampler, source, rules_in_force(page, defaults), stop_ids)

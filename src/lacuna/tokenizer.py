@@ -28,6 +28,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Unicode sets these code points aside for marks inside a program: they are never part of a text.
 BLANK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
@@ -390,3 +391,60 @@ def encode_chats(tokenizer: Tokenizer, chats: Sequence[tuple[Any, Any]], train_o
 def decode(tokenizer: Tokenizer, token: Sequence[int] | Int[np.ndarray, " token"]) -> str:
     """The text of these ids, special tokens included."""
     return tokenizer.backend.decode([int(each) for each in token], skip_special_tokens=False)
+
+
+# Text that grows token by token
+
+
+class Window(NamedTuple):
+    """Where a text being streamed stands: the tokens of its last whole piece, those since, and characters told."""
+
+    context: tuple[int, ...]
+    pending: tuple[int, ...]
+    told: int
+
+
+def window_behind(tokenizer: Tokenizer, prompt: Sequence[int]) -> Window:
+    """A window on the end of a prompt, as a first token's space depends on it. A character may be four byte tokens, so
+    one of four cuts parts none at the end, and one of four none at the beginning."""
+    cuts = range(len(prompt), max(len(prompt) - 4, 0), -1)
+    cut = next((at for at in cuts if not plain(tokenizer, prompt[:at][-12:]).endswith(REPLACEMENT)), len(prompt))
+    contexts = (tuple(prompt[:cut][-size:]) for size in range(8, 12))
+    context = next((each for each in contexts if not plain(tokenizer, each).startswith(REPLACEMENT)), ())
+    pending = tuple(prompt[cut:])
+    whole = plain(tokenizer, (*context, *pending)).rstrip(REPLACEMENT)
+    return Window(context, pending, max(len(whole), len(plain(tokenizer, context))))
+
+
+def plain(tokenizer: Tokenizer, token: Sequence[int]) -> str:
+    """The text of these ids without special tokens."""
+    return tokenizer.backend.decode(list(token), skip_special_tokens=True)
+
+
+def finished(text: str) -> str:
+    """The text without what may be the beginning of a character at its end, which takes up to three bytes."""
+    return text[: len(text) - min(3, len(text) - len(text.rstrip(REPLACEMENT)))]
+
+
+def read_on(tokenizer: Tokenizer, window: Window, token: Sequence[int], is_last: bool = False) -> tuple[Window, str]:
+    """The text that these tokens add, whole characters only unless nothing follows, and where it then stands."""
+    pending = (*window.pending, *token)
+    text = plain(tokenizer, (*window.context, *pending))
+    if is_last or not text.endswith(REPLACEMENT):
+        piece = text[window.told :]
+        return (
+            Window(pending, (), len(plain(tokenizer, pending))) if piece else window._replace(pending=pending)
+        ), piece
+    # Byte tokens: while one character is not whole, those before it are undone too, so nothing is told.
+    whole = finished(text) if len(pending) > 3 else text[: window.told]
+    return Window(window.context, pending, max(window.told, len(whole))), whole[window.told :]
+
+
+def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
+    """What precedes the first stop string, what may begin one and so has to wait, and whether one came."""
+    places = [place for string in stop if (place := text.find(string)) >= 0]
+    if places:
+        return text[: min(places)], "", True
+    sizes = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
+    cut = len(text) - max(sizes, default=0)
+    return text[:cut], text[cut:], False

@@ -1,0 +1,147 @@
+"""Beam search, over all outputs or over a trie of allowed ones: deterministic, with exact sums of log-probabilities."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from lacuna.config import SamplingKeys
+from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, head_of, logits_of, prefill
+from lacuna.sampler import Request, Sampler, check_request, page_bucket, prompt_pages
+from lacuna.sampling import Forest, Trie, edges_of, forest_of, is_leaf
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A hypothesis: its tokens, the sum of their log-probabilities, and whether it came to its end."""
+
+    tokens: tuple[int, ...]
+    log_probability: float
+    is_finished: bool
+
+
+class Beams(NamedTuple):
+    """Hypotheses of every prompt on the device, the best first."""
+
+    cache: Cache
+    token: Int[Array, "prompt beam"]
+    length: Int[Array, "prompt beam"]
+    score: Float[Array, "prompt beam"]
+    node: Int[Array, "prompt beam"]
+    is_done: Bool[Array, "prompt beam"]
+    history: Int[Array, "prompt beam step"]
+
+
+def beam_search(
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    beam_count: int,
+    max_tokens: int,
+    stop_ids: Sequence[int] = (),
+    trie: Trie | None = None,
+) -> list[list[Beam]]:
+    """The likeliest continuations of each prompt, best first: whole paths of `trie` where one is given, else up to a
+    stop token or `max_tokens`. Deterministic; scores are plain sums of the model's log-probabilities."""
+    for prompt in prompts:
+        rules = SamplingKeys(max_tokens=max_tokens)
+        check_request(Request(tuple(prompt), rules, tuple(stop_ids), trie=trie), sampler.config, sampler.capacity)
+    longest = max(len(prompt) for prompt in prompts)
+    pages = prompt_pages(longest, sampler.capacity)
+    token = np.zeros((len(prompts), pages * PAGE), np.int32)
+    for row, prompt in enumerate(prompts):
+        token[row, : len(prompt)] = prompt
+    length = np.array([len(prompt) for prompt in prompts], np.int32)
+    stop = np.array([*stop_ids, -1], np.int32)
+    with jax.set_mesh(sampler.mesh):
+        beams = search(
+            sampler.params, token, length, forest_of([trie])[0] if trie else None, stop, sampler.config,
+            beam_count, max_tokens, page_bucket(longest + max_tokens, sampler.capacity),
+        )  # fmt: skip
+    score, history, is_done = jax.device_get((beams.score, beams.history, beams.is_done))
+    return [
+        [
+            Beam(
+                tuple(history[row, beam][history[row, beam] >= 0].tolist()),
+                float(score[row, beam]),
+                bool(is_done[row, beam]),
+            )
+            for beam in range(beam_count)
+            if score[row, beam] > -np.inf
+        ]
+        for row in range(len(prompts))
+    ]
+
+
+@partial(jax.jit, static_argnames=("config", "beam_count", "max_tokens", "pages"))
+def search(
+    params: PyTree[Array],
+    prompt: Int[Array, "prompt token"],
+    prompt_length: Int[Array, " prompt"],
+    forest: Forest | None,
+    stop_ids: Int[Array, " stop"],
+    config: ModelConfig,
+    beam_count: int,
+    max_tokens: int,
+    pages: int,
+) -> Beams:
+    """Every hypothesis goes on by each of its tokens, and the best sums go on; one that is done stays as it is."""
+    shape = (len(prompt), beam_count)
+    last = jnp.take_along_axis(prompt, prompt_length[:, None] - 1, axis=1)
+    filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, config))
+    empty = empty_cache(config, math.prod(shape), pages, filled[0][0].dtype)
+    start = Beams(
+        cache=jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled),
+        token=jnp.broadcast_to(last, shape),
+        length=jnp.broadcast_to(prompt_length[:, None] - 1, shape),
+        score=jnp.broadcast_to(jnp.where(jnp.arange(beam_count) == 0, 0, -jnp.inf), shape),
+        node=jnp.zeros(shape, jnp.int32),
+        is_done=jnp.zeros(shape, bool),
+        history=jnp.full((*shape, max_tokens), -1, jnp.int32),
+    )
+
+    def step(carry: tuple[Array, Beams]) -> tuple[Array, Beams]:
+        number, beams = carry
+        hidden, cache = decode_step(params, beams.cache, beams.token.ravel(), beams.length.ravel(), config)
+        log_probability = jax.nn.log_softmax(logits_of(hidden, head_of(params, config), config.vocabulary_size)[:, 0])
+        if forest is None:
+            tokens = jnp.broadcast_to(jnp.arange(config.padded_vocabulary), log_probability.shape)
+            children = jnp.zeros_like(tokens)
+        else:
+            tokens, children = edges_of(forest, beams.node.ravel())
+            log_probability = jnp.take_along_axis(log_probability, jnp.maximum(tokens, 0), axis=1)
+            log_probability = jnp.where(tokens < 0, -jnp.inf, log_probability)
+        tokens, children, added = (x.reshape(*shape, -1) for x in (tokens, children, log_probability))
+        stays = jnp.where(jnp.arange(added.shape[2]) == 0, 0, -jnp.inf)
+        total = beams.score[..., None] + jnp.where(beams.is_done[..., None], stays, added)
+        score, choice = jax.lax.top_k(total.reshape(shape[0], -1), beam_count)
+        parent = choice // added.shape[2]
+
+        def of_parent(x: Array) -> Array:
+            return jnp.take_along_axis(x, parent.reshape(*shape, *[1] * (x.ndim - 2)), axis=1)
+
+        was_done = of_parent(beams.is_done)
+        token, node = (jnp.take_along_axis(x.reshape(shape[0], -1), choice, axis=1) for x in (tokens, children))
+        is_end = jnp.any(token[..., None] == stop_ids, axis=-1)
+        if forest is not None:
+            is_end |= is_leaf(forest, node)
+        row = (jnp.arange(shape[0])[:, None] * beam_count + parent).ravel()
+        return number + 1, Beams(
+            cache=jax.tree.map(lambda x: x[row], cache),
+            token=token,
+            length=of_parent(beams.length) + ~was_done,
+            score=score,
+            node=jnp.where(was_done, of_parent(beams.node), node),
+            is_done=was_done | is_end,
+            history=of_parent(beams.history).at[:, :, number].set(jnp.where(was_done, -1, token)),
+        )
+
+    def goes_on(carry: tuple[Array, Beams]) -> Bool[Array, ""]:
+        return (carry[0] < max_tokens) & jnp.any(~carry[1].is_done & (carry[1].score > -jnp.inf))
+
+    return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), start))[1]
