@@ -102,7 +102,7 @@ WRONG_OPTIONS = {
     "warm-up": ("--warmup-steps 9 --steps 5", "warmup_steps = 9 is more than steps = 5"),
     "nothing to do": ("--epochs 0", "steps = 0 and epochs = 0"),
     "resume and overwrite": ("--resume --overwrite", "resume and overwrite contradict each other"),
-    "no held-out data": ("--eval-every 5", "eval_every = 5 has no data; add [[eval_data]]"),
+    "no held-out data": ("--eval-every 5", "eval_every = 5 has nothing to do; add [[eval_data]]"),
     "no name": ("--run-name=", "run_name is required"),
 }
 
@@ -391,3 +391,11 @@ def test_an_evaluation_is_named_for_its_model_unless_named() -> None:
     flags = ["--model-name", "runs/sft_tiny/", "--data.0.path", "x"]
     assert parse(EvalConfig, flags, "eval").run_directory == Path("runs/eval_sft_tiny")
     assert parse(EvalConfig, [*flags, "--run-name", "mine"], "eval").run_directory == Path("runs/mine")
+
+
+def test_a_key_of_several_texts_is_typed_in_a_row_and_reads_back(tmp_path: Path) -> None:
+    arguments = ["--model-name", "m", "--run-name", "r", "--data.0.path", "d", "--sample-prompts", "one two", 'say "3"']
+    page = parse(SftConfig, arguments, "sft")
+    assert page.sample_prompts == ("one two", 'say "3"')
+    (tmp_path / "again.toml").write_text(to_toml(page))
+    assert parse(SftConfig, ["@", str(tmp_path / "again.toml")], "sft") == page

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from lacuna import checkpoint, trainer, weights
-from lacuna.config import SftConfig, UserError
+from lacuna.config import SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
 from lacuna.model import (
@@ -28,6 +28,8 @@ from lacuna.model import (
     parameter_table,
     read_model_config,
 )
+from lacuna.sampler import Request, Sampler
+from lacuna.tokenizer import encode, render
 
 
 def page(**changes: Any) -> SftConfig:
@@ -483,3 +485,29 @@ def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resume
     with pytest.raises(UserError, match="no run of ours"):
         trainer.run(foreign)
     assert (foreign.run_directory / "metrics.jsonl").read_text() == "mine"
+
+
+def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
+    prompts = ("Nora has 18 marbles.", "How many are 2 jars?")
+    run = chat_run(small, steps=2, eval_every=1, sample_prompts=prompts, sample_tokens=9)
+    assert trainer.run(run)
+    logged = [record["samples"] for record in records(run)]
+    assert len(logged) == 2 and all(tuple(samples) == prompts for samples in logged)
+    mesh = mesh_of(1, 1, 1)
+    source, config, tokenizer = weights.open_model(str(run.run_directory), mesh)
+    sampler = Sampler(weights.load_params(source, config, mesh), config, tokenizer, mesh, 1, 64, "float32")
+    for prompt in prompts:
+        text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        token = encode(tokenizer, text, add_special_tokens=False)
+        stop = tokenizer.eos_id
+        assert stop is not None
+        request = Request(tuple(token.tolist()), SamplingKeys(temperature=0.0, max_tokens=9), (stop,))
+        assert sampler.generate([request])[0].text == logged[-1][prompt]
+    report = (run.run_directory / "report.html").read_text()
+    assert "Samples at step 2" in report and prompts[0] in report
+
+
+def test_a_sample_prompt_that_does_not_fit_is_refused_before_the_run(small: Path) -> None:
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        trainer.run(chat_run(small, sample_prompts=("word " * 3000,)))
+    assert not (small.parent / "runs" / "run" / "metrics.jsonl").exists()

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -156,7 +156,9 @@ class RecordKeys(Page):
 
     eval_data: tuple[DataSource, ...] = Field((), description="Held-out data")
     log_every: int = Field(1, ge=1, description="Steps between log lines")
-    eval_every: int = Field(0, ge=0, description="Steps between held-out losses; 0: only at the end")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: only at the end")
+    sample_prompts: tuple[str, ...] = Field((), description="What to answer, or to continue, at every evaluation")
+    sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept, besides the best")
     resume: bool = Field(False, description="Continue the run of this name from its newest checkpoint")
@@ -214,8 +216,10 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
             )
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
-        if self.eval_every and not self.eval_data:
-            raise ValueError(f"eval_every = {self.eval_every} has no data; add [[eval_data]] or drop eval_every")
+        if self.eval_every and not (self.eval_data or self.sample_prompts):
+            raise ValueError(
+                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or sample_prompts, or drop it"
+            )
         return self
 
 
@@ -260,6 +264,7 @@ class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
 
 Config = TypeVar("Config", bound=Page)
 Values = dict[str, Any]
+Typed = str | list[str]
 
 
 def parse(page: type[Config], arguments: list[str], program: str) -> Config:
@@ -294,7 +299,7 @@ def to_toml(page: Page, without: Iterable[str] = ()) -> str:
     """The page as TOML that reads back as an equal page, but for the keys left out."""
     plain, tables = [], []
     for key, value in page.model_dump(exclude=set(without)).items():
-        if isinstance(value, tuple):
+        if is_table(type(page).model_fields[key]):
             for entry in value:
                 tables += ["", f"[[{key}]]", *(f"{name} = {toml_value(entry[name])}" for name in entry)]
         else:
@@ -304,6 +309,8 @@ def to_toml(page: Page, without: Iterable[str] = ()) -> str:
 
 def toml_value(value: Any) -> str:
     """The value as TOML: JSON, but for the delete character, and `${NAME}` for a secret that the environment holds."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(toml_value, value))}]"
     for name, secret in os.environ.items() if isinstance(value, str) else ():
         if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(secret) >= 8:
             value = value.replace(secret, f"${{{name}}}")
@@ -359,7 +366,7 @@ def with_environment(value: Any, place: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", variable, value) if isinstance(value, str) else value
 
 
-def with_entry(entries: list[Values], index: int, name: str, text: str) -> list[Values]:
+def with_entry(entries: list[Values], index: int, name: str, text: Typed) -> list[Values]:
     entries = entries + [{}] * (index + 1 - len(entries))
     return [*entries[:index], entries[index] | {name: text}, *entries[index + 1 :]]
 
@@ -367,14 +374,18 @@ def with_entry(entries: list[Values], index: int, name: str, text: str) -> list[
 class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         mend = "needs a value behind it; one that begins with - is written OPTION=VALUE"
-        message = message.removeprefix("argument ").replace(": expected one argument", f" {mend}")
+        message = (
+            message.removeprefix("argument ")
+            .replace(": expected one argument", f" {mend}")
+            .replace(": expected at least one argument", f" {mend}")
+        )
         raise UserError(message.replace(": ignored explicit argument", " takes no value, but has"))
 
 
 def read_flags(
     page: type[Page], program: str, flags: list[str], values: Values, origins: dict[str, str]
-) -> dict[str, str]:
-    """The text typed for each option; `--help` shows the values that the files give, and exits."""
+) -> dict[str, Typed]:
+    """What was typed for each option, a list where it takes several; `--help` shows what the files give, and exits."""
     parser = OptionParser(
         prog=program,
         usage=f"{program} [@ FILE.toml ...] [--option VALUE ...]",
@@ -392,11 +403,13 @@ def read_flags(
             now = "required" if value is PydanticUndefined else toml_value(value)
             origin = origins.get(option.split(".")[0]) if value != field.default else None
             text = f"{field.description} [{now}{f' from {origin}' if origin else ''}]".replace("%", "%%")
-            kind = "|".join(get_args(field.annotation)) or getattr(field.annotation, "__name__", "").upper()
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            kind = "|".join(choices) or getattr(field.annotation, "__name__", "").upper()
             add = partial(group.add_argument, dest=option)
             spellings.append(spelling(option))
             if field.annotation is not bool:
-                add(spellings[-1], action="append", metavar=kind, help=text)
+                count = "+" if get_origin(field.annotation) is tuple else None
+                add(spellings[-1], action="append", nargs=count, metavar="TEXT" if count else kind, help=text)
                 continue
             add(spellings[-1], action="append", nargs="?", const="true", metavar="true|false", help=text)
             spellings.append(spelling(f"no_{option}"))
@@ -410,7 +423,7 @@ def read_flags(
         raise UserError(f"{unknown[0]!r} belongs to no option; a TOML file is layered as @ {unknown[0]}")
     for option, texts in vars(known).items():
         if len(texts) > 1:
-            raise UserError(f"{spelling(option)} is given twice: {' and '.join(texts)}; keep one")
+            raise UserError(f"{spelling(option)} is given twice: {' and '.join(map(shown, texts))}; keep one")
     return {option: with_environment(texts[0], spelling(option)) for option, texts in vars(known).items()}
 
 
@@ -435,7 +448,7 @@ def options(
 
 
 def explain(
-    problem: ErrorDetails, page: type[Page], program: str, typed: dict[str, str], origins: dict[str, str]
+    problem: ErrorDetails, page: type[Page], program: str, typed: dict[str, Typed], origins: dict[str, str]
 ) -> str:
     """One of pydantic's errors as a sentence with the key, where its value is from, and the mend."""
     path = [str(part) for part in problem["loc"]]
@@ -449,13 +462,18 @@ def explain(
         option = f"{key}.0.path" if is_table(fields[name]) else key
         return f"{place} is required; give it as {spelling(option)}, or in a file as in {program} @ FILE.toml"
     if problem["type"] != "extra_forbidden":
-        given = f"{spelling(key)} {typed[key]}" if key in typed else f"{place} = {toml_value(problem['input'])}"
+        given = f"{spelling(key)} {shown(typed[key])}" if key in typed else f"{place} = {toml_value(problem['input'])}"
         return f"{given} {message.replace('a valid boolean', 'true or false')}"
     if fields is not page.model_fields and name in page.model_fields:
         return f"{place} is a key of {program} itself; write it above the first [[{path[0]}]]"
     if isinstance(problem["input"], dict):
         return f"{place} is no table of {program}; its keys stand at the top, without [{name}]"
     return f"{place} is not a key of {program}{did_you_mean(name, fields)}"
+
+
+def shown(typed: Typed) -> str:
+    """What was typed for an option."""
+    return typed if isinstance(typed, str) else " ".join(typed)
 
 
 def is_table(field: FieldInfo) -> bool:

@@ -278,13 +278,15 @@ class RunLog:
             parts["left"] = f"{duration(statistics.median(self.step_seconds) * (self.steps - step))} left"
         on_bar = ("loss", "learning_rate", "tokens_per_second", "mfu", "left")
         self.bar.update(self.task, completed=step, numbers="  ".join(parts[key] for key in on_bar if key in parts))
-        is_evaluation = any(key.startswith("eval_") for key in record)
+        is_evaluation = any(key.startswith("eval_") or key == "samples" for key in record)
         if is_evaluation or step % self.log_every == 0 or step in (1, self.steps):
             line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {'  '.join(parts.values())}"
             if is_evaluation or not self.console.is_interactive:
                 self.info(line)
             else:
                 self.text_file.write(line)
+        for prompt, text in record.get("samples", {}).items():
+            self.info(Text.assemble("  ", (prompt, "bold"), " → ", printable(text)))
         if self.wandb is not None:
             with self.wandb_may_fail():
                 self.wandb.log(record, step=step)
@@ -349,6 +351,11 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "wall_seconds": ("Wall time", duration),
 }
 COLOURS = {"#000001": "quiet", "#000002": "rule", "#000003": "line", "#000004": "point"}
+
+
+def printable(text: str) -> str:
+    """A text on one line of the terminal, without what would control it."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -429,6 +436,7 @@ def write_report(directory: Path) -> None:
         figures={name: write(facts[key]) for key, (name, write) in FIGURES.items() if facts.get(key) is not None},
         is_evaluated=live["best_eval_loss"] is not None,
         charts=[(chart, *draw(chart, records)) for chart in CHARTS],
+        samples=next(((each["step"], each["samples"]) for each in reversed(records) if each.get("samples")), None),
         facts={key: fact(value) for key, value in facts.items()},
         config=config,
     )
@@ -472,6 +480,7 @@ table { width: 100%; border-collapse: collapse }
 th, td { padding: .35rem 0; border-top: 1px solid var(--rule); text-align: left; vertical-align: top }
 th { width: 11rem; font-weight: 400 }
 td { overflow-wrap: anywhere }
+.text { white-space: pre-wrap }
 pre { margin: 0; padding: .6rem 0; overflow-x: auto; border-top: 1px solid var(--rule) }
 </style>
 </head>
@@ -490,6 +499,13 @@ pre { margin: 0; padding: .6rem 0; overflow-x: auto; border-top: 1px solid var(-
 {% if chart.line and chart.points and is_evaluated %}<span class="held-out">● held-out</span>{% endif %}
 {% if above %}<span>{{ above }} above the axis</span>{% endif %}</figcaption>{{ svg | safe }}</figure>
 {% endfor %}
+{% if samples %}
+<section><h2>Samples at step {{ samples[0] }}</h2><table>
+{% for prompt, text in samples[1].items() %}
+<tr><th>{{ prompt }}</th><td class="text">{{ text }}</td></tr>
+{% endfor %}
+</table></section>
+{% endif %}
 <section><h2>Facts</h2><table>
 {% for key, value in facts.items() %}
 <tr><th>{{ key }}</th><td>{{ value }}</td></tr>

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lacuna import checkpoint, metrics, runs, weights
 from lacuna.checkpoint import Manifest, RunFacts, Saver
-from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, UserError, accumulation_steps
+from lacuna.config import PretrainConfig, SamplingKeys, SftConfig, TrainingConfig, UserError, accumulation_steps
 from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
 from lacuna.distributed import (
     Stop,
@@ -49,11 +49,13 @@ from lacuna.model import (
     summed_cross_entropy,
     token_statistics,
 )
-from lacuna.tokenizer import Tokenizer, decode
+from lacuna.sampler import Request, Sampler, generation_defaults
+from lacuna.tokenizer import Tokenizer, decode, encode, render
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
 FINAL_LEARNING_RATE = 0.1  # of the peak
 SKIPS_IN_A_ROW = 5
+SAMPLE_SLOTS = 8
 
 
 class TrainState(NamedTuple):
@@ -299,7 +301,27 @@ def read_inputs(page: TrainingConfig) -> Inputs:
     held_out = None
     if page.eval_data:
         held_out = load_dataset(page.eval_data, tokenizer, page, is_stream=False, is_shuffled=False)
-    return Inputs(mesh, model, tokenizer, dataset, held_out)
+    inputs = Inputs(mesh, model, tokenizer, dataset, held_out)
+    sample_requests(page, inputs)  # what can't be asked is refused now
+    return inputs
+
+
+def sample_requests(page: TrainingConfig, inputs: Inputs) -> list[Request]:
+    """The page's sample prompts as the sampler takes them: sft asks by the chat template, pretrain gives plain text."""
+    _, model, tokenizer, _, _ = inputs
+    rules = SamplingKeys(temperature=0.0, max_tokens=page.sample_tokens)
+    _, stop_ids = generation_defaults(tokenizer.directory, tokenizer)
+    requests = []
+    for prompt in page.sample_prompts:
+        chat = [{"role": "user", "content": prompt}]
+        try:
+            text = render(tokenizer, chat, None, add_generation_prompt=True) if isinstance(page, SftConfig) else prompt
+        except ValueError as error:
+            raise UserError(f"sample_prompts: {prompt!r}: {error}") from error
+        token = encode(tokenizer, text, add_special_tokens=not isinstance(page, SftConfig))
+        check_sequence_length(model, len(token) + page.sample_tokens)
+        requests.append(Request(tuple(token.tolist()), rules, stop_ids))
+    return requests
 
 
 def fingerprint(page: TrainingConfig, inputs: Inputs) -> str:
@@ -455,7 +477,7 @@ class Loop:
                     batch, record = self.prepare(self.step)
                 if self.step % page.log_every == 0:
                     self.flush(leave=1)
-                is_eval = self.inputs.held_out and (is_last or (page.eval_every and self.step % page.eval_every == 0))
+                is_eval = is_last or (page.eval_every and self.step % page.eval_every == 0)
                 is_best = bool(is_eval) and self.evaluate(state)
                 is_stop = self.stop.is_due(self.step)
                 is_save = is_last or is_best or is_stop or (page.save_every and self.step % page.save_every == 0)
@@ -564,11 +586,15 @@ class Loop:
         self.log.info(f"{what} ({in_a_row} in a row)")
 
     def evaluate(self, state: TrainState) -> bool:
-        """Held-out loss into the log line of the last step; whether it is the best so far."""
+        """Held-out loss and samples into the log line of the last step; whether the loss is the best so far."""
         mesh, model, _, _, held_out = self.inputs
-        assert held_out
         jax.block_until_ready(self.pending[-1][1])
         began = time.perf_counter()
+        if self.page.sample_prompts:
+            self.pending[-1][0]["samples"] = self.samples(state)
+        if held_out is None:
+            self.clock += time.perf_counter() - began
+            return False
         rows, dtype = self.page.micro_batch_size * row_shards(mesh), self.page.compute_dtype
         result = held_out_loss(state.params, held_out, rows, model, mesh, dtype, self.counted)
         self.pending[-1][0].update(eval_loss=result["eval_loss"], eval_accuracy=result["eval_accuracy"])
@@ -577,6 +603,17 @@ class Loop:
         if is_best:
             self.best_eval_loss = result["eval_loss"]
         return is_best
+
+    def samples(self, state: TrainState) -> dict[str, str]:
+        """How the model now answers each of the page's prompts, or goes on from it, by greedy decoding."""
+        mesh, model, tokenizer, _, _ = self.inputs
+        requests = sample_requests(self.page, self.inputs)
+        shards, capacity = row_shards(mesh), max(len(request.prompt) for request in requests) + self.page.sample_tokens
+        slots = -(-min(len(requests), SAMPLE_SLOTS) // shards) * shards
+        with self.untimed():
+            sampler = Sampler(state.params, model, tokenizer, mesh, slots, capacity, self.page.compute_dtype)
+            completions = sampler.generate(requests)
+        return dict(zip(self.page.sample_prompts, (completion.text for completion in completions), strict=True))
 
     def counted(self, batches: range) -> Iterator[int]:
         """The batches of an evaluation, each counted as work done, the first untimed as it compiles."""
