@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lacuna.cli import prepare_process
-from lacuna.config import PretrainConfig, SftConfig, TrainingConfig, parse
+from lacuna.config import PretrainConfig, RowsConfig, SftConfig, parse
 
 WARM_STEPS = 3
 SAVE_EVERY = 5
@@ -45,7 +45,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=".") as scratch:
                 every = str(SAVE_EVERY) if label == "save" else "0"
                 fixed = ["--output-dir", scratch, "--run-name", "bench", "--save-every", every]
-                pages: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
+                pages: dict[str, type[RowsConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
                 page = parse(pages[command], [*arguments, *fixed], f"bench {label} {command}")
                 print(json.dumps({"label": label} | (save(page) if label == "save" else train(page, started))))
         case ["generate", model_name, ("float32" | "bfloat16") as dtype]:
@@ -92,7 +92,7 @@ def peak(size: int = 2048, repeats: int = 7) -> dict[str, Any]:
     return found
 
 
-def train(page: TrainingConfig, started: float) -> dict[str, Any]:
+def train(page: RowsConfig, started: float) -> dict[str, Any]:
     """Figures of a training run of `page`."""
     import jax
 
@@ -142,7 +142,7 @@ def train(page: TrainingConfig, started: float) -> dict[str, Any]:
     }
 
 
-def save(page: TrainingConfig) -> dict[str, Any]:
+def save(page: RowsConfig) -> dict[str, Any]:
     """Figures of the saves of a training run of `page`."""
     from lacuna import checkpoint, metrics, trainer
 

@@ -109,7 +109,6 @@ class OptimizationKeys(Page):
     """Optimization"""
 
     from_scratch: bool = Field(False, description="Take only config and tokenizer from model_name, no weights")
-    batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
     micro_batch_size: int = Field(1, ge=1, description="Packed rows per device per forward pass")
     steps: int = Field(0, ge=0, description="Optimizer steps; 0: as many as the epochs give")
     epochs: int = Field(1, ge=0, description="Passes over the data when steps is 0")
@@ -197,6 +196,8 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: in
 
 
 class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys, ModelKeys):
+    """What all commands that train have in common."""
+
     @property
     def leaves_a_run(self) -> bool:
         """Whether anything is written to the run directory."""
@@ -204,7 +205,6 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
 
     @model_validator(mode="after")
     def keys_agree(self) -> "TrainingConfig":
-        accumulation_steps(self.batch_size, self.micro_batch_size, self.data_parallel * max(self.fsdp, 1))
         if self.leaves_a_run and not self.run_name:
             raise ValueError("run_name is required: name the run, as in --run-name first_try")
         if not self.steps and not self.epochs:
@@ -223,13 +223,28 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
         return self
 
 
-class PretrainConfig(TrainingConfig):
+class BatchKeys(Page):
+    """Batch"""
+
+    batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
+
+
+class RowsConfig(BatchKeys, TrainingConfig):
+    """Training on rows of data, as pretrain and sft do."""
+
+    @model_validator(mode="after")
+    def batch_divides(self) -> "RowsConfig":
+        accumulation_steps(self.batch_size, self.micro_batch_size, self.data_parallel * max(self.fsdp, 1))
+        return self
+
+
+class PretrainConfig(RowsConfig):
     """Train a language model on raw text, from scratch or from given weights."""
 
     learning_rate: LearningRate = 3e-4
 
 
-class SftConfig(ChatKeys, TrainingConfig):
+class SftConfig(ChatKeys, RowsConfig):
     """Fine-tune a language model on chats."""
 
     neftune_alpha: float = Field(0.0, ge=0, description="Noise on embeddings (NEFTune, Jain et al. 2023); 0: none")
@@ -239,6 +254,93 @@ class SftConfig(ChatKeys, TrainingConfig):
     def leaves_a_run(self) -> bool:
         """Whether anything is written to the run directory."""
         return not self.show
+
+
+class ProblemKeys(Page):
+    """Problems"""
+
+    system_prompt: str = Field("", description="System message before each problem")
+    prompt_template: str = Field("{prompt}", description="What is asked, {prompt} being the row's prompt")
+    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
+    template_date: TemplateDate = DAY
+
+    @field_validator("prompt_template")
+    @classmethod
+    def prompt_template_has_its_place(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError("has no {prompt}, the place of the row's prompt")
+        return value
+
+
+class RolloutKeys(Page):
+    """Rollouts"""
+
+    prompts_per_step: int = Field(16, ge=1, description="Problems per step")
+    completions_per_prompt: int = Field(8, ge=2, description="Completions of each, which are its group")
+    max_completion_tokens: int = Field(512, ge=1, description="Most tokens of a completion")
+    temperature: float = Field(1.0, gt=0, description="Divides the logits, in rollout and in update alike")
+    top_k: int = Field(0, ge=0, description="Sample among that many likeliest tokens; 0: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this probability")
+    min_p: float = Field(0.0, ge=0, le=1, description="Least probability of a token, as a share of the likeliest one's")
+    slots: int = Field(64, ge=1, description="Completions that are generated at once")
+    updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps that share out the groups of a rollout")
+
+    @property
+    def rules(self) -> SamplingKeys:
+        """The rules of sampling for rollouts."""
+        shared = {key: getattr(self, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+        return SamplingKeys(max_tokens=self.max_completion_tokens, **shared)
+
+
+class ObjectiveKeys(Page):
+    """Objective"""
+
+    reward: tuple[str, ...] = Field(
+        ("correct:1.0",), description="NAME:WEIGHT of each reward, NAME being correct, format or FILE.py:FUNCTION"
+    )
+    scale_by_std: bool = Field(False, description="Divide advantages by the standard deviation of their group")
+    loss_normalisation: Literal["token", "sequence", "constant"] = Field(
+        "token", description="Each token, each completion, or each slot of max_completion_tokens counts the same"
+    )
+    clip_low: float = Field(0.2, ge=0, lt=1, description="How far below 1 the ratio of policies has an effect")
+    clip_high: float = Field(0.28, ge=0, description="How far above 1 it has")
+    kl_weight: float = Field(0.0, ge=0, description="Weight of the divergence from the starting policy; 0: none")
+    importance_limit: float = Field(
+        2.0, ge=0, description="Most that a token weighs for sampler and trainer disagreeing; 0: they are not compared"
+    )
+    mask_truncated: bool = Field(True, description="Leave completions that met max_completion_tokens out of the loss")
+
+
+class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
+    """Improve a model by reinforcement with verifiable rewards."""
+
+    learning_rate: LearningRate = 1e-6
+    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and embeddings, times the learning rate")
+    replay: str = Field("", description="Run of which one step is computed again from its rollouts.jsonl")
+    step: int = Field(0, ge=0, description="That step")
+
+    @property
+    def leaves_a_run(self) -> bool:
+        """Whether anything is written to the run directory."""
+        return not self.replay
+
+    @model_validator(mode="after")
+    def rollouts_fit(self) -> "GrpoConfig":
+        if self.updates_per_rollout > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_rollout = {self.updates_per_rollout} is more than prompts_per_step = "
+                f"{self.prompts_per_step}, so an update would have no group; lower it"
+            )
+        if self.max_completion_tokens >= self.sequence_length:
+            raise ValueError(
+                f"sequence_length = {self.sequence_length} has no room for a prompt and max_completion_tokens = "
+                f"{self.max_completion_tokens}; raise sequence_length"
+            )
+        if bool(self.replay) != bool(self.step):
+            raise ValueError("replay and step belong together, as in --replay runs/grpo_tiny --step 3")
+        if not self.reward:
+            raise ValueError('reward is empty; name at least one, as in reward = ["correct:1.0"]')
+        return self
 
 
 class EvalConfig(RunKeys, DeviceKeys, ChatKeys, DataKeys, ModelKeys):

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from rich.text import Text
 
-from lacuna.config import ChatKeys, DataSource, EvalConfig, TrainingConfig, UserError
+from lacuna.config import ChatKeys, DataSource, EvalConfig, RowsConfig, UserError
 from lacuna.documents import Documents, load_documents
 from lacuna.tokenizer import Tokenizer, decode
 
@@ -333,7 +333,7 @@ class Dataset:
 def load_dataset(
     sources: Sequence[DataSource],
     tokenizer: Tokenizer,
-    page: TrainingConfig | EvalConfig,
+    page: RowsConfig | EvalConfig,
     is_stream: bool,
     is_shuffled: bool,
 ) -> Dataset:

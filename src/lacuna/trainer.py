@@ -21,7 +21,15 @@ from rich.console import Console
 
 from lacuna import checkpoint, metrics, runs, weights
 from lacuna.checkpoint import Manifest, RunFacts, Saver
-from lacuna.config import PretrainConfig, SamplingKeys, SftConfig, TrainingConfig, UserError, accumulation_steps
+from lacuna.config import (
+    PretrainConfig,
+    RowsConfig,
+    SamplingKeys,
+    SftConfig,
+    TrainingConfig,
+    UserError,
+    accumulation_steps,
+)
 from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
 from lacuna.distributed import (
     Stop,
@@ -134,7 +142,7 @@ def summed_loss(
 
 
 def whole_batch_gradient(
-    params: PyTree[Array], batch: Batch, step: Int[Array, ""], recipe: Recipe, model: ModelConfig, page: TrainingConfig
+    params: PyTree[Array], batch: Batch, step: Int[Array, ""], recipe: Recipe, model: ModelConfig, page: RowsConfig
 ) -> tuple[Float[Array, ""], PyTree[Array]]:
     """Mean loss over the target tokens of all micro-batches [micro_batch, row, token], and its float32 gradient.
 
@@ -158,10 +166,17 @@ def whole_batch_gradient(
 
 
 def train_step(
-    state: TrainState, batch: Batch, recipe: Recipe, model: ModelConfig, page: TrainingConfig
+    state: TrainState, batch: Batch, recipe: Recipe, model: ModelConfig, page: RowsConfig
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One AdamW step (Loshchilov & Hutter 2019) on [micro_batch, row, token]; a non-finite gradient has no effect."""
+    """One AdamW step (Loshchilov & Hutter 2019) on [micro_batch, row, token]."""
     loss, gradients = whole_batch_gradient(state.params, batch, state.step, recipe, model, page)
+    return apply_gradient(state, loss, gradients, recipe, model)
+
+
+def apply_gradient(
+    state: TrainState, loss: Float[Array, ""], gradients: PyTree[Array], recipe: Recipe, model: ModelConfig
+) -> tuple[TrainState, dict[str, Array]]:
+    """The AdamW step along a gradient, clipped; one that is not finite has no effect."""
     norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     clip = jnp.minimum(1.0, recipe.clip_norm / norm)
@@ -264,7 +279,7 @@ class Inputs(NamedTuple):
     held_out: Dataset | None
 
 
-def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
+def run(page: RowsConfig) -> "tuple[Loop, TrainState] | None":
     """The commands pretrain and sft, from page to exported model; the loop and the state it ended with, if it ran.
 
     Raises:
@@ -290,7 +305,7 @@ def run(page: TrainingConfig) -> "tuple[Loop, TrainState] | None":
             return train(page, inputs, resumed, lines, started)
 
 
-def read_inputs(page: TrainingConfig) -> Inputs:
+def read_inputs(page: RowsConfig) -> Inputs:
     """Devices, model config, tokenizer and data of a page, each checked against the others."""
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
     accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
@@ -306,7 +321,7 @@ def read_inputs(page: TrainingConfig) -> Inputs:
     return inputs
 
 
-def sample_requests(page: TrainingConfig, inputs: Inputs) -> list[Request]:
+def sample_requests(page: RowsConfig, inputs: Inputs) -> list[Request]:
     """The page's sample prompts as the sampler takes them: sft asks by the chat template, pretrain gives plain text."""
     _, model, tokenizer, _, _ = inputs
     rules = SamplingKeys(temperature=0.0, max_tokens=page.sample_tokens)
@@ -324,7 +339,7 @@ def sample_requests(page: TrainingConfig, inputs: Inputs) -> list[Request]:
     return requests
 
 
-def fingerprint(page: TrainingConfig, inputs: Inputs) -> str:
+def fingerprint(page: RowsConfig, inputs: Inputs) -> str:
     """A hash of all that the processes of a job must have in common."""
     data = [runs.data_digests(data) for data in (inputs.dataset, inputs.held_out) if data]
     first_rows = inputs.dataset.batch(0, page.batch_size)
@@ -333,7 +348,7 @@ def fingerprint(page: TrainingConfig, inputs: Inputs) -> str:
 
 
 def train(
-    page: TrainingConfig, inputs: Inputs, resumed: tuple[Path, Manifest] | None, lines: list[str], started: float
+    page: RowsConfig, inputs: Inputs, resumed: tuple[Path, Manifest] | None, lines: list[str], started: float
 ) -> "tuple[Loop, TrainState]":
     """A run whose directory is claimed and whose data are read; its log begins with `lines`."""
     mesh, model, _, dataset, _ = inputs
@@ -375,7 +390,7 @@ def train(
     return loop, state
 
 
-def command_of(page: TrainingConfig) -> str:
+def command_of(page: RowsConfig) -> str:
     """Name of the command that a page belongs to."""
     return "pretrain" if isinstance(page, PretrainConfig) else "sft"
 
@@ -398,7 +413,7 @@ def left_out(dataset: Dataset) -> Iterator[str]:
         yield from (f"left out: {example}" for example in documents.facts["bad_examples"])
 
 
-def start_facts(page: TrainingConfig, inputs: Inputs, steps: int) -> Iterator[str]:
+def start_facts(page: RowsConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     """The start-up lines: model, devices, batch arithmetic, data."""
     mesh, model, _, dataset, held_out = inputs
     shards = row_shards(mesh)
@@ -438,7 +453,7 @@ def fill(dataset: Dataset) -> str:
 class Loop:
     """The training loop and what it keeps at hand; `step` counts the steps done."""
 
-    page: TrainingConfig
+    page: RowsConfig
     inputs: Inputs
     log: RunLog
     saver: Saver

@@ -1,0 +1,111 @@
+"""Problems: prompts with a reference answer, read from the data that sft reads, and as the model is asked them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lacuna.config import DataSource, ProblemKeys, UserError
+from lacuna.documents import bound, checked_text, local_bounds, local_files, read_rows
+from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row: where it is from, the text and tokens asked, the reference answer, and the row itself."""
+
+    origin: str
+    prompt: str
+    token: tuple[int, ...]
+    answer: str
+    row: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Problems:
+    """All problems, source by source; `counts` and `digests` go by source, `bad` tells of rows left out."""
+
+    problems: tuple[Problem, ...]
+    counts: tuple[int, ...]
+    digests: tuple[str, ...]
+    bad: tuple[str, ...]
+
+
+def read_problems(
+    sources: Sequence[DataSource], page: ProblemKeys, tokenizer: Tokenizer, longest: int, skips_bad: bool
+) -> Problems:
+    """The problems of all sources: of a chat, what stands before its last answer is the prompt; else the columns of
+    prompt and completion. One of more than `longest` tokens is bad.
+
+    Raises:
+        UserError: unreadable data, a bad row unless they are skipped, or nothing left.
+    """
+    problems, counts, digests, bad = [], [], [], []
+    for source in sources:
+        found = []
+        rows = list(read_rows(source))
+        bounds = local_bounds(source.split) if local_files(source.path) else ("", "")
+        for origin, row in rows[slice(*(bound(text, len(rows)) for text in bounds))]:
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                found.append(problem_of(origin, row, source, page, tokenizer, longest))
+            except UserError:
+                raise
+            except ValueError as error:
+                if not skips_bad:
+                    raise UserError(f"{origin}: {error} (or leave such rows out with --on-bad-data skip)") from error
+                bad.append(f"{origin}: {error}")
+        if not found:
+            raise UserError(f"{source.path}, {source.split}: no problem to ask ({'; '.join(bad[:1]) or 'no rows'})")
+        asked = json.dumps([(problem.token, problem.answer) for problem in found])
+        digests.append(hashlib.sha256(asked.encode()).hexdigest())
+        counts.append(len(found))
+        problems += found
+    return Problems(tuple(problems), tuple(counts), tuple(digests), tuple(bad))
+
+
+def problem_of(
+    origin: str, row: dict[str, Any], source: DataSource, page: ProblemKeys, tokenizer: Tokenizer, longest: int
+) -> Problem:
+    """The problem in a row. Raises ValueError with the reason where there is none."""
+    messages, answer = asked(row, source, page.prompt_template)
+    if page.system_prompt:
+        messages = [{"role": "system", "content": page.system_prompt}, *messages]
+    has_template = tokenizer.template is not None
+    if has_template:
+        text = render(tokenizer, messages, row.get(source.tools_column) or None, add_generation_prompt=True)
+    else:
+        text = "\n\n".join(str(message["content"]) for message in messages)
+    token = tuple(encode(tokenizer, text, add_special_tokens=not has_template).tolist())
+    if len(token) > longest:
+        raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
+    return Problem(origin, text, token, answer, row | {"answer": answer})
+
+
+def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], str]:
+    """The messages before the answer, the last of them in the template, and the reference answer."""
+    messages, prompt = row.get(source.messages_column), row.get(source.prompt_column)
+    if messages is None and prompt is not None:
+        if row.get(source.completion_column) is None:
+            raise ValueError(f"no reference answer in the column {source.completion_column}; set completion_column")
+        given = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        messages = [*given, {"role": "assistant", "content": str(row[source.completion_column])}]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError(
+            f"no problem in the columns {', '.join(row) or '(none)'}: wanted are {source.messages_column}, or "
+            f"{source.prompt_column} with {source.completion_column}; set prompt_column and the like"
+        )
+    for number, message in enumerate(messages, 1):
+        check_message(f"message {number}", message)
+    *before, question, last = messages
+    if last["role"] != "assistant":
+        raise ValueError(f"its last message is of {last['role']}, so there is no reference answer")
+    content = checked_text(question["content"], "content")
+    return [*before, question | {"content": prompt_template.replace("{prompt}", content)}], last["content"]
+
+
+def in_order(problems: Problems, order: Callable[[int], int], first: int, count: int) -> list[Problem]:
+    """The problems at `count` places from `first` on of an endless order."""
+    return [problems.problems[order(place)] for place in range(first, first + count)]
