@@ -123,7 +123,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
         return model.summed_cross_entropy(hidden, head, batch["target"], weight, config.vocabulary_size)
 
     hidden = model.forward(params, model.embed(params, batch["token"]), batch["segment"], batch["position"], config)
-    nll, _ = model.token_statistics(hidden, model.head_of(params, config), batch["target"], config.vocabulary_size)
+    nll = model.token_statistics(hidden, model.head_of(params, config), batch["target"], config.vocabulary_size).loss
     packed = np.concatenate([np.asarray(nll[here]) for here in places])
     np.testing.assert_allclose(packed, expected["nll"], rtol=1e-5, atol=1e-5)
     gradients = jax.grad(loss)(params)

@@ -260,7 +260,7 @@ def test_log_probabilities_are_those_of_training(small: sampler.Sampler) -> None
             config,
         )
         head = model.head_of(params, config)
-        loss, _ = model.token_statistics(hidden, head, jnp.asarray(row[:, 1:]), config.vocabulary_size)
+        loss = model.token_statistics(hidden, head, jnp.asarray(row[:, 1:]), config.vocabulary_size).loss
         expected = -np.asarray(loss)[0, len(request.prompt) - 1 :]
         np.testing.assert_allclose(completion.log_probabilities, expected, atol=1e-5, rtol=0)
 

@@ -5,9 +5,9 @@ import platform
 import sys
 from typing import NoReturn
 
-from lacuna.config import EvalConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
+from lacuna.config import EvalConfig, GrpoConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
 
-PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "eval": EvalConfig}
+PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "grpo": GrpoConfig, "eval": EvalConfig}
 
 
 def main() -> None:
@@ -32,6 +32,10 @@ def sft() -> None:
     start("sft", sys.argv[1:])
 
 
+def grpo() -> None:
+    start("grpo", sys.argv[1:])
+
+
 def evaluate() -> None:
     start("eval", sys.argv[1:])
 
@@ -39,6 +43,8 @@ def evaluate() -> None:
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
     try:
+        if command == "grpo" and "--replay" in arguments[:-1]:  # a replay begins with the config of its run
+            arguments = ["@", f"{arguments[arguments.index('--replay') + 1]}/config.toml", *arguments]
         page = parse(PAGES[command], arguments, command)
         prepare_process()
         from lacuna.distributed import cluster
@@ -48,6 +54,10 @@ def start(command: str, arguments: list[str]) -> None:
                 from lacuna.eval import run as measure
 
                 measure(page)
+            elif isinstance(page, GrpoConfig):
+                from lacuna.grpo import run as reinforce
+
+                reinforce(page)
             else:
                 from lacuna.trainer import run as train
 

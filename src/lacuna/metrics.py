@@ -164,6 +164,11 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 PHRASES: dict[str, Callable[[float], str]] = {
+    "reward": "reward {:.3f}".format,
+    "eval_reward": "held-out reward {:.3f}".format,
+    "completion_length": "{:.0f} tokens each".format,
+    "truncated_fraction": lambda share: f"{percent(share)} truncated",
+    "zero_advantage_fraction": lambda share: f"{percent(share)} of groups alike",
     "loss": "loss {:.4f}".format,
     "eval_loss": "held-out loss {:.4f}".format,
     "eval_accuracy": lambda share: f"held-out accuracy {percent(share)}",
@@ -276,7 +281,7 @@ class RunLog:
         parts = {key: phrase(record[key]) for key, phrase in PHRASES.items() if record.get(key) is not None}
         if self.step_seconds and step < self.steps:
             parts["left"] = f"{duration(statistics.median(self.step_seconds) * (self.steps - step))} left"
-        on_bar = ("loss", "learning_rate", "tokens_per_second", "mfu", "left")
+        on_bar = ("reward", "loss", "learning_rate", "tokens_per_second", "mfu", "left")
         self.bar.update(self.task, completed=step, numbers="  ".join(parts[key] for key in on_bar if key in parts))
         is_evaluation = any(key.startswith("eval_") or key == "samples" for key in record)
         if is_evaluation or step % self.log_every == 0 or step in (1, self.steps):
@@ -334,6 +339,7 @@ class Chart:
 
 
 CHARTS = (
+    Chart("Reward", "mean of a step; held out: greedy", "reward", "eval_reward"),
     Chart("Loss", "nats per target token", "loss", "eval_loss"),
     Chart("Held-out accuracy", "of target tokens", "", "eval_accuracy", percent),
     Chart("Learning rate", "", "learning_rate", ""),
@@ -341,8 +347,14 @@ CHARTS = (
     Chart("Throughput", "real tokens per second", "tokens_per_second", ""),
     Chart("MFU", "of the bfloat16 peak", "mfu", "", percent),
     Chart("Step time", "seconds", "step_seconds", ""),
+    Chart("Completion length", "tokens", "completion_length", ""),
+    Chart("Entropy", "nats per token", "entropy", ""),
+    Chart("Groups without variance", "left out of the loss", "zero_advantage_fraction", "", percent),
+    Chart("Sampler against trainer", "largest difference of log-probabilities, nats", "logprob_difference_max", ""),
 )
 FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "final_reward": ("Final reward", "{:.3f}".format),
+    "best_eval_reward": ("Best held-out reward", "{:.3f}".format),
     "final_loss": ("Final loss", "{:.4f}".format),
     "best_eval_loss": ("Best held-out loss", "{:.4f}".format),
     "tokens": ("Real tokens", short),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -594,23 +594,34 @@ def _negative_log_likelihood(
     return normalizer[..., 0] - picked, normalizer, is_target
 
 
+class TokenStatistics(NamedTuple):
+    """Of each target: its negative log-likelihood and the entropy of its distribution (nats), and whether it was the
+    likeliest token."""
+
+    loss: Float[Array, "batch token"]
+    is_correct: Bool[Array, "batch token"]
+    entropy: Float[Array, "batch token"]
+
+
 def token_statistics(
     hidden: Float[Array, "batch token embed"],
     head: Float[Array, "vocab embed"],
     target: Int[Array, "batch token"],
     vocabulary_size: int,
-) -> tuple[Float[Array, "batch token"], Bool[Array, "batch token"]]:
-    """Negative log-likelihood (nats) of each target and whether it was the likeliest token, chunk by chunk."""
+) -> TokenStatistics:
+    """Statistics of each target, chunk by chunk; those that nobody uses cost nothing."""
 
-    def chunk_statistics(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk_statistics(chunk: tuple[Array, Array]) -> TokenStatistics:
         logits = logits_of(chunk[0], head, vocabulary_size)
-        return _negative_log_likelihood(logits, chunk[1])[0], jnp.argmax(logits, axis=-1) == chunk[1]
+        loss, normalizer, _ = _negative_log_likelihood(logits, chunk[1])
+        probability = jnp.exp(logits - normalizer)
+        entropy = normalizer[..., 0] - jnp.sum(probability * jnp.where(probability > 0, logits, 0), axis=-1)
+        return TokenStatistics(loss, jnp.argmax(logits, axis=-1) == chunk[1], entropy)
 
     head = head.astype(hidden.dtype)
     chunks = _split_tokens(_chunk_length(hidden), hidden, target)
     joined = (jnp.moveaxis(x, 0, 1).reshape(hidden.shape[0], -1) for x in jax.lax.map(chunk_statistics, chunks))
-    loss, is_correct = (x[:, : hidden.shape[1]] for x in joined)
-    return loss, is_correct
+    return TokenStatistics(*(x[:, : hidden.shape[1]] for x in joined))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -626,7 +637,7 @@ def summed_cross_entropy(
     Works through the tokens in chunks; differentiated, it makes the gradient of each chunk while its logits are at
     hand, so logits are computed once and the array [batch, token, vocab] never exists.
     """
-    return jnp.sum(token_statistics(hidden, head, target, vocabulary_size)[0] * weight)
+    return jnp.sum(token_statistics(hidden, head, target, vocabulary_size).loss * weight)
 
 
 def _cross_entropy_forward(

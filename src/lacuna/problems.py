@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +104,3 @@ def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tupl
         raise ValueError(f"its last message is of {last['role']}, so there is no reference answer")
     content = checked_text(question["content"], "content")
     return [*before, question | {"content": prompt_template.replace("{prompt}", content)}], last["content"]
-
-
-def in_order(problems: Problems, order: Callable[[int], int], first: int, count: int) -> list[Problem]:
-    """The problems at `count` places from `first` on of an endless order."""
-    return [problems.problems[order(place)] for place in range(first, first + count)]

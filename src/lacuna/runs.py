@@ -21,7 +21,8 @@ from lacuna.model import ModelConfig
 LOCK = "lock"
 FIXED_ON_RESUME = (
     "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
-    "train_on", "chat_template", "template_date", "neftune_alpha", "on_bad_data",
+    "train_on", "chat_template", "template_date", "neftune_alpha", "on_bad_data", "system_prompt", "prompt_template",
+    "prompts_per_step", "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
 NAMES_THE_RUN = ("run_name", "output_dir")
@@ -127,12 +128,12 @@ def checkpoint_to_resume(page: TrainingConfig, say: Callable[[str], None]) -> tu
     return Path(chosen), manifest
 
 
-def check_unchanged(page: TrainingConfig, model: ModelConfig, dataset: Dataset, manifest: Manifest) -> None:
+def check_unchanged(page: TrainingConfig, model: ModelConfig, digests: tuple[str, ...], manifest: Manifest) -> None:
     """Refuse to resume on a model or data that were changed in the meantime."""
     for key, now in model_facts(model).items():
         if now != (saved := manifest.run.model.get(key)):
             raise UserError(f"{page.model_name}: {key} in config.json was {saved!r} and is {now!r}; restore it")
-    for source, now, saved in zip(page.data, data_digests(dataset), manifest.run.data, strict=True):
+    for source, now, saved in zip(page.data, digests, manifest.run.data, strict=True):
         if now != saved:
             raise UserError(f"{source.path}: its content has changed since the checkpoint; restore it, or start anew")
 

@@ -201,8 +201,8 @@ def held_out_sums(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
     compute = cast(params, model, dtype)
     hidden = forward(compute, embed(compute, batch.token), batch.segment, batch.position, model)
-    loss, is_correct = token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size)
-    return {"loss": jnp.sum(loss * batch.weight), "correct": jnp.sum(is_correct * batch.weight)}
+    found = token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size)
+    return {"loss": jnp.sum(found.loss * batch.weight), "correct": jnp.sum(found.is_correct * batch.weight)}
 
 
 # Around the step
@@ -295,7 +295,7 @@ def run(page: RowsConfig) -> "tuple[Loop, TrainState] | None":
         resumed = runs.checkpoint_to_resume(page, lines.append)
         inputs = read_inputs(page)
         if resumed:
-            runs.check_unchanged(page, inputs.model, inputs.dataset, resumed[1])
+            runs.check_unchanged(page, inputs.model, runs.data_digests(inputs.dataset), resumed[1])
             lines.append(f"resuming from {resumed[0]}")
         elif page.resume:
             lines.append("no checkpoint to resume from yet, so this begins at the beginning")

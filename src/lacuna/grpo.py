@@ -1,0 +1,796 @@
+"""Group-relative policy optimization: completions by the sampler, their rewards, and an update by the trainer's step.
+
+One set of weights on one mesh does both. A rollout is a function of (seed, step, index) and the weights, so a run that
+was killed goes on as if nothing had happened, and every step can be computed again from rollouts.jsonl.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
+
+from lacuna import checkpoint, metrics, runs, weights
+from lacuna.checkpoint import Manifest, RunFacts, Saver
+from lacuna.config import GrpoConfig, SamplingKeys, UserError, parse
+from lacuna.data import Epochs, Mixture, first_fit
+from lacuna.distributed import (
+    Stop,
+    check_same,
+    enable_compilation_cache,
+    from_first,
+    is_first,
+    make_mesh,
+    put_batch,
+    row_shards,
+    watchdog,
+)
+from lacuna.metrics import RunLog
+from lacuna.model import (
+    ModelConfig,
+    cast,
+    check_sequence_length,
+    embed,
+    forward,
+    head_of,
+    parameter_counts,
+    summed_cross_entropy,
+    token_statistics,
+)
+from lacuna.problems import Problem, Problems, read_problems
+from lacuna.rewards import Reward, load_rewards, rewards_of
+from lacuna.sampler import Request, Sampler, generation_defaults
+from lacuna.tokenizer import Tokenizer
+from lacuna.trainer import (
+    Recipe,
+    TrainState,
+    abstract_state,
+    apply_gradient,
+    recipe_of,
+    saved_shapes,
+    starting_state,
+)
+
+ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
+STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
+SHOWN_COMPLETIONS = 2
+SLOW_REWARD = 0.25  # of a step
+
+
+# What was generated
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion with what the update needs of it; a line of rollouts.jsonl. Log-probabilities are in nats: the
+    model's own, and those under the distribution drawn from."""
+
+    step: int
+    place: int
+    index: int
+    origin: str
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    log_probabilities: tuple[float, ...]
+    sampled_log_probabilities: tuple[float, ...]
+    is_truncated: bool
+    rewards: dict[str, float]
+    reward: float
+    advantage: float
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row that the sample takes, as each holds a token and its successor."""
+        return len(self.prompt_tokens) + len(self.tokens) - 1
+
+
+Group = Sequence[Sample]
+
+
+def advantages(rewards: Float[np.ndarray, "group member"], scale_by_std: bool) -> Float[np.ndarray, "group member"]:
+    """Rewards less the mean of their group (Shao et al. 2024), over its standard deviation where that is asked for,
+    which Dr. GRPO (Liu et al. 2025) advises against. A group whose rewards are equal has advantages of exactly 0."""
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if scale_by_std:
+        centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + STD_EPSILON)
+    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, centred, 0.0)
+
+
+def kept_samples(groups: Sequence[Group], page: GrpoConfig) -> list[Sample]:
+    """Those that the loss counts: not of a group without variance, nor truncated if these are masked (DAPO, Yu et al.
+    2025). With a divergence to keep small, groups without variance count too."""
+    return [
+        sample
+        for group in groups
+        for sample in group
+        if (page.kl_weight > 0 or has_variance(group)) and not (page.mask_truncated and sample.is_truncated)
+    ]
+
+
+def has_variance(group: Group) -> bool:
+    return any(sample.reward != group[0].reward for sample in group)
+
+
+def token_weights(kept: Sequence[Sample], page: GrpoConfig) -> list[float]:
+    """What a token of each sample counts in the loss, which is a plain sum then: each token the same (DAPO, Yu et al.
+    2025), each sample the same (GRPO, Shao et al. 2024), or each slot of the longest completion (Dr. GRPO)."""
+    token_count = sum(len(sample.tokens) for sample in kept)
+    match page.loss_normalisation:
+        case "token":
+            return [1 / token_count for _ in kept]
+        case "sequence":
+            return [1 / (len(kept) * len(sample.tokens)) for sample in kept]
+        case "constant":
+            return [1 / (len(kept) * page.max_completion_tokens) for _ in kept]
+
+
+class RolloutBatch(NamedTuple):
+    """Packed rows as in `data.Batch`; `weight` is what a token counts in the loss. `sampled` is the log-probability
+    under the distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and
+    of the starting policy."""
+
+    token: Int[Array, "*rows token"]
+    target: Int[Array, "*rows token"]
+    weight: Float[Array, "*rows token"]
+    segment: Int[Array, "*rows token"]
+    position: Int[Array, "*rows token"]
+    advantage: Float[Array, "*rows token"]
+    sampled: Float[Array, "*rows token"]
+    old: Float[Array, "*rows token"]
+    reference: Float[Array, "*rows token"]
+
+
+INTEGERS = ("token", "target", "segment", "position")
+
+
+def packed_rows(kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int) -> RolloutBatch:
+    """The samples packed First-Fit-Decreasing into rows, as [micro_batch, row, token]."""
+    ordered = sorted(kept, key=lambda sample: -sample.slots)
+    row_of = first_fit(np.array([sample.slots for sample in ordered], np.int64), page.sequence_length)
+    micro_batches = -(-(int(row_of.max(initial=0)) + 1) // rows_at_once)
+    shape = micro_batches * rows_at_once, page.sequence_length
+    arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
+    batch = RolloutBatch(*arrays)
+    ends, counts = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
+    for sample, row, weight in zip(ordered, row_of, token_weights(ordered, page), strict=True):
+        token = np.array((*sample.prompt_tokens, *sample.tokens), np.int32)
+        here = row, slice(ends[row], ends[row] + sample.slots)
+        there = row, slice(ends[row] + len(sample.prompt_tokens) - 1, ends[row] + sample.slots)
+        counts[row] += 1
+        ends[row] += sample.slots
+        batch.token[here], batch.target[here] = token[:-1], token[1:]
+        batch.segment[here], batch.position[here] = counts[row], np.arange(sample.slots)
+        batch.weight[there] = weight
+        batch.advantage[there] = sample.advantage
+        batch.sampled[there] = sample.sampled_log_probabilities
+    return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, rows_at_once, -1), batch)
+
+
+# The objective
+
+
+def objective(
+    log_probability: Float[Array, "*rows token"], batch: RolloutBatch, page: GrpoConfig
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss of a batch, and sums over its tokens to be logged.
+
+    - The clipped ratio of PPO (Schulman et al. 2017), with the asymmetric bounds of DAPO (Yu et al. 2025).
+    - Times a truncated importance weight (Espeholt et al. 2018; Yao et al. 2025) of the trainer's policy over the
+      distribution that the sampler drew from, which also pays for top_k, top_p and min_p.
+    - Plus the divergence from the starting policy, estimated by k3 (Schulman 2020).
+    """
+    is_counted = batch.weight > 0
+
+    def difference(a: Array, b: Array) -> Array:
+        return jnp.where(is_counted, a - b, 0.0)
+
+    old = batch.old if page.updates_per_rollout > 1 else jax.lax.stop_gradient(log_probability)
+    ratio = jnp.exp(difference(log_probability, old))
+    clipped = jnp.clip(ratio, 1 - page.clip_low, 1 + page.clip_high)
+    gain = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    mismatch = jax.lax.stop_gradient(difference(old, batch.sampled))
+    importance = jnp.exp(mismatch)
+    if page.importance_limit:
+        gain *= jnp.minimum(importance, page.importance_limit)
+    loss = -gain
+    if page.kl_weight:
+        from_reference = difference(batch.reference, log_probability)
+        divergence = jnp.exp(from_reference) - from_reference - 1
+        loss += page.kl_weight * divergence
+    facts = {
+        "count": jnp.sum(is_counted),
+        "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
+        "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
+        "kl": jnp.sum(divergence * is_counted) if page.kl_weight else jnp.zeros(()),
+        "logprob_difference_max": jnp.max(jnp.abs(mismatch)),
+    }
+    return jnp.sum(batch.weight * loss), facts
+
+
+def hidden_states(params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig) -> Array:
+    """Hidden states whose logits are those over the temperature."""
+    x = embed(params, batch.token)
+    hidden = forward(params, x, batch.segment, batch.position, model, page.rematerialisation)
+    return hidden if page.temperature == 1 else hidden / page.temperature
+
+
+def objective_of_params(
+    params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], dict[str, Array]]]:
+    """A value with the objective's gradient, beside the objective and what is logged.
+
+    The objective's slope by each log-probability makes it a weighted cross-entropy, whose gradient needs no logits of
+    the whole batch in memory.
+    """
+    hidden, head = hidden_states(params, batch, model, page), head_of(params, model)
+    found = token_statistics(*jax.lax.stop_gradient((hidden, head)), batch.target, model.vocabulary_size)
+    value = jax.value_and_grad(partial(objective, batch=batch, page=page), has_aux=True)
+    (loss, facts), slope = value(-found.loss)
+    facts["entropy"] = jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))
+    return summed_cross_entropy(hidden, head, batch.target, -slope, model.vocabulary_size), (loss, facts)
+
+
+@partial(jax.jit, static_argnames=("model", "page"))
+def log_probabilities(
+    compute: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
+) -> Float[Array, "row token"]:
+    """Of each target, under the policy of these weights."""
+    hidden = hidden_states(compute, batch, model, page)
+    return -token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size).loss
+
+
+@partial(jax.jit, static_argnames=("model", "page"), donate_argnames="total")
+def add_gradient(
+    total: PyTree[Array], compute: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
+) -> PyTree[Array]:
+    """Gradient, loss and facts of one more micro-batch, added up in float32."""
+    gradient, (loss, facts) = jax.grad(objective_of_params, has_aux=True)(compute, batch, model, page)
+    most = jnp.maximum(total[2].pop("logprob_difference_max"), facts.pop("logprob_difference_max"))
+    sums = jax.tree.map(jnp.add, total, (gradient, loss, facts))
+    return sums[0], sums[1], sums[2] | {"logprob_difference_max": most}
+
+
+@partial(jax.jit, static_argnames=("model", "dtype"))
+def compute_params(params: PyTree[Array], model: ModelConfig, dtype: str) -> PyTree[Array]:
+    return cast(params, model, dtype)
+
+
+@jax.jit
+def zeros(params: PyTree[Array]) -> PyTree[Array]:
+    """The sums that micro-batches are added to."""
+    names = ("clip_fraction", "importance_mean", "kl", "logprob_difference_max", "entropy")
+    facts = {name: jnp.zeros(()) for name in names} | {"count": jnp.zeros((), jnp.int32)}
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params), jnp.zeros(()), facts
+
+
+step_along = jax.jit(apply_gradient, static_argnames="model", donate_argnames="state")
+
+
+def update(
+    state: TrainState,
+    groups: Sequence[Group],
+    reference: PyTree[Array] | None,
+    recipe: Recipe,
+    inputs: "Inputs",
+    page: GrpoConfig,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The optimizer steps of one rollout, its groups shared out evenly over them, and what is logged of them: means
+    over counted tokens, the loss of the first, the gradient norm of the last."""
+    mesh, model = inputs.mesh, inputs.model
+    rows_at_once = page.micro_batch_size * row_shards(mesh)
+    parts = []
+    for share in np.array_split(np.arange(len(groups)), page.updates_per_rollout):
+        kept = kept_samples([groups[number] for number in share], page)
+        parts.append(packed_rows(kept, page, rows_at_once) if kept else None)
+    batches = [put_micro_batches(part, mesh) if part else [] for part in parts]
+
+    def filled(params: PyTree[Array], name: str) -> None:
+        for micro_batches in batches:
+            micro_batches[:] = [
+                each._replace(**{name: log_probabilities(params, each, model, page)}) for each in micro_batches
+            ]
+
+    if page.updates_per_rollout > 1:
+        filled(compute_params(state.params, model, page.compute_dtype), "old")
+    if reference is not None:
+        filled(reference, "reference")
+    found = []
+    for micro_batches in batches:
+        if not micro_batches:  # nothing to learn from: only the step is counted
+            state = state._replace(step=state.step + 1)
+            continue
+        compute, total = compute_params(state.params, model, page.compute_dtype), zeros(state.params)
+        for micro_batch in micro_batches:
+            total = add_gradient(total, compute, micro_batch, model, page)
+        gradients, loss, facts = total
+        state, stepped = step_along(state, loss, gradients, recipe, model)
+        found.append(facts | stepped)
+    return state, described(jax.device_get(found), [part for part in parts if part])
+
+
+def put_micro_batches(batch: RolloutBatch, mesh: Mesh) -> list[RolloutBatch]:
+    """Each micro-batch on the devices."""
+    parts = (jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], batch) for at in range(batch.token.shape[0]))
+    return [jax.tree.map(lambda leaf: leaf[0], put_batch(part, mesh)) for part in parts]
+
+
+def described(found: list[dict[str, Any]], parts: list[RolloutBatch]) -> dict[str, Any]:
+    """What is logged of the updates of a rollout."""
+    if not found:
+        return {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
+    count = sum(int(facts["count"]) for facts in found)
+    means = {
+        name: float(sum(facts[name] for facts in found) / count)
+        for name in ("clip_fraction", "importance_mean", "kl", "entropy")
+    }
+    tokens = sum(int(np.sum(part.segment > 0)) for part in parts)
+    return means | {
+        "loss": float(found[0]["loss"]),
+        "gradient_norm": float(found[-1]["gradient_norm"]),
+        "learning_rate": float(found[-1]["learning_rate"]),
+        "logprob_difference_max": float(found[0]["logprob_difference_max"]),
+        "skipped_updates": sum(int(facts["skipped"]) > 0 for facts in found),
+        "target_tokens": count,
+        "tokens": tokens,
+        "packing_efficiency": tokens / sum(part.segment.size for part in parts),
+    }
+
+
+# The run
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it computes."""
+
+    mesh: Mesh
+    model: ModelConfig
+    tokenizer: Tokenizer
+    source: Path
+    problems: Problems
+    held_out: Problems | None
+    rewards: list[Reward]
+    stop_ids: tuple[int, ...]
+
+
+def read_inputs(page: GrpoConfig) -> Inputs:
+    """Devices, model, problems and rewards of a page, each checked against the others."""
+    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
+    rewards = load_rewards(page.reward)
+    template = page.chat_template, page.template_date
+    source, model, tokenizer = weights.open_model(page.model_name, mesh, *template, with_weights=False)
+    check_sequence_length(model, page.sequence_length)
+    longest, skips_bad = page.sequence_length - page.max_completion_tokens, page.on_bad_data == "skip"
+    problems = read_problems(page.data, page, tokenizer, longest, skips_bad)
+    held_out = read_problems(page.eval_data, page, tokenizer, longest, skips_bad) if page.eval_data else None
+    if page.prompts_per_step > len(problems.problems):
+        raise UserError(
+            f"prompts_per_step = {page.prompts_per_step} is more than the {len(problems.problems)} problems there are"
+        )
+    stop_ids = generation_defaults(source, tokenizer)[1]
+    return Inputs(mesh, model, tokenizer, source, problems, held_out, rewards, stop_ids)
+
+
+def run(page: GrpoConfig) -> None:
+    """The command grpo, from page to exported model, or the replay of one step.
+
+    Raises:
+        UserError: whatever about config, model, data, rewards or devices can't be trained with.
+    """
+    started = time.perf_counter()
+    if page.replay:
+        replay(page)
+        return
+    with runs.claimed(page):
+        lines: list[str] = []
+        resumed = runs.checkpoint_to_resume(page, lines.append)
+        inputs = read_inputs(page)
+        if resumed:
+            runs.check_unchanged(page, inputs.model, inputs.problems.digests, resumed[1])
+            lines.append(f"resuming from {resumed[0]}")
+        check_same("config, model or data", json.dumps([runs.masked_config(page), inputs.problems.digests]))
+        enable_compilation_cache(page)
+        with jax.set_mesh(inputs.mesh):
+            train(page, inputs, resumed, lines, started)
+
+
+def train(
+    page: GrpoConfig, inputs: Inputs, resumed: tuple[Path, Manifest] | None, lines: list[str], started: float
+) -> None:
+    """A run whose directory is claimed; its log begins with `lines`."""
+    directory, facts = page.run_directory, resumed[1].run if resumed else None
+    first_step = facts.step if facts else 0
+    source = weights.resolve_model(page.model_name, with_weights=not page.from_scratch)
+    start = partial(starting_state, page, source, inputs.model, inputs.mesh)
+    reference = compute_params(start().params, inputs.model, page.compute_dtype) if page.kl_weight else None
+    if resumed:
+        state = checkpoint.load_checkpoint(
+            *resumed, abstract_state(inputs.model, inputs.mesh), saved_shapes(inputs.model)
+        )
+    else:
+        state = start()
+    session = from_first("session", secrets.token_hex(4))
+    if is_first():
+        runs.begin(page, first_step, lines.append)
+        keep_rollouts(directory / "rollouts.jsonl", first_step)
+    steps = step_count(page, inputs)
+    with RunLog(directory, steps, page.log_every, first_step, page.wandb, runs.masked_config(page), is_first()) as log:
+        for line in (*start_facts(page, inputs, steps), *lines):
+            log.info(line)
+        saver = Saver(directory, page.keep, session)
+        saver.newest = resumed[0] if resumed else None
+        recipe = jax.device_put(
+            recipe_of(page, steps * page.updates_per_rollout), NamedSharding(inputs.mesh, PartitionSpec())
+        )
+        capacity = page.sequence_length
+        shards = row_shards(inputs.mesh)
+        most = max(page.prompts_per_step * page.completions_per_prompt, shards)
+        slots = -(-min(page.slots, most) // shards) * shards
+        sampler = Sampler(
+            state.params, inputs.model, inputs.tokenizer, inputs.mesh, slots, capacity, page.compute_dtype
+        )
+        loop = Loop(page, inputs, log, saver, steps, recipe, sampler, reference, started, first_step)
+        loop.earlier_seconds = facts.wall_seconds if facts else 0.0
+        loop.best_reward = -facts.best_eval_loss if facts and facts.best_eval_loss is not None else None
+        loop.train(state)
+        if is_first():
+            loop.end()
+        from_first("run ended", "")  # the others wait here for what the first process writes
+
+
+def step_count(page: GrpoConfig, inputs: Inputs) -> int:
+    """Rollouts of the whole run."""
+    return page.steps or -(-page.epochs * len(inputs.problems.problems) // page.prompts_per_step)
+
+
+def start_facts(page: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
+    """The start-up lines."""
+    counts, mesh = parameter_counts(inputs.model), inputs.mesh
+    yield f"model: {page.model_name} ({inputs.model.family}), {counts['all']:,} parameters"
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    yield f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}, compute in {page.compute_dtype}"
+    completions = page.prompts_per_step * page.completions_per_prompt
+    yield (
+        f"a step: {page.prompts_per_step} problems × {page.completions_per_prompt} completions = {completions}, up to "
+        f"{page.max_completion_tokens} tokens each, {page.updates_per_rollout} updates; {steps:,} steps"
+    )
+    held_out = f", {len(inputs.held_out.problems):,} held out" if inputs.held_out else ""
+    yield f"problems: {len(inputs.problems.problems):,}{held_out}, {len(inputs.problems.bad):,} bad rows left out"
+    for line in inputs.problems.bad[:5]:
+        yield f"left out: {line}"
+    yield f"rewards: {', '.join(f'{reward.name} × {reward.weight:g}' for reward in inputs.rewards)}"
+
+
+@dataclass
+class Loop:
+    """The loop of rollouts and updates; `step` counts the rollouts done."""
+
+    page: GrpoConfig
+    inputs: Inputs
+    log: RunLog
+    saver: Saver
+    steps: int
+    recipe: Recipe
+    sampler: Sampler
+    reference: PyTree[Array] | None
+    started: float
+    step: int
+    earlier_seconds: float = 0.0
+    best_reward: float | None = None
+    stop: Stop = field(default_factory=Stop)
+    work_done: int | None = None
+
+    def train(self, state: TrainState) -> TrainState:
+        """Every step that is left: roll out, update, evaluate, log and save."""
+        page = self.page
+        log_file = page.run_directory / "run.log"
+        with self.stop.listening(self.log.info), watchdog(lambda: self.work_done, log_file), self.saver.finishing():
+            while self.step < self.steps:
+                began = time.perf_counter()
+                self.sampler.load(state.params)
+                groups, record = rollout(self.sampler, self.inputs, page, self.step, self.worked)
+                middle = time.perf_counter()
+                state, facts = update(state, groups, self.reference, self.recipe, self.inputs, page)
+                ended = time.perf_counter()
+                self.step += 1
+                self.work_done = (self.work_done or 0) + 1
+                record |= facts | {"rollout_seconds": middle - began, "update_seconds": ended - middle}
+                record |= {
+                    "step_seconds": ended - began,
+                    "tokens_per_second": record["completion_tokens"] / (ended - began),
+                    "memory_bytes": metrics.memory_bytes(),
+                }
+                self.tell_slow_rewards(record)
+                is_last = self.step == self.steps
+                is_eval = is_last or (page.eval_every and self.step % page.eval_every == 0)
+                if is_eval or self.step == 1:
+                    record["samples"] = shown_samples(groups)
+                is_best = bool(is_eval) and self.inputs.held_out is not None and self.evaluate(state, record)
+                if is_first():
+                    write_rollouts(page.run_directory / "rollouts.jsonl", groups)
+                self.log.step({"step": self.step, **record})
+                is_stop = self.stop.is_due(self.step)
+                if is_last or is_best or is_stop or (page.save_every and self.step % page.save_every == 0):
+                    self.save(state, is_best)
+                for line in self.saver.news():
+                    self.log.info(line)
+                if is_stop:
+                    break
+            self.work_done = None
+            self.saver.wait()
+            for line in self.saver.news():
+                self.log.info(line)
+        if self.saver.failures:
+            raise UserError(f"step {self.step} is not saved; make room and go on with --resume")
+        return state
+
+    def worked(self) -> None:
+        """Count a completion, for the watchdog; the first step may take its time to compile."""
+        if self.work_done is not None:
+            self.work_done += 1
+
+    def tell_slow_rewards(self, record: dict[str, Any]) -> None:
+        """Say which rewards hold the step up."""
+        for name, seconds in record.pop("reward_seconds").items():
+            record[f"reward_seconds/{name}"] = seconds
+            if seconds > max(1.0, SLOW_REWARD * record["step_seconds"]):
+                self.log.info(f"reward {name} took {seconds:.1f} s of {record['step_seconds']:.1f} s of this step")
+
+    def evaluate(self, state: TrainState, record: dict[str, Any]) -> bool:
+        """Mean rewards of greedy completions of the held-out problems into the record; whether it is the best."""
+        assert self.inputs.held_out
+        self.sampler.load(state.params)
+        problems = self.inputs.held_out.problems
+        rules = SamplingKeys(temperature=0.0, max_tokens=self.page.max_completion_tokens)
+        requests = [Request(problem.token, rules, self.inputs.stop_ids) for problem in problems]
+        texts = [completion.text for completion in self.sampler.generate(requests, lambda _: self.worked())]
+        pairs = list(zip(problems, texts, strict=True))
+        values, total, _ = judged(self.inputs.rewards, pairs, f"evaluation {self.step}")
+        record["eval_reward"] = float(np.mean(total))
+        record |= {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
+        is_best = self.best_reward is None or record["eval_reward"] > self.best_reward
+        if is_best:
+            self.best_reward = record["eval_reward"]
+        return is_best
+
+    def save(self, state: TrainState, is_best: bool) -> None:
+        """Begin to save the checkpoint of this step."""
+        self.log.sync()
+        facts = RunFacts(
+            step=self.step,
+            best_eval_loss=-self.best_reward if self.best_reward is not None else None,
+            wall_seconds=self.wall_seconds(),
+            config=runs.masked_config(self.page),
+            model=runs.model_facts(self.inputs.model),
+            data=self.inputs.problems.digests,
+            versions=metrics.versions(),
+        )
+        self.saver.save(state, saved_shapes(self.inputs.model), facts, is_best)
+
+    def wall_seconds(self) -> float:
+        """Seconds of the whole run, those before it was resumed included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def end(self) -> None:
+        """Write what a run leaves behind, with the model if all steps are done."""
+        page, directory = self.page, self.page.run_directory
+        metrics.write_summary(directory, self.summary())
+        metrics.write_report(directory)
+        if self.step < self.steps:
+            again = f"grpo @ {directory / 'config.toml'} --resume"
+            self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to go on: uv run {again}")
+        else:
+            assert self.saver.newest
+            with ExitStack() as stack:
+                params = checkpoint.saved_params(self.saver.newest, self.inputs.model, stack)
+                weights.save_model(
+                    directory / "model", params, self.inputs.model, self.inputs.source, page.chat_template
+                )
+            self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
+        self.log.info(f"report: {directory / 'report.html'}")
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        records = metrics.read_metrics(self.page.run_directory / "metrics.jsonl")
+        return metrics.summarise(records) | {
+            "command": "grpo",
+            "parameters": parameter_counts(self.inputs.model)["all"],
+            "best_eval_reward": self.best_reward,
+            "final_reward": records[-1]["reward"] if records else None,
+            "skipped_steps": sum(record.get("skipped_updates", 0) for record in records),
+            "wall_seconds": self.wall_seconds(),
+            "device_kind": self.inputs.mesh.devices.flat[0].device_kind,
+            "device_count": jax.device_count(),
+            "process_count": jax.process_count(),
+            "versions": metrics.versions(),
+        }
+
+
+# Rollouts
+
+
+def problems_of_step(inputs: Inputs, page: GrpoConfig, step: int) -> list[tuple[int, Problem]]:
+    """The problems of a step with their places in the run, in an order that is a function of the seed alone."""
+    mixture = Mixture(inputs.problems.counts, tuple(source.weight for source in page.data), page.seed, True)
+    epochs = Epochs(lambda epoch: len(mixture.epoch(epoch)))
+    places = range(step * page.prompts_per_step, (step + 1) * page.prompts_per_step)
+    found = ((place, *epochs.locate(place)) for place in places)
+    return [(place, inputs.problems.problems[mixture.epoch(epoch)[at]]) for place, epoch, at in found]
+
+
+def rollout(
+    sampler: Sampler, inputs: Inputs, page: GrpoConfig, step: int, worked: Callable[[], None]
+) -> tuple[list[list[Sample]], dict[str, Any]]:
+    """The groups of a step, each completion with its rewards and advantage, and what is logged of them."""
+    asked = problems_of_step(inputs, page, step)
+    seeds = (int(np.random.default_rng([page.seed, ROLLOUT, place]).integers(2**32)) for place, _ in asked)
+    size = page.completions_per_prompt
+    requests = [
+        Request(problem.token, page.rules, inputs.stop_ids, seed=seed, n=size)
+        for (_, problem), seed in zip(asked, seeds, strict=True)
+    ]
+    completions = sampler.generate(requests, lambda _: worked())
+    pairs = [(asked[completion.request][1], completion.text) for completion in completions]
+    values, total, seconds = judged(inputs.rewards, pairs, f"step {step}")
+    advantage = advantages(total.reshape(-1, size), page.scale_by_std).ravel()
+    samples = [
+        Sample(
+            step=step + 1,
+            place=asked[completion.request][0],
+            index=completion.index,
+            origin=asked[completion.request][1].origin,
+            prompt_tokens=asked[completion.request][1].token,
+            tokens=completion.tokens,
+            text=completion.text,
+            log_probabilities=completion.log_probabilities,
+            sampled_log_probabilities=completion.sampled_log_probabilities,
+            is_truncated=completion.finish_reason == "length",
+            rewards={name: value[number] for name, value in values.items()},
+            reward=float(total[number]),
+            advantage=float(advantage[number]),
+        )
+        for number, completion in enumerate(completions)
+    ]
+    groups = grouped(samples)
+    return groups, rollout_facts(groups) | {"reward_seconds": seconds}
+
+
+def judged(
+    rewards: Sequence[Reward], pairs: Sequence[tuple[Problem, str]], name: str
+) -> tuple[dict[str, list[float]], Float[np.ndarray, " completion"], dict[str, float]]:
+    """What each completion is worth: by reward, in all, and the seconds that took.
+
+    Only the first process asks, under this name, as a user's function need not give the same everywhere.
+    """
+    found = json.dumps(rewards_of(rewards, pairs)) if is_first() else ""
+    values, seconds = json.loads(from_first(f"rewards of {name}", found))
+    return values, total_reward(rewards, values), seconds
+
+
+def total_reward(rewards: Sequence[Reward], values: dict[str, list[float]]) -> Float[np.ndarray, " completion"]:
+    """The weighted sum of the rewards."""
+    return np.sum([reward.weight * np.array(values[reward.name]) for reward in rewards], axis=0)
+
+
+def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """The samples of each prompt, in the order of the prompts."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.place, []).append(sample)
+    return list(groups.values())
+
+
+def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
+    """What is logged of a rollout."""
+    samples = [sample for group in groups for sample in group]
+    names = samples[0].rewards
+    return {
+        "reward": float(np.mean([sample.reward for sample in samples])),
+        "reward_std": float(np.mean([np.std([sample.reward for sample in group]) for group in groups])),
+        **{f"reward/{name}": float(np.mean([sample.rewards[name] for sample in samples])) for name in names},
+        "completion_length": float(np.mean([len(sample.tokens) for sample in samples])),
+        "completion_tokens": sum(len(sample.tokens) for sample in samples),
+        "truncated_fraction": float(np.mean([sample.is_truncated for sample in samples])),
+        "zero_advantage_fraction": float(np.mean([not has_variance(group) for group in groups])),
+    }
+
+
+def shown_samples(groups: Sequence[Group]) -> dict[str, str]:
+    """Some prompts, each with a completion and its rewards."""
+    return {
+        group[
+            0
+        ].origin: f"{group[0].text} ({', '.join(f'{name} {value:g}' for name, value in group[0].rewards.items())})"
+        for group in groups[:SHOWN_COMPLETIONS]
+    }
+
+
+def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
+    """Append a step's samples, a line each."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for group in groups for sample in group)
+
+
+def keep_rollouts(path: Path, last_step: int) -> None:
+    """Drop the samples behind a step, and a line that was not written whole."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() and last_step else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    metrics.write_atomically(path, "".join(kept))
+
+
+# Replay
+
+
+def replay(page: GrpoConfig) -> None:
+    """Compute one step of a run again from its rollouts.jsonl, under this page's objective, and print what is logged.
+
+    The weights before it come from the newest checkpoint before it and the updates since, as the run itself made them.
+
+    Raises:
+        UserError: no such run or step.
+    """
+    directory = Path(page.replay)
+    path = directory / "rollouts.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --replay takes the directory of a grpo run")
+    steps: dict[int, list[Sample]] = {}
+    for line in path.read_text().splitlines():
+        raw = json.loads(line)
+        if raw["step"] <= page.step:
+            lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
+            steps.setdefault(raw["step"], []).append(Sample(**raw | lists))
+    if page.step not in steps:
+        raise UserError(f"{path} has no step {page.step}; its last is {max(steps, default=0)}")
+    original = parse(GrpoConfig, ["@", str(directory / "config.toml")], "grpo")
+    inputs = read_inputs(page)
+    enable_compilation_cache(page)
+    with jax.set_mesh(inputs.mesh):
+        state, reference = before_step(page, directory, inputs)
+        recipes = [recipe_of(each, step_count(each, inputs) * each.updates_per_rollout) for each in (original, page)]
+        whole = NamedSharding(inputs.mesh, PartitionSpec())
+        first = int(state.step) // original.updates_per_rollout + 1
+        for step in range(first, page.step):
+            groups = judged_again(grouped(steps[step]), original)
+            state, _ = update(state, groups, reference, jax.device_put(recipes[0], whole), inputs, original)
+        groups = judged_again(grouped(steps[page.step]), page)
+        _, facts = update(state, groups, reference, jax.device_put(recipes[1], whole), inputs, page)
+    print(json.dumps({"step": page.step} | rollout_facts(groups) | facts, indent=1))
+
+
+def before_step(page: GrpoConfig, directory: Path, inputs: Inputs) -> tuple[TrainState, PyTree[Array] | None]:
+    """The newest saved state before the page's step, and the starting policy where the objective looks at it."""
+    model, mesh = inputs.model, inputs.mesh
+    source = weights.resolve_model(page.model_name, with_weights=not page.from_scratch)
+    start = starting_state(page, source, model, mesh)
+    reference = compute_params(start.params, model, page.compute_dtype) if page.kl_weight else None
+    saved = [step for step in checkpoint.saved_steps(directory) if step < page.step]
+    if not saved:
+        return start, reference
+    place = checkpoint.checkpoint_directory(directory, max(saved))
+    manifest = checkpoint.read_manifest(place)
+    return checkpoint.load_checkpoint(place, manifest, abstract_state(model, mesh), saved_shapes(model)), reference
+
+
+def judged_again(groups: Sequence[Group], page: GrpoConfig) -> list[list[Sample]]:
+    """The groups with the sums of rewards and the advantages that this page gives them."""
+    rewards = load_rewards(page.reward)
+    if missing := [reward.name for reward in rewards if reward.name not in groups[0][0].rewards]:
+        raise UserError(f"reward {missing[0]} is not in rollouts.jsonl, which has {', '.join(groups[0][0].rewards)}")
+    samples = [sample for group in groups for sample in group]
+    values = {reward.name: [sample.rewards[reward.name] for sample in samples] for reward in rewards}
+    total = total_reward(rewards, values)
+    advantage = advantages(total.reshape(len(groups), -1), page.scale_by_std).ravel()
+    return grouped(
+        replace(sample, reward=float(worth), advantage=float(better))
+        for sample, worth, better in zip(samples, total, advantage, strict=True)
+    )
