@@ -1,0 +1,336 @@
+"""GRPO against TRL's loss, formulas in NumPy, and itself: packed, accumulated, sharded, resumed, replayed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REFERENCE, TINY, mesh_of, records
+from test_model import load
+
+from lacuna import cli, grpo
+from lacuna.config import GrpoConfig, UserError
+from lacuna.distributed import make_mesh
+from lacuna.grpo import Sample
+from lacuna.model import embed, forward, head_of
+from lacuna.problems import Problem
+from lacuna.rewards import load_rewards, rewards_of
+
+REWARDS = '''
+def letters(prompt, completion, row):
+    """The share of letters that are vowels, and so different for most completions."""
+    return sum(letter in "aeiou" for letter in completion) / (1 + len(completion))
+
+def broken(prompt, completion, row):
+    return 1 / 0
+
+def infinite(prompt, completion, row):
+    return float("inf")
+'''
+
+
+def page(**changes: Any) -> GrpoConfig:
+    settings: dict[str, Any] = {
+        "model_name": "unused", "run_name": "run", "data": ({"path": "unused"},), "sequence_length": 64,
+        "prompts_per_step": 4, "completions_per_prompt": 4, "max_completion_tokens": 9, "compute_dtype": "float32",
+        "learning_rate": 1e-2, "steps": 4, "slots": 16,
+    }  # fmt: skip
+    return GrpoConfig(**settings | changes)
+
+
+@pytest.fixture
+def rewards_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(REWARDS)
+    return path
+
+
+def run_page(small: Path, rewards_file: Path, **changes: Any) -> GrpoConfig:
+    settings: dict[str, Any] = {
+        "model_name": str(small), "from_scratch": True, "output_dir": str(small.parent / "runs"), "seed": 3,
+        "data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[:30]"},), "sequence_length": 160,
+        "reward": (f"{rewards_file}:letters:2.0", "correct:1.0"), "mask_truncated": False,
+    }  # fmt: skip
+    return page(**settings | changes)
+
+
+def samples_of(inputs: dict[str, Any]) -> list[Sample]:
+    """The reference's completions as groups of two, each behind a prompt of three tokens."""
+    return [
+        Sample(
+            step=1, place=number // 2, index=number % 2, origin="", prompt_tokens=(1, 2, 3), tokens=(5,) * length,
+            text="", log_probabilities=(), sampled_log_probabilities=tuple(inputs["sampled"][number][:length]),
+            is_truncated=False, rewards={}, reward=float(number), advantage=inputs["advantage"][number],
+        )
+        for number, length in enumerate(inputs["lengths"])
+    ]  # fmt: skip
+
+
+def rows_of(inputs: dict[str, Any], config: GrpoConfig) -> tuple[grpo.RolloutBatch, jax.Array, list[tuple[int, int]]]:
+    """The reference's inputs in packed rows, with the current log-probabilities, and where each token went."""
+    batch = grpo.packed_rows(samples_of(inputs), config, 2)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
+    current, places = np.zeros(flat.token.shape, np.float32), []
+    for number, length in enumerate(inputs["lengths"]):
+        sampled = np.float32(inputs["sampled"][number][:length])
+        row, end = next(
+            (row, at + length)
+            for row, at in np.ndindex(*flat.token.shape)
+            if np.array_equal(flat.sampled[row, at : at + length], sampled)
+        )
+        here = row, slice(end - length, end)
+        flat.old[here], flat.reference[here] = inputs["old"][number][:length], inputs["reference"][number][:length]
+        current[here] = inputs["log_probability"][number][:length]
+        places += [(row, end - length + at) for at in range(length)]
+    return jax.tree.map(jnp.asarray, flat), jnp.asarray(current), places
+
+
+CASES = json.loads((REFERENCE / "grpo.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: "-".join(map(str, list(case.values())[:3])))
+def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
+    inputs = CASES["inputs"]
+    switches = {key: case[key] for key in ("loss_normalisation", "kl_weight", "importance_limit")}
+    config = page(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
+    batch, current, places = rows_of(inputs, config)
+    (loss, _), gradient = jax.value_and_grad(grpo.objective, has_aux=True)(current, batch, config)
+    np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
+    expected = [
+        value for row, length in zip(case["gradient"], inputs["lengths"], strict=True) for value in row[:length]
+    ]
+    np.testing.assert_allclose([gradient[place] for place in places], expected, rtol=2e-4, atol=1e-7)
+    assert np.count_nonzero(gradient) <= len(places)
+
+
+def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
+    inputs = CASES["inputs"]
+    config = page(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
+    batch, current, places = rows_of(inputs, config)
+    gradient = jax.grad(lambda x: grpo.objective(x, batch, config)[0])(current)
+    wide = {name: np.asarray(leaf, np.float64) for name, leaf in batch._asdict().items()}
+
+    def formula(log_probability: np.ndarray) -> float:
+        ratio = np.exp(log_probability - wide["old"])
+        clipped = np.clip(ratio, 1 - 0.2, 1 + 0.28)
+        gain = np.minimum(ratio * wide["advantage"], clipped * wide["advantage"])
+        gain = gain * np.minimum(np.exp(wide["old"] - wide["sampled"]), 2.0)
+        log_reference = wide["reference"] - log_probability
+        return float(np.sum(wide["weight"] * (0.1 * (np.exp(log_reference) - log_reference - 1) - gain)))
+
+    at = np.asarray(current, np.float64)
+    for place in places:
+        nudge = np.zeros_like(at)
+        nudge[place] = 1e-6
+        slope = (formula(at + nudge) - formula(at - nudge)) / 2e-6
+        np.testing.assert_allclose(gradient[place], slope, rtol=1e-3, atol=1e-6)
+
+
+def test_advantages_are_zero_without_variance_and_centred_else() -> None:
+    rewards = np.array([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [3.0, 2, 1, 0]])
+    plain = grpo.advantages(rewards, scale_by_std=False)
+    np.testing.assert_allclose(plain, [[0.5, -0.5, -0.5, 0.5], [0] * 4, [1.5, 0.5, -0.5, -1.5]])
+    scaled = grpo.advantages(rewards, scale_by_std=True)
+    np.testing.assert_allclose(scaled[0], plain[0] / (np.sqrt(1 / 3) + 1e-4))
+    assert not scaled[1].any()
+
+
+def random_samples(vocabulary: int) -> list[Sample]:
+    """Eight completions of four prompts, of many lengths."""
+    random = np.random.default_rng(1)
+    samples = []
+    for number in range(8):
+        prompt, length = random.integers(1, vocabulary, 3 + number // 2), int(random.integers(2, 9))
+        samples.append(
+            Sample(
+                step=1, place=number // 2, index=number % 2, origin="", prompt_tokens=tuple(prompt.tolist()),
+                tokens=tuple(random.integers(1, vocabulary, length).tolist()), text="",
+                log_probabilities=(), sampled_log_probabilities=tuple((-3 * random.random(length)).tolist()),
+                is_truncated=False, rewards={}, reward=float(number), advantage=float(random.normal()),
+            )
+        )  # fmt: skip
+    return samples
+
+
+def gradient_of(samples: list[Sample], config: GrpoConfig, rows_at_once: int) -> tuple[Any, float]:
+    """Gradient and loss of samples in micro-batches, by the functions of the update."""
+    model, params = load(REFERENCE / "qwen3")
+    batch = grpo.packed_rows(samples, config, rows_at_once)
+    total = grpo.zeros(params)
+    for number in range(batch.token.shape[0]):
+        part = jax.tree.map(lambda leaf, number=number: jnp.asarray(leaf[number]), batch)
+        total = grpo.add_gradient(total, params, part, model, config)
+    return total[0], float(total[1])
+
+
+@pytest.mark.parametrize(("length", "rows_at_once"), [(64, 4), (16, 3), (16, 1)])
+def test_packing_and_micro_batches_change_nothing(length: int, rows_at_once: int) -> None:
+    samples = random_samples(150)
+    config = page(sequence_length=64, loss_normalisation="sequence", temperature=0.8)
+    expected, loss = gradient_of(samples, config, 1)
+    found, same = gradient_of(samples, config.model_copy(update={"sequence_length": length}), rows_at_once)
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+
+
+def test_the_gradient_is_that_of_the_whole_logits() -> None:
+    samples, config = random_samples(150), page(temperature=0.8, importance_limit=2.0)
+    model, params = load(REFERENCE / "qwen3")
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), grpo.packed_rows(samples, config, 4))
+
+    def plain(params: Any) -> jax.Array:
+        hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
+        logits = hidden @ head_of(params, model).T / config.temperature
+        table = jax.nn.log_softmax(logits[..., : model.vocabulary_size])
+        return grpo.objective(jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0], batch, config)[0]
+
+    loss, expected = jax.value_and_grad(plain)(params)
+    found, same = gradient_of(samples, config, 4)
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+
+
+def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
+    samples = random_samples(150)
+    samples[0] = replace(samples[0], is_truncated=True)
+    groups = grpo.grouped(samples)
+    groups[1] = [replace(sample, reward=1.0) for sample in groups[1]]
+    kept = grpo.kept_samples(groups, page())
+    assert [(sample.place, sample.index) for sample in kept] == [(0, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    assert len(grpo.kept_samples(groups, page(mask_truncated=False))) == 6
+    assert len(grpo.kept_samples(groups, page(kl_weight=0.1))) == 7
+    tokens = sum(len(sample.tokens) for sample in kept)
+    assert grpo.token_weights(kept, page()) == [1 / tokens] * 5
+
+
+# Rewards
+
+
+def problem(answer: str) -> Problem:
+    return Problem("data.jsonl line 7", "How many?", (1,), answer, {"answer": answer, "question": "How many?"})
+
+
+def test_rewards_of_ours_judge_answer_and_format() -> None:
+    rewards = load_rewards(["gsm8k_correct:1.0", "format:0.2"])
+    pairs = [(problem("so #### 1,200"), text) for text in ("#### 1200", "It is 1200.", "#### 7", "none", "#### none")]
+    values, seconds = rewards_of(rewards, pairs)
+    assert values == {"gsm8k_correct": [1, 1, 0, 0, 0], "format": [1, 0, 1, 0, 0]}
+    assert [reward.weight for reward in rewards] == [1.0, 0.2] and seconds.keys() == values.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("broken", "ZeroDivisionError: division by zero"), ("infinite", "it gave inf")]
+)
+def test_a_reward_that_fails_names_itself_and_the_row(rewards_file: Path, name: str, why: str) -> None:
+    (reward,) = load_rewards([f"{rewards_file}:{name}:1"])
+    with pytest.raises(UserError, match=rf"reward {name} on data.jsonl line 7: {why}; the completion begins 'text'"):
+        rewards_of([reward], [(problem("1"), "text")])
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("corect:1", "no such reward; ours are correct"),
+        ("nowhere.py:score:1", "nowhere.py: no such file"),
+        ("{file}:absent:1", "has no function absent"),
+        ("correct:nan", "its weight is nan"),
+        ("no_such_module:score:1", "fails on import: ModuleNotFoundError"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_refused(rewards_file: Path, spec: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        load_rewards([spec.replace("{file}", str(rewards_file))])
+
+
+# Whole runs
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo, "make_mesh", lambda *_: mesh_of(1, 1, 1))
+
+
+@pytest.fixture
+def finished(small: Path, rewards_file: Path, one_device: None) -> GrpoConfig:
+    """A run of four steps."""
+    config = run_page(small, rewards_file, save_every=1, keep=9, eval_every=2,
+                      eval_data=({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},))  # fmt: skip
+    grpo.run(config)
+    return config
+
+
+LOGGED = ("step", "reward", "reward/letters", "loss", "gradient_norm", "entropy", "eval_reward", "completion_length")
+
+
+def logged(config: GrpoConfig) -> list[list[Any]]:
+    return [[record.get(key) for key in LOGGED] for record in records(config)]
+
+
+def test_a_run_logs_saves_resumes_and_replays(
+    finished: GrpoConfig, rewards_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *_, last = records(finished)
+    assert {"reward/letters", "reward/correct", "completion_length", "truncated_fraction", "zero_advantage_fraction",
+            "clip_fraction", "rollout_seconds", "update_seconds"} <= first.keys()  # fmt: skip
+    assert max(record["logprob_difference_max"] for record in records(finished)) < 1e-4
+    assert last["reward/letters"] > first["reward/letters"]
+    directory = finished.run_directory
+    lines = [json.loads(line) for line in (directory / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * 16 and all(len(line["tokens"]) == len(line["log_probabilities"]) for line in lines)
+    assert "Reward" in (directory / "report.html").read_text()
+
+    resumed = finished.model_copy(update={"run_name": "again"})
+    working = rewards_file.read_text()
+    counted = "    calls.append(1)\n    assert len(calls) < 60, 'power cut'\n    return sum("
+    rewards_file.write_text("calls = []\n" + working.replace("    return sum(", counted))
+    with pytest.raises(UserError, match="power cut"):
+        grpo.run(resumed)
+    assert len(records(resumed)) < 4
+    rewards_file.write_text(working)
+    grpo.run(resumed.model_copy(update={"resume": True}))
+    assert logged(resumed) == logged(finished)
+    assert (resumed.run_directory / "model" / "model.safetensors").read_bytes() == (
+        directory / "model" / "model.safetensors"
+    ).read_bytes()
+    assert (resumed.run_directory / "rollouts.jsonl").read_text() == (directory / "rollouts.jsonl").read_text()
+
+    capsys.readouterr()
+    arguments = ["--replay", str(directory), "--step", "3"]
+    for change in ([], ["--loss-normalisation", "constant"]):
+        cli.start("grpo", [*arguments, *change])
+        again = json.loads(capsys.readouterr().out)
+        same = [again[key] == records(finished)[2][key] for key in ("loss", "gradient_norm", "entropy", "reward")]
+        assert same == [True] * 4 if not change else same == [False, False, True, True]
+
+
+def test_eight_devices_do_what_one_does(finished: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo, "make_mesh", make_mesh)
+    spread = finished.model_copy(
+        update={"run_name": "spread", "data_parallel": 2, "fsdp": 2, "tensor": 2, "compilation_cache": False}
+    )
+    grpo.run(spread)
+    for one, other in zip(logged(finished), logged(spread), strict=True):
+        np.testing.assert_allclose(
+            np.array([value or 0 for value in other]), np.array([value or 0 for value in one]), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_several_updates_a_rollout_clip_and_penalise(small: Path, rewards_file: Path, one_device: None) -> None:
+    config = run_page(small, rewards_file, updates_per_rollout=2, kl_weight=0.05, learning_rate=0.05, steps=3, top_k=20)
+    grpo.run(config)
+    for record in records(config):
+        assert record["kl"] > 0 and record["importance_mean"] < 1  # top_k makes what is sampled likelier
+    assert any(record["clip_fraction"] > 0 for record in records(config))
+
+
+def test_what_does_not_fit_is_refused(small: Path, rewards_file: Path, one_device: None) -> None:
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and there is room for 15"):
+        grpo.run(run_page(small, rewards_file, sequence_length=24))
+    with pytest.raises(UserError, match="prompts_per_step = 40 is more than the 30 problems"):
+        grpo.run(run_page(small, rewards_file, prompts_per_step=40))
