@@ -5,9 +5,9 @@ import platform
 import sys
 from typing import NoReturn
 
-from lacuna.config import EvalConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
+from lacuna.config import ChatConfig, EvalConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
 
-PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "eval": EvalConfig}
+PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "eval": EvalConfig, "chat": ChatConfig}
 
 
 def main() -> None:
@@ -36,10 +36,18 @@ def evaluate() -> None:
     start("eval", sys.argv[1:])
 
 
+def chat() -> None:
+    start("chat", sys.argv[1:])
+
+
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
     try:
         page = parse(PAGES[command], arguments, command)
+        if isinstance(page, ChatConfig):
+            from lacuna.chat import run as talk
+
+            return talk(page)
         prepare_process()
         from lacuna.distributed import cluster
 
