@@ -188,6 +188,14 @@ def test_an_interrupt_keeps_what_came_and_leaves_the_sampler_whole(
     assert conversation.messages == expected
 
 
+def test_a_character_that_is_cut_off_is_not_shown(local: Local, directory: Path) -> None:
+    """A quarter of the vocabulary is bytes that are no character by themselves."""
+    page = page_of(directory, temperature=5, top_k=0, max_tokens=1)
+    asked = [{"role": "user", "content": QUESTION}]
+    texts = ["".join(piece.text for piece in local.answer(asked, page, seed)) for seed in range(30)]
+    assert any(texts) and "" in texts and "\ufffd" not in "".join(texts)
+
+
 def test_a_model_without_template_continues_plain_text(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +207,7 @@ def test_a_model_without_template_continues_plain_text(
     arguments = f"--output-dir {tmp_path} --capacity 320 --max-tokens 12 --compute-dtype float32".split()
     cli.start("chat", arguments)
     out, err = capsys.readouterr()
-    assert f"model: {base}, the newest run in {tmp_path}; continues plain text (no chat template)" in err
+    assert f"model: {base}, the newest run in {tmp_path}; continues plain text, without a chat template" in err
     source = Local(page_of(base))
     pieces = list(source.answer([{"role": "user", "content": "/one\ntwo "}], page_of(base), seed=chat_seed(1, 0)))
     assert out == "".join(piece.text for piece in pieces) + "\n"

@@ -33,7 +33,7 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 from lacuna.config import ChatConfig, SamplingKeys, UserError, did_you_mean, explain
-from lacuna.tokenizer import Message, check_messages, encode, render
+from lacuna.tokenizer import Message, check_messages, encode, finished, render
 
 COMMANDS = {
     "/system": "TEXT: set the system message; without text, remove it",
@@ -90,14 +90,9 @@ class Local:
 
     def introduction(self, page: ChatConfig) -> list[str]:
         newest = "" if page.model_name else f", the newest run in {page.output_dir}"
-        way = "answers by its chat template" if self.is_chat else "continues plain text (no chat template)"
-        if "instruct" in page.model_fields_set and not self.is_chat:
-            way = "continues plain text (--no-instruct)"
-        sampler = self.generator.sampler
-        return [
-            f"model: {self.generator.source}{newest}; {way}",
-            f"capacity: {sampler.capacity:,} tokens, conversation and answer together",
-        ]
+        way = "answers by its chat template" if self.is_chat else "continues plain text, without a chat template"
+        capacity = f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together"
+        return [f"model: {self.generator.source}{newest}; {way}", capacity]
 
     def rules(self, page: ChatConfig) -> str:
         rules = self.rules_of(page)
@@ -118,8 +113,6 @@ class Local:
             return tuple(encode(self.tokenizer, plain_text(messages), add_special_tokens=True).tolist())
         try:
             text = render(self.tokenizer, messages, add_generation_prompt=messages[-1]["role"] != "assistant")
-        except UserError:
-            raise
         except ValueError as error:
             raise UserError(f"{error}; /undo takes the turn back, /reset begins anew") from error
         return tuple(encode(self.tokenizer, text, add_special_tokens=False).tolist())
@@ -151,9 +144,8 @@ class Local:
                 steps = min(max(int(steps * FRAME_SECONDS / (time.perf_counter() - began)), 1), BLOCK)
                 for part in parts:
                     is_going = not part.finish_reason
-                    yield Piece(
-                        part.text, len(part.tokens), cut if part.finish_reason == "length" else part.finish_reason
-                    )
+                    ended = cut if part.finish_reason == "length" else part.finish_reason
+                    yield Piece(finished(part.text) if ended else part.text, len(part.tokens), ended)
         finally:
             sampler.cancel(number)
 
@@ -210,22 +202,17 @@ class Remote:
         } | ({"messages": messages} if self.is_chat else {"prompt": plain_text(messages)})  # fmt: skip
         create: Any = self.client.chat.completions.create if self.is_chat else self.client.completions.create
         self.usage, count, ended, is_thinking = None, 0, "the server broke off", False
-        with refusals_of(self.url):
-            with create(**request) as stream:
-                for chunk in stream:
-                    self.usage = chunk.usage or self.usage
-                    for choice in chunk.choices[:1]:
-                        text, thought = text_of(choice)
-                        if bool(thought) != is_thinking and (text or thought):
-                            is_thinking = bool(thought)
-                            text = f"<think>\n{thought}" if thought else f"\n</think>\n\n{text}"
-                        else:
-                            text = thought or text
-                        if text:
-                            count += 1
-                            yield Piece(text, 1)
-                        reason = choice.finish_reason
-                        ended = "cut off at max_tokens" if reason == "length" else reason or ended
+        with refusals_of(self.url), create(**request) as stream:
+            for chunk in stream:
+                self.usage = chunk.usage or self.usage
+                for choice in chunk.choices[:1]:
+                    text, thought = text_of(choice)
+                    turns = "" if bool(thought) == is_thinking else "<think>\n" if thought else "\n</think>\n\n"
+                    if text or thought:
+                        is_thinking, count = bool(thought), count + 1
+                        yield Piece(turns + thought + text, 1)
+                    reason = choice.finish_reason
+                    ended = "cut off at max_tokens" if reason == "length" else reason or ended
         yield Piece("", self.usage.completion_tokens - count if self.usage else 0, ended)
 
 
@@ -397,9 +384,11 @@ class Chat:
                 self.messages.append({"role": "assistant", "content": text})
         seconds = time.perf_counter() - began
         rate = (count - 1) / (seconds - first) if count > 1 else count / seconds
-        how = ", ".join(["", ended or "interrupted"]) if ended != "stop" else ""
+        how = f", {ended or 'interrupted'}" if ended != "stop" else ""
         about = "" if self.source.counts_exactly else "about "
-        self.say(f"{about}{count} tokens, the first after {first:.2f} s, {about}{rate:.1f} tokens/s{how}")
+        self.say(
+            f"{about}{count} token{'s' * (count != 1)}, the first after {first:.2f} s, {about}{rate:.1f} tokens/s{how}"
+        )
 
 
 def with_settings(page: ChatConfig, text: str) -> ChatConfig:
@@ -464,8 +453,9 @@ class GrowingText:
     def add(self, text: str) -> None:
         print(text.translate(VISIBLE) if sys.stdout.isatty() else text, end="", flush=True)
 
-    def __exit__(self, *_: object) -> None:
-        print(flush=True)
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not UserError:
+            print(flush=True)
 
 
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
@@ -504,9 +494,9 @@ class GrowingMarkdown:
 
     def add(self, text: str) -> None:
         whole, newline, line = (self.rest + text.translate(VISIBLE)).rpartition("\n")
-        *finished, last = blocks_of(whole + newline)
+        *done, last = blocks_of(whole + newline)
         self.rest = last + line  # what an unfinished line begins can't be told yet
-        self.print(finished)
+        self.print(done)
 
     def print(self, blocks: list[str]) -> None:
         for line in (line for block in blocks for line in drawn(block, self.console)):
@@ -599,6 +589,9 @@ def run(page: ChatConfig) -> None:
         try:
             if not chat.take(typed):
                 break
+        except BrokenPipeError:  # whoever read the answers has left; Python would complain at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except (UserError, KeyboardInterrupt) as error:
             if not chat.is_terminal:
                 raise
