@@ -394,8 +394,15 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_only_and_jax_is_never_loaded(serv
     terminal.type("dropped\x03again\r")
     terminal.wait_for("tokens/s")
     terminal.wait_for("?2004h")
+    server.pause = 0.5
+    terminal.type("slowly\r")
+    terminal.wait_for("done.")
+    terminal.type("typed ahead\r")
+    terminal.wait_for("tokens/s")
+    terminal.wait_for("tokens/s")
+    terminal.wait_for("?2004h")
     terminal.type("\x1b[A")
-    terminal.wait_for("again")
+    terminal.wait_for("typed ahead")
     terminal.type("\x03/qu")
     terminal.wait_for(COMMANDS["/quit"])
     terminal.type("\t")
@@ -404,6 +411,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_only_and_jax_is_never_loaded(serv
     terminal.wait_for("loaded set()")
     assert terminal.process.wait(10) == 0
     asked = [message["content"] for message in server.asked[-1]["messages"]]
+    assert asked[-1] == "typed ahead"
     assert asked[0] == "hello\nthere" and asked[1].startswith("**strong** \x1b[35m w0 w1 ") and asked[2] == "again"
     assert "␛[35m" in terminal.shown and "\x1b[35m" not in terminal.shown and "**" not in terminal.shown
     os.close(terminal.master)

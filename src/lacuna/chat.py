@@ -434,9 +434,9 @@ def interrupts_held_back() -> Generator[None]:
 
 @contextmanager
 def silent_keys() -> Generator[None]:
-    """What is typed during an answer waits for the prompt and does not break into the text."""
+    """What is typed during an answer waits for the prompt as it is and does not break into the text."""
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    silent = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
     try:
         yield
