@@ -5,9 +5,9 @@ import platform
 import sys
 from typing import NoReturn
 
-from lacuna.config import EvalConfig, GrpoConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
+from lacuna.config import ChatConfig, EvalConfig, GrpoConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
 
-PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "grpo": GrpoConfig, "eval": EvalConfig}
+PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "grpo": GrpoConfig, "eval": EvalConfig, "chat": ChatConfig}
 
 
 def main() -> None:
@@ -40,12 +40,20 @@ def evaluate() -> None:
     start("eval", sys.argv[1:])
 
 
+def chat() -> None:
+    start("chat", sys.argv[1:])
+
+
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
     try:
         if command == "grpo" and "--replay" in arguments[:-1]:  # a replay begins with the config of its run
             arguments = ["@", f"{arguments[arguments.index('--replay') + 1]}/config.toml", *arguments]
         page = parse(PAGES[command], arguments, command)
+        if isinstance(page, ChatConfig):
+            from lacuna.chat import run as talk
+
+            return talk(page)
         prepare_process()
         from lacuna.distributed import cluster
 

@@ -20,7 +20,16 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -364,6 +373,29 @@ class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
     template_date: TemplateDate = DAY
 
 
+class ChatConfig(GenerationConfig):
+    """Talk to a model in the terminal, to one on this machine or behind a server."""
+
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every answer: the same turns get the same answers")
+    system: str = Field("", description="System message to begin with")
+    instruct: bool = Field(
+        True, description="Use the chat template, or continue plain text; unless given: as the model has a template"
+    )
+    endpoint: str = Field("", pattern="^(https?://.+)?$", description="URL of an OpenAI-style server to talk to")
+    api_key: SecretStr = Field(SecretStr(""), description="Key for the endpoint; empty: OPENAI_API_KEY's value, if any")
+
+    @model_validator(mode="after")
+    def keys_belong_to_one_place(self) -> "ChatConfig":
+        here = ("output_dir", "capacity", "chat_template", "template_date", "compute_dtype", *DeviceKeys.model_fields)
+        if self.endpoint and (given := [key for key in here if key in self.model_fields_set]):
+            raise ValueError(f"{', '.join(given)} can't be chosen for a server; leave it out, or leave endpoint out")
+        if self.api_key.get_secret_value() and not self.endpoint:
+            raise ValueError("api_key is for a server; add its URL as --endpoint URL, or leave api_key out")
+        if self.system and not self.instruct:
+            raise ValueError("system needs a chat template, which instruct = false does without; leave one of them out")
+        return self
+
+
 Config = TypeVar("Config", bound=Page)
 Values = dict[str, Any]
 Typed = str | list[str]
@@ -502,6 +534,7 @@ def read_flags(
     for section, members in groupby(options(page, program, flags, values), key=itemgetter(0)):
         group = parser.add_argument_group(section)
         for _, option, field, value in members:
+            value = SecretStr(str(value)) if field.annotation is SecretStr else value
             now = "required" if value is PydanticUndefined else toml_value(value)
             origin = origins.get(option.split(".")[0]) if value != field.default else None
             text = f"{field.description} [{now}{f' from {origin}' if origin else ''}]".replace("%", "%%")

@@ -1,0 +1,491 @@
+"""The chat with a model here, with a server that speaks the protocol, and at a terminal."""
+
+import io
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+from conftest import TINY, make_small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+from lacuna import chat, cli
+from lacuna.chat import COMMANDS, VISIBLE, Chat, Local, Remote
+from lacuna.config import ChatConfig, DataSource, UserError, parse
+from lacuna.documents import jsonl_rows, prepare
+from lacuna.model import initial_params, read_model_config
+from lacuna.weights import save_model
+
+QUESTION = "Nora has 18 marbles."
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model with tokenizer, chat template and generation_config.json."""
+    source = make_small(tmp_path_factory.mktemp("models") / "small")
+    (source / "generation_config.json").write_text('{"temperature": 0.75, "top_k": 50}')
+    config = read_model_config(source)
+    save_model(source.parent / "model", initial_params(jax.random.key(0), config), config, source)
+    return source.parent / "model"
+
+
+def page_of(directory: Path, **changes: Any) -> ChatConfig:
+    settings = {"model_name": str(directory), "capacity": 320, "max_tokens": 12, "compute_dtype": "float32"}
+    return ChatConfig(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def local(directory: Path) -> Local:
+    """The model, which never finds an end by itself, as it speaks at random."""
+    source = Local(page_of(directory))
+    source.generator = source.generator._replace(stop_ids=())
+    return source
+
+
+def talk(local: Local, directory: Path, *typed: str, **changes: Any) -> Chat:
+    """A chat in which this was typed, without a terminal."""
+    conversation = Chat(page_of(directory, **changes), local, is_terminal=False)
+    for line in typed:
+        assert conversation.take(line)
+    return conversation
+
+
+def answers(conversation: Chat) -> list[str]:
+    return [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+
+
+def test_the_seed_makes_a_whole_conversation_again_and_retries_differ(local: Local, directory: Path) -> None:
+    typed = QUESTION, "/retry", "And then?", "/retry", "/retry"
+    first, again = (talk(local, directory, *typed, seed=7).messages for _ in range(2))
+    assert first == again and [message["role"] for message in first] == ["user", "assistant"] * 2
+    assert talk(local, directory, *typed, seed=8).messages != first
+    tries = [answers(talk(local, directory, QUESTION, *["/retry"] * count))[0] for count in range(3)]
+    assert len(set(tries)) == 3
+    undone = talk(local, directory, QUESTION, "/retry", "/undo", QUESTION)
+    assert answers(undone) == tries[:1]
+
+
+def test_the_model_sees_all_turns_and_nothing_that_was_undone(local: Local, directory: Path) -> None:
+    conversation = talk(local, directory, "/system Be brief.", QUESTION, "No.", "/undo", "And then?")
+    seen = [(message["role"], message["content"]) for message in conversation.messages]
+    assert seen[:2] == [("system", "Be brief."), ("user", QUESTION)] and seen[3] == ("user", "And then?")
+    alone = talk(local, directory, QUESTION)
+    assert local.prompt(conversation.messages)[0] == local.prompt(alone.messages)[0]
+    assert len(local.prompt(conversation.messages)) > len(local.prompt(alone.messages))
+    conversation.take("/reset")
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    conversation.take("/system")
+    assert conversation.messages == []
+
+
+def test_answers_go_to_standard_output_and_all_else_to_standard_error(
+    local: Local, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversation = talk(local, directory, QUESTION, "/tokens", "/help")
+    out, err = capsys.readouterr()
+    assert out == answers(conversation)[0] + "\n"
+    assert "tokens/s" in err and "the first after" in err and "cut off at max_tokens=12" in err
+    assert f"{len(local.prompt(conversation.messages))} of 320 tokens" in err and all(name in err for name in COMMANDS)
+
+
+def test_rules_are_shown_with_their_origin_and_can_be_set(
+    local: Local, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversation = talk(local, directory, temperature=0.5)
+    shown = local.rules(conversation.page)
+    assert shown.startswith("temperature=0.5 max_tokens=12 (typed); top_k=50 (generation_config.json); top_p=1")
+    conversation.take("/set temperature=0 top_p=0.5 seed=3")
+    assert "temperature=0 top_p=0.5 max_tokens=12 seed=3 (typed)" in " ".join(capsys.readouterr().err.split())
+    rules = local.rules_of(conversation.page)
+    assert (rules.temperature, rules.top_p, rules.top_k, conversation.page.seed) == (0, 0.5, 50, 3)
+    conversation.take(QUESTION)
+    assert answers(conversation) == answers(talk(local, directory, QUESTION, temperature=0))
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        ("/sat", "/sat is not a command; did you mean /set?"),
+        ("/undo", "there is no turn yet"),
+        ("/retry", "there is no turn yet"),
+        ("/reset all", "/reset takes nothing behind it"),
+        ("/set temperature", "write temperature=…"),
+        ("/set temprature=1", "did you mean temperature?"),
+        ("/set temperature=hot", 'temperature = "hot" should be a valid number'),
+        ("/set top_p=2", "less than or equal to 1"),
+        ("/save", "/save needs a file"),
+        ("/save there.jsonl", "nothing to save"),
+        ("/load nowhere.jsonl", "nowhere.jsonl: No such file"),
+        (f"/load {TINY / 'config.json'}", "its last line is no chat"),
+    ],
+)
+def test_a_command_that_cannot_be_obeyed_says_why_and_changes_nothing(
+    local: Local, directory: Path, typed: str, words: str
+) -> None:
+    conversation = talk(local, directory)
+    page = conversation.page
+    with pytest.raises(UserError) as refusal:
+        conversation.take(typed)
+    assert words in str(refusal.value) and conversation.messages == [] and conversation.page == page
+
+
+def test_what_is_saved_is_loaded_and_read_as_training_data(local: Local, directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    first = talk(local, directory, "/system Bé brief.", QUESTION, f"/save {file}")
+    second = talk(local, directory, "And then?", f"/save {file}")
+    assert talk(local, directory, f"/load {file}").messages == second.messages
+    rows = [row for _, row in jsonl_rows(file) if isinstance(row, dict)]
+    assert [row["messages"] for row in rows] == [first.messages, second.messages]
+    assert all(prepare(row, DataSource(path=str(file)), local.tokenizer, "assistant").spans for row in rows)
+
+
+def test_a_conversation_beyond_the_capacity_is_refused_with_both_lengths_and_kept(
+    local: Local, directory: Path
+) -> None:
+    conversation = talk(local, directory, QUESTION)
+    before = list(conversation.messages)
+    with pytest.raises(UserError) as refusal:
+        conversation.take("many words " * 200)
+    length = len(local.prompt(conversation.messages))
+    assert f"{length:,} tokens" in str(refusal.value) and "320; /undo" in str(refusal.value)
+    assert len(conversation.messages) == 3
+    conversation.take("/undo")
+    assert conversation.messages == before and conversation.take("And then?")
+
+
+def test_an_interrupt_keeps_what_came_and_leaves_the_sampler_whole(
+    local: Local, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = talk(local, directory, QUESTION, "And then?", max_tokens=100).messages
+    conversation = talk(local, directory, max_tokens=100)
+    with monkeypatch.context() as patched:
+        patched.setattr(chat.GrowingText, "add", lambda _, text: text and signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            conversation.take(QUESTION)
+    part = answers(conversation)[0]
+    assert part and expected[1]["content"].startswith(part) and part != expected[1]["content"]
+    conversation.messages = expected[:2]
+    conversation.take("And then?")
+    assert conversation.messages == expected
+
+
+def test_a_character_that_is_cut_off_is_not_shown(local: Local, directory: Path) -> None:
+    """A quarter of the vocabulary is bytes that are no character by themselves."""
+    page = page_of(directory, temperature=5, top_k=0, max_tokens=1)
+    asked = [{"role": "user", "content": QUESTION}]
+    texts = ["".join(piece.text for piece in local.answer(asked, page, seed)) for seed in range(30)]
+    assert any(texts) and "" in texts and "\ufffd" not in "".join(texts)
+
+
+def test_a_model_without_template_continues_plain_text(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base" / "model"
+    shutil.copytree(directory, base)
+    raw = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(raw | {"chat_template": None}))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"/one\ntwo \n"), isatty=lambda: False))
+    arguments = f"--output-dir {tmp_path} --capacity 320 --max-tokens 12 --compute-dtype float32".split()
+    cli.start("chat", arguments)
+    out, err = capsys.readouterr()
+    assert f"model: {base}, the newest run in {tmp_path}; continues plain text, without a chat template" in err
+    source = Local(page_of(base))
+    pieces = list(source.answer([{"role": "user", "content": "/one\ntwo "}], page_of(base), seed=chat_seed(1, 0)))
+    assert out == "".join(piece.text for piece in pieces) + "\n"
+    with pytest.raises(UserError, match="--chat-template"):
+        Local(page_of(base, instruct=True))
+
+
+def chat_seed(turn: int, attempt: int) -> int:
+    return chat.random.Random(f"0 {turn} {attempt}").getrandbits(31)
+
+
+# A server
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Speaks the protocol; what it answers and what it was asked is with the server."""
+
+    server: Any
+
+    def do_GET(self) -> None:
+        body = json.dumps({"object": "list", "data": [{"id": "first"}, {"id": "second"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked | {"path": self.path, "key": self.headers["Authorization"]})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        try:
+            for event in self.server.events:
+                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                time.sleep(self.server.pause)
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            self.server.has_lost_reader.set()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def event(finish_reason: str | None = None, **delta: str) -> dict[str, Any]:
+    return {
+        "object": "chat.completion.chunk",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
+    }
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14}}
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.pause, server.has_lost_reader = [], 0.0, threading.Event()
+    server.events = [event(content="Hé"), event(content="llo"), event("stop"), USAGE]
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def remote(server: Any, *typed: str, **changes: Any) -> Chat:
+    page = ChatConfig(endpoint=server.url, **changes)
+    source = Remote(page)
+    conversation = Chat(page, source, is_terminal=False)
+    for line in typed:
+        conversation.take(line)
+    source.client.close()
+    return conversation
+
+
+def test_a_server_is_asked_for_what_was_chosen_and_nothing_else(
+    server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    remote(server, QUESTION)
+    plain = {"model": "first", "stream": True, "stream_options": {"include_usage": True}}
+    place = {"path": "/v1/chat/completions", "key": "Bearer none"}
+    assert server.asked == [{"messages": [{"role": "user", "content": QUESTION}], **plain, **place}]
+    out, err = capsys.readouterr()
+    assert out == "Héllo\n" and err.startswith("9 tokens, the first after")
+
+    typed = "one", "/set temperature=0.5 top_k=3 min_p=0.1 repetition_penalty=1.5", "two", "/tokens"
+    remote(server, *typed, seed=3, max_tokens=7, model_name="second", system="Be brief.", api_key="secret")
+    asked = server.asked[-1]
+    roles = [message["role"] for message in asked.pop("messages")]
+    assert roles == ["system", "user", "assistant", "user"]
+    rules = {"temperature": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.5, "max_tokens": 7}
+    place["key"] = "Bearer secret"
+    assert {**asked, "seed": 0} == {**plain, **rules, **place, "model": "second", "seed": 0}
+    assert asked["seed"] != server.asked[-2]["seed"]
+    assert "5 + 9 tokens" in capsys.readouterr().err
+
+
+def test_plain_text_and_reasoning_come_from_a_server_too(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    server.events = [
+        event(reasoning_content="Hm"),
+        event(reasoning_content="m."),
+        event(content="Yes."),
+        event("length"),
+    ]
+    assert answers(remote(server, QUESTION)) == ["<think>\nHmm.\n</think>\n\nYes."]
+    assert "about 3 tokens" in (err := capsys.readouterr().err) and "cut off at max_tokens" in err
+    server.events = [{"choices": [{"index": 0, "text": " a time", "finish_reason": "stop"}]}]
+    assert answers(remote(server, "Once upon", instruct=False)) == [" a time"]
+    assert server.asked[-1]["path"] == "/v1/completions" and server.asked[-1]["prompt"] == "Once upon"
+
+
+def test_a_server_that_does_not_answer_costs_a_line_and_no_turn(server: Any) -> None:
+    page = ChatConfig(endpoint="http://127.0.0.1:1", model_name="x")
+    away, here = Remote(page), Remote(ChatConfig(endpoint=server.url))
+    conversation = Chat(page, away, is_terminal=False)
+    with pytest.raises(UserError, match=r"^http://127.0.0.1:1/v1: .*refused.*does the server run\?$"):
+        conversation.take(QUESTION)
+    assert conversation.messages == [{"role": "user", "content": QUESTION}]
+    conversation.source = here
+    conversation.take("/retry")
+    assert answers(conversation) == ["Héllo"]
+    server.events = [event(content="Hal"), {"error": {"message": "out of\n memory"}}]
+    with pytest.raises(UserError, match="out of memory"):
+        conversation.take("again")
+    assert answers(conversation)[-1] == "Hal"
+    away.client.close()
+    here.client.close()
+
+
+# The terminal
+
+CODE = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from lacuna import cli
+cli.chat()
+print("loaded", {"jax", "lacuna.sampler"} & {*sys.modules})
+"""
+
+
+class Terminal:
+    """A process at a terminal of its own, and all that it showed."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CODE, *arguments],
+            stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )  # fmt: skip
+        os.close(slave)
+        self.shown = ""
+
+    def wait_for(self, words: str, seconds: float = 60) -> None:
+        """Read on until these words come behind those of the last call."""
+        until, new = time.monotonic() + seconds, b""
+        while words not in new.decode(errors="ignore"):
+            assert time.monotonic() < until, f"{words!r} did not come: {self.shown}{new!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                new += os.read(self.master, 65536)
+        self.shown += new.decode(errors="ignore")
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+
+def test_at_a_terminal_ctrl_c_stops_the_answer_only_and_jax_is_never_loaded(server: Any) -> None:
+    server.events = [event(content="**strong** \x1b[35m "), *[event(content=f"w{i} ") for i in range(2000)]]
+    server.pause = 0.01
+    terminal = Terminal("--endpoint", server.url)
+    terminal.wait_for("?2004h")
+    terminal.type("hello\x1b\rthere\r")
+    terminal.wait_for("w9")
+    terminal.type("\x03")
+    terminal.wait_for("interrupted")
+    assert server.has_lost_reader.wait(10)
+    terminal.wait_for("?2004h")
+    server.events, server.pause = [event(content="done."), event("stop")], 0.0
+    terminal.type("dropped\x03again\r")
+    terminal.wait_for("tokens/s")
+    terminal.wait_for("?2004h")
+    server.pause = 0.5
+    terminal.type("slowly\r")
+    terminal.wait_for("done.")
+    terminal.type("typed ahead\r")
+    terminal.wait_for("tokens/s")
+    terminal.wait_for("tokens/s")
+    terminal.wait_for("?2004h")
+    terminal.type("\x1b[A")
+    terminal.wait_for("typed ahead")
+    terminal.type("\x03/qu")
+    terminal.wait_for(COMMANDS["/quit"])
+    terminal.type("\t")
+    terminal.wait_for("it")
+    terminal.type("\r")
+    terminal.wait_for("loaded set()")
+    assert terminal.process.wait(10) == 0
+    asked = [message["content"] for message in server.asked[-1]["messages"]]
+    assert asked[-1] == "typed ahead"
+    assert asked[0] == "hello\nthere" and asked[1].startswith("**strong** \x1b[35m w0 w1 ") and asked[2] == "again"
+    assert "␛[35m" in terminal.shown and "\x1b[35m" not in terminal.shown and "**" not in terminal.shown
+    os.close(terminal.master)
+
+
+def test_keys_send_begin_a_line_clear_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def session(*arguments: Any, **options: Any) -> PromptSession:
+        return PromptSession(*arguments, **options, input=keyboard, output=DummyOutput())
+
+    monkeypatch.setattr(chat, "PromptSession", session)
+    with create_pipe_input() as keyboard:
+        keyboard.send_text("one\x1b\rtwo\nthree\r  \rgone\x03kept\r\x04")
+        assert list(chat.typed_turns(ChatConfig())) == ["one\ntwo\nthree", "kept"]
+    history = FileHistory(ChatConfig().cache_dir / "chat_history")
+    assert list(history.load_history_strings())[::2] == ["kept", "one\ntwo\nthree"]
+
+
+BLOCKS = (
+    "# title", "text *with* stars\nand a second line", "- a\n- b\n\n  c", "1. x\n2. y", "```python\nx = 1\n\ny\n```",
+    "| a | b |\n|---|---|\n| 1 | 2 |", "> said\n> so", "---", "<think>\nhm\n</think>", "    code", "open ```", "a\n===",
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6), size=st.integers(1, 30))
+def test_markdown_that_grows_shows_the_same_as_markdown_that_is_there(blocks: list[str], size: int) -> None:
+    text = "\n\n".join(blocks)
+
+    def shown(pieces: list[str]) -> str:
+        file = io.StringIO()
+        with chat.GrowingMarkdown(Console(file=file, width=60)) as growing:
+            for piece in pieces:
+                growing.add(piece)
+        return file.getvalue()
+
+    whole = shown([text])
+    assert shown([text[at : at + size] for at in range(0, len(text), size)]) == whole
+    assert "\n".join(chat.blocks_of(text)) == text and ("<think>" not in text or "<think>" in whole)
+
+
+def test_no_character_commands_the_terminal() -> None:
+    everything = "".join(map(chr, range(0x110)))
+    kept = everything.translate(VISIBLE)
+    assert not [char for char in kept if (ord(char) < 32 and char not in "\n\t") or 0x7F <= ord(char) < 0xA0]
+    assert "".join(map(chr, range(32, 127))) in kept
+
+
+# The page
+
+
+def test_help_hides_the_key_and_names_every_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page.toml").write_text("api_key = 'abcdef'")
+    with pytest.raises(SystemExit):
+        cli.start("chat", ["@", str(tmp_path / "page.toml"), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "abcdef" not in shown
+    for key, field in ChatConfig.model_fields.items():
+        assert f"--{key.replace('_', '-')}" in shown and str(field.description) in shown
+    monkeypatch.setenv("MY_KEY", "value of it")
+    page = parse(ChatConfig, ["--endpoint", "http://x", "--api-key", "${MY_KEY}"], "chat")
+    assert page.api_key.get_secret_value() == "value of it" and "value of it" not in repr(page)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--endpoint localhost:80", "--endpoint localhost:80 should match pattern"),
+        ("--endpoint http://x --capacity 5", "capacity can't be chosen for a server"),
+        ("--api-key x", "api_key is for a server"),
+        ("--no-instruct --system x", "system needs a chat template"),
+    ],
+)
+def test_contradictions_are_refused(arguments: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse(ChatConfig, arguments.split(), "chat")
