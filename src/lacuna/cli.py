@@ -5,9 +5,9 @@ import platform
 import sys
 from typing import NoReturn
 
-from lacuna.config import EvalConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
+from lacuna.config import EvalConfig, PretrainConfig, ServeConfig, SftConfig, UserError, did_you_mean, parse
 
-PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "eval": EvalConfig}
+PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "eval": EvalConfig, "serve": ServeConfig}
 
 
 def main() -> None:
@@ -36,11 +36,19 @@ def evaluate() -> None:
     start("eval", sys.argv[1:])
 
 
+def serve() -> None:
+    start("serve", sys.argv[1:])
+
+
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
     try:
         page = parse(PAGES[command], arguments, command)
         prepare_process()
+        if isinstance(page, ServeConfig):
+            from lacuna.serve import run as serve_requests
+
+            return serve_requests(page)
         from lacuna.distributed import cluster
 
         with cluster():
