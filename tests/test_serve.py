@@ -411,6 +411,10 @@ def test_a_silent_connection_is_closed(
             with closing(socket.create_connection(("127.0.0.1", served.port), 60)) as connection:
                 connection.sendall(beginning)
                 assert connection.recv(12) == answer
+        with closing(socket.create_connection(("127.0.0.1", served.port), 60)) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he")
+            answer = b"".join(iter(lambda: connection.recv(1000), b""))
+            assert answer.endswith(b'{"status":"ok"}')
 
 
 def test_when_the_sampler_fails_all_are_told(
@@ -519,7 +523,7 @@ def test_metrics_count_what_was_done(new_generator: Callable[[], sampler.Generat
         'lacuna_requests_total{path="other",status="404"} 1.0',
         f"lacuna_prompt_tokens_total {answer['usage']['prompt_tokens']:.1f}",
         f"lacuna_completion_tokens_total {answer['usage']['completion_tokens']:.1f}",
-        "lacuna_running 0.0", "lacuna_waiting 0.0", "lacuna_first_token_seconds_count 1.0",
+        "lacuna_running 0.0", "lacuna_held 0.0", "lacuna_first_token_seconds_count 1.0",
     ):  # fmt: skip
         assert line in text.splitlines()
 

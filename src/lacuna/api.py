@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from lacuna.config import SamplingKeys
 from lacuna.sampler import TOP_LOGPROBS, Completion, Generator, Request, check_request, joined
@@ -79,8 +79,15 @@ def listed(value: Any) -> Any:
 
 
 def listed_prompts(value: Any) -> Any:
-    """A single prompt, string or tokens, as a list of one."""
-    return [value] if isinstance(value, list) and value and type(value[0]) is int else listed(value)
+    """Prompts, each a string or tokens; a single one as a list of one."""
+    prompts = [value] if isinstance(value, list) and value and type(value[0]) is int else listed(value)
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) or is_tokens(prompt) for prompt in prompts):
+        raise ValueError("should be a string, a list of strings, a list of tokens, or a list of those")
+    return prompts
+
+
+def is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def joined_text(value: Any) -> Any:
@@ -129,14 +136,14 @@ class Message(Body):
 
 
 class ChatBody(GenerationBody):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=128), BeforeValidator(listed_prompts)]
+    prompt: Annotated[list[Any], Field(min_length=1, max_length=128), BeforeValidator(listed_prompts)]
     logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
 
 

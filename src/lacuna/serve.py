@@ -46,7 +46,7 @@ HEADER_SECONDS, BODY_SECONDS = 20, 30  # for a client to send its request's head
 BACKLOG = 2048  # connections that wait to be accepted
 RETRY_SECONDS = 1
 TIMES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-FAILED = ApiError(500, "the model failed on this server; its log says why", None, "internal_error")
+FAILED = 500, "the model failed on this server; its log says why", None, "internal_error"
 
 
 # The thread that drives the sampler
@@ -90,7 +90,7 @@ class Driver:
         self.is_stopping = self.is_dead = False
         gauge = partial(prometheus.Gauge, registry=self.figures.registry)
         gauge("lacuna_running", "Completions in slots").set_function(self.running_count)
-        gauge("lacuna_waiting", "Completions in the queue").set_function(lambda: self.held - self.running_count())
+        gauge("lacuna_held", "Completions in slots or in the queue").set_function(lambda: self.held)
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -173,7 +173,7 @@ class Driver:
         """Parts of completions with the places of their requests, to the last. Raises ApiError if the driver dies."""
         while any(ticket.left.values()) or not ticket.parts.empty():
             if (part := await ticket.parts.get()) is None:
-                raise FAILED
+                raise ApiError(*FAILED)
             yield part
 
 
@@ -361,7 +361,7 @@ async def api_error(request: Request, error: Exception) -> Response:
         mends = {404: "there is nothing at this path; the API begins with /v1", 405: "this path has other methods"}
         error = ApiError(error.status_code, mends.get(error.status_code, error.detail))
     if not isinstance(error, ApiError):
-        error = FAILED
+        error = ApiError(*FAILED)
     headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -467,10 +467,14 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self.close_if_silent)
+        self.loop.call_later(HEADER_SECONDS, self.close_if_silent, self.cycle)
 
-    def close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.loop.call_later(HEADER_SECONDS, self.close_if_silent, self.cycle)
+
+    def close_if_silent(self, last: object) -> None:
+        if self.cycle is last and not self.transport.is_closing():
             self.transport.close()
 
 
