@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
@@ -147,10 +147,7 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
 
 
-Kind = TypeVar("Kind", ChatBody, CompletionBody)
-
-
-def parse_body(kind: type[Kind], raw: bytes) -> Kind:
+def parse_body(kind: type[ChatBody] | type[CompletionBody], raw: bytes) -> ChatBody | CompletionBody:
     """Raises ApiError with the first thing that is wrong."""
     try:
         return kind.model_validate_json(raw)

@@ -7,6 +7,7 @@ their completions back. Whatever ends a request, its answer, its client or an er
 import asyncio
 import hmac
 import json
+import re
 import signal
 import socket
 import sys
@@ -17,13 +18,11 @@ from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from re import DOTALL, findall
-from typing import Any, NamedTuple, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, TypeVar
 
 import prometheus_client as prometheus
 import uvicorn
@@ -208,17 +207,11 @@ class Stream(StreamingResponse):
             self.release()
 
 
-async def chat_completions(request: Request) -> Response:
-    return await generate(request, parse_body(ChatBody, await read_body(request)))
-
-
-async def completions(request: Request) -> Response:
-    return await generate(request, parse_body(CompletionBody, await read_body(request)))
-
-
-async def generate(request: Request, body: ChatBody | CompletionBody) -> Response:
+async def generate(kind: type[ChatBody] | type[CompletionBody], request: Request) -> Response:
+    """Either endpoint that generates."""
     service = service_of(request)
     driver = service.driver
+    body = parse_body(kind, await read_body(request))
     check_name(body.model, service)
     requests = await run_in_threadpool(requests_of, body, service.generator)
     answer = Answer(body, requests, service.generator.sampler.tokenizer)
@@ -283,16 +276,13 @@ async def read_body(request: Request) -> bytes:
     limit = service_of(request).page.body_bytes
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json")
-    too_long = ApiError(413, f"the body has more than {limit:,} bytes, the most this server takes; shorten it")
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise too_long
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
                 body += piece
                 if len(body) > limit:
-                    raise too_long
+                    raise ApiError(413, f"the body has more than {limit:,} bytes, the most taken here; shorten it")
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_SECONDS} seconds; send it at once") from None
     return bytes(body)
@@ -334,12 +324,13 @@ async def metrics(request: Request) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+@cache
 def chat_page() -> HTMLResponse:
     """The page with a policy that lets only its own script and style run and speak to this server alone."""
     text = files("lacuna").joinpath("serve.html").read_text("utf-8")
 
     def hashes(tag: str) -> str:
-        inside = findall(f"<{tag}>(.*?)</{tag}>", text, DOTALL)
+        inside = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         return " ".join(f"'sha256-{b64encode(sha256(each.encode()).digest()).decode()}'" for each in inside)
 
     policy = (
@@ -348,6 +339,10 @@ def chat_page() -> HTMLResponse:
     )
     headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
     return HTMLResponse(text, headers=headers)
+
+
+async def index(request: Request) -> Response:
+    return chat_page()
 
 
 # The app
@@ -377,11 +372,7 @@ def check_entry(request: Request, page: ServeConfig) -> None:
             message = "this server wants its key: send the header Authorization: Bearer KEY"
             raise ApiError(401, message, None, "invalid_api_key")
         return
-    try:
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-    except ValueError:
-        host = ""
-    if not is_loopback(host):
+    if not is_loopback(re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")):
         raise ApiError(403, "without a key this server answers only to localhost; set api_key to open it", "host")
 
 
@@ -416,8 +407,9 @@ def guarded(app: ASGIApp, service: Service) -> ASGIApp:
 
 
 ROUTES = [
-    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/", index),
+    Route("/v1/chat/completions", partial(generate, ChatBody), methods=["POST"]),
+    Route("/v1/completions", partial(generate, CompletionBody), methods=["POST"]),
     Route("/v1/models", models),
     Route("/v1/models/{name:path}", one_model),
     Route("/health", health),
@@ -432,19 +424,15 @@ def make_service(page: ServeConfig, generator: Generator) -> Service:
 
 def make_app(service: Service) -> ASGIApp:
     """The whole server as an ASGI app; from its start to its end the sampler belongs to the driver's thread."""
-    front, driver = chat_page(), service.driver
-
-    async def index(request: Request) -> Response:
-        return front
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-        driver.start()
+        service.driver.start()
         yield
-        await run_in_threadpool(driver.stop)
+        await run_in_threadpool(service.driver.stop)
 
     handlers = dict.fromkeys((HTTPException, ApiError, ClientDisconnect, Exception), api_error)
-    app = Starlette(routes=[Route("/", index), *ROUTES], lifespan=lifespan, exception_handlers=handlers)
+    app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.service = service
     return guarded(app, service)
@@ -507,13 +495,9 @@ def warm_up(generator: Generator) -> None:
         generator.sampler.generate([request] * count)
 
 
-def leave(*_: Any) -> NoReturn:
-    sys.exit(0)
-
-
 def run(page: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C; what has begun is finished first. Raises UserError where it can't begin."""
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with bind(page) as listener:
         generator = load_generator(page, page.slots)
         warm_up(generator)
