@@ -85,8 +85,8 @@ class Served:
 @contextmanager
 def serving(generator: sampler.Generator, **settings: Any) -> Generator[Served]:
     page = ServeConfig(**{"port": 0, "served_name": NAME, "slots": 4, "queue_size": 96, **settings})
-    service = serve.make_service(page, generator)
     with serve.bind(page) as listener:
+        service = serve.make_service(page, generator, listener)
         server = serve.make_server(page, serve.make_app(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -183,6 +183,12 @@ def test_a_seed_repeats_and_its_absence_does_not(served: Served) -> None:
 
     assert said(seed=-5) == said(seed=-5) != said(seed=4)
     assert said() != said()
+
+
+def test_no_probability_at_all_is_greedy(served: Served, alone: sampler.Sampler) -> None:
+    fields = {"model": NAME, "messages": QUESTION, "temperature": 1, "top_p": 0}
+    answer = served.client().chat.completions.create(**fields)
+    assert answer.choices[0].message.content == expected(alone)[0].text
 
 
 def test_stop_ends_before_the_string(served: Served, alone: sampler.Sampler) -> None:
@@ -372,18 +378,23 @@ def test_a_full_queue_sends_away_and_says_when_to_return(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 7])
-def test_when_the_client_is_gone_its_slots_are_free(served: Served, slow: None, stream: bool, n: int) -> None:
-    cancelled = served.driver.figures.cancelled._value.get()
+def test_when_the_client_is_gone_its_slots_are_free(
+    served: Served, alone: sampler.Sampler, slow: None, stream: bool, n: int
+) -> None:
+    (whole,) = expected(alone, max_tokens=10**9)
+    assert whole.finish_reason == "length" and len(whole.tokens) > 250
+    figures = served.driver.figures
+    cancelled, generated = figures.cancelled._value.get(), figures.completion_tokens._value.get()
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
-    body = json.dumps(chat(stream=stream, n=n, temperature=2, max_tokens=10**9))
+    body = json.dumps(chat(stream=stream, n=n, max_tokens=10**9))
     connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
     eventually(served.driver.running_count)
     if stream:
         connection.getresponse().close()
     connection.close()
     eventually(served.is_quiet)
-    assert served.driver.running_count() == 0
-    assert served.driver.figures.cancelled._value.get() == cancelled + 1
+    assert served.driver.running_count() == 0 and figures.cancelled._value.get() == cancelled + 1
+    assert figures.completion_tokens._value.get() - generated < 200 * n
 
 
 def test_half_open_connections_hold_nobody_up(served: Served, alone: sampler.Sampler) -> None:
@@ -464,12 +475,18 @@ def fuzzed(chance: random.Random) -> tuple[str, str, bytes]:
 
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_requests_never_break_it(served: Served, directory: Path, count: int) -> None:
-    """Some clients leave before they have their answer."""
+    """Some clients leave before they have their answer, and some do not speak HTTP."""
     secrets = [str(directory), str(Path.home()), str(Path(serve.__file__).parent), "Traceback", "serve.py"]
 
     def send(seed: int) -> int:
         chance = random.Random(seed)
         method, path, raw = fuzzed(chance)
+        if chance.random() < 0.05:
+            with closing(socket.create_connection(("127.0.0.1", served.port), 120)) as connection:
+                connection.sendall(b"POST /v1/completions HTTP/1.1\r\n"[: chance.randrange(32)] + chance.randbytes(200))
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(100)[:10] in (b"", b"HTTP/1.1 4")
+                return 0
         with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)) as connection:
             connection.request(method, path, raw, {"Content-Type": "application/json"})
             if chance.random() < 0.1:

@@ -22,7 +22,7 @@ from functools import cache, partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import prometheus_client as prometheus
 import uvicorn
@@ -186,6 +186,7 @@ class Service(NamedTuple):
     generator: Generator
     driver: Driver
     name: str
+    url: str
     created: int
 
 
@@ -417,9 +418,11 @@ ROUTES = [
 ]
 
 
-def make_service(page: ServeConfig, generator: Generator) -> Service:
+def make_service(page: ServeConfig, generator: Generator, listener: socket.socket) -> Service:
     driver = Driver(generator.sampler, page.slots + page.queue_size)
-    return Service(page, generator, driver, served_name(page, generator.source), int(time.time()))
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return Service(page, generator, driver, served_name(page, generator.source), url, int(time.time()))
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -428,6 +431,7 @@ def make_app(service: Service) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         service.driver.start()
+        print(f"{service.name} at {service.url}, API under /v1; Ctrl-C stops", flush=True)
         yield
         await run_in_threadpool(service.driver.stop)
 
@@ -495,18 +499,17 @@ def warm_up(generator: Generator) -> None:
         generator.sampler.generate([request] * count)
 
 
+def leave(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may pass the same signal on once more
+    sys.exit(0)
+
+
 def run(page: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C; what has begun is finished first. Raises UserError where it can't begin."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, leave)
     with bind(page) as listener:
         generator = load_generator(page, page.slots)
         warm_up(generator)
-        service = make_service(page, generator)
-        server = make_server(page, make_app(service))
         listener.listen(BACKLOG)
-        host, port = listener.getsockname()[:2]
-        name = served_name(page, generator.source)
-        print(
-            f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}, API under /v1; Ctrl-C stops", flush=True
-        )
+        server = make_server(page, make_app(make_service(page, generator, listener)))
         server.run(sockets=[listener])
