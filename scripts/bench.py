@@ -5,6 +5,7 @@
     uv run python scripts/bench.py train sft --model-name MODEL --from-scratch --data.0.path chat.jsonl --steps 20
     uv run python scripts/bench.py save sft @ configs/sft_tiny.toml --steps 20
     uv run python scripts/bench.py generate MODEL float32
+    uv run python scripts/bench.py serve --model-name MODEL --compute-dtype float32
 
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
 reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
@@ -14,16 +15,25 @@ every fifth step, and tells how long each save held the loop up, beside the time
 `generate` decodes greedily: batches of 1 and 32 prompts of 64 tokens, 128 new tokens each, then 64 requests of 16 to
 256 new tokens through 32 slots. A decode step is compared with the time in which the memory could deliver the weights
 and the tokens in the cache, at the faster of the two rates (copying, matrix times vector) found before and after.
+
+`serve` takes any config and option of the command, starts it, asks 64 questions one by one, and then has 64 clients ask
+them for a minute, all at once and each the next as soon as it has its answer; every answer is compared with the first.
 """
 
+import http.client
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, Literal, NamedTuple
 
 from lacuna.cli import prepare_process
 from lacuna.config import PretrainConfig, RowsConfig, SftConfig, parse
@@ -31,10 +41,11 @@ from lacuna.config import PretrainConfig, RowsConfig, SftConfig, parse
 WARM_STEPS = 3
 SAVE_EVERY = 5
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
+CLIENTS, LOAD_SECONDS = 64, 60.0
 
 
 def main() -> None:
-    """The subcommands peak, train, save and generate."""
+    """The subcommands peak, train, save, generate and serve."""
     started = time.time() - process_age()
     match sys.argv[1:]:
         case ["peak"]:
@@ -51,6 +62,8 @@ def main() -> None:
         case ["generate", model_name, ("float32" | "bfloat16") as dtype]:
             prepare_process()
             print(json.dumps({"label": "generate"} | generate(model_name, dtype)))
+        case ["serve", *arguments]:
+            print(json.dumps({"label": "serve"} | serve(arguments)))
         case _:
             sys.exit(__doc__)
 
@@ -248,6 +261,88 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str
         **found,
         "device_kind": jax.devices()[0].device_kind,
         "versions": metrics.versions(),
+    }
+
+
+class Answered(NamedTuple):
+    """A streamed answer: why it ended, its tokens, and the seconds to its first text and to its end."""
+
+    text: str
+    reason: str
+    tokens: int
+    first_seconds: float
+    seconds: float
+
+
+def asked(port: int, model: str, number: int) -> Answered:
+    """The answer to one of the questions, which differ in prompt, length and seed."""
+    body = {
+        "model": model, "prompt": f"Question {number}: Nora has {number} marbles", "max_tokens": 16 + number * 2,
+        "temperature": number % 2, "seed": number, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    began, first, text, reason, tokens = time.perf_counter(), 0.0, "", "", 0
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise RuntimeError(f"status {response.status}: {response.read()}")
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line.removeprefix(b"data: "))
+            first = first or time.perf_counter() - began
+            tokens = (chunk["usage"] or {}).get("completion_tokens", tokens)
+            for choice in chunk["choices"]:
+                text, reason = text + choice["text"], choice["finish_reason"] or reason
+    return Answered(text, reason, tokens, first, time.perf_counter() - began)
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {f"p{share}": ordered[len(ordered) * share // 100] for share in (50, 90, 95, 99)} | {"most": ordered[-1]}
+
+
+def serve(arguments: list[str]) -> dict[str, Any]:
+    """Figures of the server under load, and how many answers were wrong or lost."""
+    program = [sys.executable, "-c", "from lacuna.cli import main; main()", "serve", *arguments, "--port", "0"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        found = re.match(r"(.+) at http://.+:(\d+),", process.stdout.readline())
+        if not found:
+            sys.exit("the server did not start")
+        model, port = found[1], int(found[2])
+        alone = [asked(port, model, number) for number in range(CLIENTS)]
+        outcomes: Counter[str] = Counter()
+        answers: list[Answered] = []
+        end = time.perf_counter() + LOAD_SECONDS
+
+        def client(number: int) -> None:
+            while time.perf_counter() < end:
+                number = (number + 1) % CLIENTS
+                try:
+                    answer = asked(port, model, number)
+                except (OSError, RuntimeError, http.client.HTTPException) as error:
+                    outcomes[f"lost: {error}"] += 1
+                    continue
+                outcomes["right" if answer[:3] == alone[number][:3] else "wrong"] += 1
+                answers.append(answer)
+
+        began = time.perf_counter()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            list(pool.map(client, range(CLIENTS)))
+        seconds = time.perf_counter() - began
+        process.terminate()
+    return {
+        "model": model,
+        "clients": CLIENTS,
+        "seconds": seconds,
+        "answers": dict(outcomes),
+        "answers_per_second": len(answers) / seconds,
+        "tokens_per_second": sum(answer.tokens for answer in answers) / seconds,
+        "first_text_seconds": percentiles([answer.first_seconds for answer in answers]),
+        "answer_seconds": percentiles([answer.seconds for answer in answers]),
+        "first_text_seconds_alone": statistics.median(answer.first_seconds for answer in alone),
+        "answer_seconds_alone": statistics.median(answer.seconds for answer in alone),
     }
 
 

@@ -5,9 +5,26 @@ import platform
 import sys
 from typing import NoReturn
 
-from lacuna.config import ChatConfig, EvalConfig, GrpoConfig, PretrainConfig, SftConfig, UserError, did_you_mean, parse
+from lacuna.config import (
+    ChatConfig,
+    EvalConfig,
+    GrpoConfig,
+    PretrainConfig,
+    ServeConfig,
+    SftConfig,
+    UserError,
+    did_you_mean,
+    parse,
+)
 
-PAGES = {"pretrain": PretrainConfig, "sft": SftConfig, "grpo": GrpoConfig, "eval": EvalConfig, "chat": ChatConfig}
+PAGES = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "grpo": GrpoConfig,
+    "eval": EvalConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+}
 
 
 def main() -> None:
@@ -44,6 +61,10 @@ def chat() -> None:
     start("chat", sys.argv[1:])
 
 
+def serve() -> None:
+    start("serve", sys.argv[1:])
+
+
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
     try:
@@ -55,6 +76,10 @@ def start(command: str, arguments: list[str]) -> None:
 
             return talk(page)
         prepare_process()
+        if isinstance(page, ServeConfig):
+            from lacuna.serve import run as serve_requests
+
+            return serve_requests(page)
         from lacuna.distributed import cluster
 
         with cluster():

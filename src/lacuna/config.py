@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from datetime import date
 from functools import partial
+from ipaddress import ip_address
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -364,7 +365,7 @@ class EvalConfig(RunKeys, DeviceKeys, ChatKeys, DataKeys, ModelKeys):
 
 
 class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
-    """A model to generate with: what chat and serve share."""
+    """Generation"""
 
     model_name: str = Field("", description="Run, directory in Hugging Face layout, or hub id; empty: the newest run")
     output_dir: str = Field("runs", min_length=1, description="Folder of all runs")
@@ -394,6 +395,40 @@ class ChatConfig(GenerationConfig):
         if self.system and not self.instruct:
             raise ValueError("system needs a chat template, which instruct = false does without; leave one of them out")
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine alone."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class ServeConfig(GenerationConfig):
+    """Serve a model over HTTP as OpenAI does, with a page to chat with."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen at; any but this machine needs api_key")
+    port: int = Field(8000, ge=0, lt=2**16, description="Port to listen at; 0: any free one, which is printed")
+    api_key: SecretStr = Field(SecretStr(""), description="Key that requests need, as in ${SERVE_KEY}; empty: none")
+    served_name: str = Field("", description="The model's name in requests; empty: the last part of model_name")
+    slots: int = Field(16, ge=1, description="Completions generated at once")
+    queue_size: int = Field(64, ge=0, description="Completions that may wait for a slot; more are sent away")
+    body_bytes: int = Field(2**20, ge=1024, description="Longest body of a request, in bytes")
+    drain_seconds: int = Field(60, ge=0, description="Time for what has begun to end after SIGTERM or Ctrl-C")
+
+    @model_validator(mode="after")
+    def others_need_a_key(self) -> "ServeConfig":
+        if not is_loopback(self.host) and not self.api_key.get_secret_value():
+            raise ValueError(f"host = {self.host} opens this server to others; set api_key, or leave host out")
+        return self
+
+    @field_validator("api_key")
+    @classmethod
+    def api_key_fits_a_header(cls, value: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"[!-~]*", value.get_secret_value()):
+            raise ValueError("should be ASCII without spaces, as a header carries it")
+        return value
 
 
 Config = TypeVar("Config", bound=Page)
@@ -539,7 +574,7 @@ def read_flags(
             origin = origins.get(option.split(".")[0]) if value != field.default else None
             text = f"{field.description} [{now}{f' from {origin}' if origin else ''}]".replace("%", "%%")
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            kind = "|".join(choices) or getattr(field.annotation, "__name__", "").upper()
+            kind = "|".join(choices) or getattr(field.annotation, "__name__", "").removeprefix("Secret").upper()
             add = partial(group.add_argument, dest=option)
             spellings.append(spelling(option))
             if field.annotation is not bool:
@@ -597,6 +632,8 @@ def explain(
         option = f"{key}.0.path" if is_table(fields[name]) else key
         return f"{place} is required; give it as {spelling(option)}, or in a file as in {program} @ FILE.toml"
     if problem["type"] != "extra_forbidden":
+        if name in fields and fields[name].annotation is SecretStr:
+            return f"{place} {message}"
         given = f"{spelling(key)} {shown(typed[key])}" if key in typed else f"{place} = {toml_value(problem['input'])}"
         return f"{given} {message.replace('a valid boolean', 'true or false')}"
     if fields is not page.model_fields and name in page.model_fields:
