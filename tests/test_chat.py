@@ -364,16 +364,16 @@ class Terminal:
             env=os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PROMPT_TOOLKIT_NO_CPR": "1"},
         )  # fmt: skip
         os.close(slave)
-        self.shown = ""
+        self.shown, self.read = "", b""
 
     def wait_for(self, words: str, seconds: float = 60) -> None:
         """Read on until these words come behind those of the last call."""
-        until, new = time.monotonic() + seconds, b""
-        while words not in new.decode(errors="ignore"):
-            assert time.monotonic() < until, f"{words!r} did not come: {self.shown}{new!r}"
+        until = time.monotonic() + seconds
+        while words not in (unread := self.read.decode(errors="ignore")[len(self.shown) :]):
+            assert time.monotonic() < until, f"{words!r} did not come: {self.shown}{unread!r}"
             if select.select([self.master], [], [], 0.1)[0]:
-                new += os.read(self.master, 65536)
-        self.shown += new.decode(errors="ignore")
+                self.read += os.read(self.master, 65536)
+        self.shown += unread[: unread.index(words) + len(words)]
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
