@@ -7,6 +7,7 @@ value is from, and the mend.
 
 import argparse
 import difflib
+import importlib.util
 import inspect
 import json
 import os
@@ -353,11 +354,56 @@ class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
         return self
 
 
-class EvalConfig(RunKeys, DeviceKeys, ChatKeys, DataKeys, ModelKeys):
-    """Measure a model's loss on held-out data."""
+OWN_TASKS = ("loss", "generate", "choices")
 
-    batch_size: int = Field(8, ge=1, description="Packed rows per device per forward pass")
+
+class TaskKeys(Page):
+    """Tasks"""
+
+    tasks: tuple[str, ...] = Field(
+        ("loss",), min_length=1, description="loss, generate, choices, or names of EleutherAI's tasks"
+    )
+    task_path: str = Field("", description="Directory of such tasks of your own, as YAML files")
+    harness_chat: bool = Field(False, description="Ask EleutherAI's tasks by the chat template")
+    samples: int = Field(1, ge=1, description="Completions of each problem")
+    stop: tuple[str, ...] = Field((), description="Texts that end a completion")
+    slots: int = Field(64, ge=1, description="Completions that are generated at once")
+    capacity: int = Field(4096, ge=2, description="Most tokens of prompt and answer together, where the model has more")
+    choices_column: str = Field("choices", description="Column of what to choose from")
+    labels: tuple[str, ...] = Field((), description="What to choose from where rows do not say, as in classification")
+
+    @property
+    def harness_tasks(self) -> tuple[str, ...]:
+        """The tasks that lm-evaluation-harness knows how to run."""
+        return tuple(task for task in self.tasks if task not in OWN_TASKS)
+
+    @field_validator("tasks")
+    @classmethod
+    def tasks_can_run(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        others = [task for task in value if task not in OWN_TASKS]
+        if others and not importlib.util.find_spec("lm_eval"):
+            raise ValueError(
+                f"names {others[0]}, which is none of {', '.join(OWN_TASKS)}{did_you_mean(others[0], OWN_TASKS)}; for "
+                "tasks of lm-evaluation-harness start it as uv run --extra eval eval"
+            )
+        return value
+
+
+class EvalConfig(TaskKeys, SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataKeys, ModelKeys):
+    """Measure a model: its loss on held-out data, and how it does at tasks."""
+
+    data: tuple[DataSource, ...] = Field((), description="What to read")
+    batch_size: int = Field(8, ge=1, description="Rows per device per forward pass")
+    temperature: float = Field(0.0, ge=0, description="Divides the logits; 0: always the likeliest token")
     run_name: str = Field("", max_length=200, description="Name of the folder in output_dir; empty: eval_<model>")
+
+    @model_validator(mode="after")
+    def tasks_have_what_they_need(self) -> "EvalConfig":
+        if own := [task for task in self.tasks if task in OWN_TASKS and not self.data]:
+            raise ValueError(f"data is required for {own[0]}; give it as --data.0.path")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples = {self.samples} at temperature = 0 are all alike; set temperature, say to 1.0")
+        return self
 
     @property
     def run_directory(self) -> Path:
