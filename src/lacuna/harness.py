@@ -6,17 +6,18 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from lacuna.config import EvalConfig, SamplingKeys, UserError, did_you_mean
+from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
 from lacuna.likelihood import log_likelihoods
 from lacuna.sampler import Completion, Request, generation_defaults
 from lacuna.tasks import Figures, Predictions, Subject, Tick, capacity_of, sampler_for, seed_of
-from lacuna.tokenizer import encode, end_of_text_id, render
+from lacuna.tokenizer import before_stop, encode, end_of_text_id, plain, render
 
 MAX_TOKENS = 256  # of tasks that do not say, as in the harness's own models
 LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -105,13 +106,24 @@ class Model(TemplateLM):
         def keep(completion: Completion) -> None:
             nonlocal done
             place = missing[completion.request]
-            content = {"prompt": requests[place].args[0], "output": completion.text}
+            content = {
+                "prompt": requests[place].args[0],
+                "output": self.written(wanted[completion.request], completion),
+            }
             self.predictions.add(*names[place], content | {"finish_reason": completion.finish_reason})
             self.tick(done := done + 1, len(requests))
 
         if wanted:
             sampler_for(self.page, self.subject, len(wanted)).generate(wanted, keep)
         return [self.predictions.lines[name]["output"] for name in names]
+
+    def written(self, request: Request, completion: Completion) -> str:
+        """The text of a completion's tokens by themselves, as the harness's own models give it: where a tokenizer
+        marks word beginnings, it has no space in front."""
+        tokens = completion.tokens
+        if tokens[-1] in request.stop_ids:
+            tokens = tokens[:-1]
+        return "".join(before_stop(plain(self.subject.model.tokenizer, tokens), request.stop)[:2])
 
     def request(self, context: str, settings: dict[str, Any], name: tuple[str, str, int]) -> Request:
         """What the sampler is to do for one of the harness's requests."""
@@ -147,8 +159,9 @@ def named(kind: str, requests: Sequence[Any]) -> list[tuple[str, str, int]]:
     return names
 
 
-def run_tasks(page: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> Figures:
-    """The harness's figures of the page's tasks, under the names it has for them.
+@lru_cache(maxsize=1)
+def load_tasks(page: EvalConfig) -> TaskManager:
+    """The page's tasks and their data, as the harness finds them.
 
     Raises:
         UserError: no such task, or one whose data are not to be had.
@@ -158,21 +171,26 @@ def run_tasks(page: EvalConfig, subject: Subject, predictions: Predictions, tick
             f"task_path = {page.task_path!r} is no directory; name the one that holds the tasks' YAML files"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes for bootstrapping are forked, and JAX has threads
     manager = TaskManager(include_path=page.task_path or None)
     if unknown := [task for task in page.harness_tasks if task not in manager.all_tasks]:
         raise UserError(
-            f"tasks: {unknown[0]} is none of loss, generate and choices, nor a task of lm-evaluation-harness"
+            f"tasks: {unknown[0]} is none of {', '.join(OWN_TASKS)}, nor a task of lm-evaluation-harness"
             f"{did_you_mean(unknown[0], manager.all_tasks)}; a directory with tasks of your own is given by --task-path"
         )
     try:
         manager.load(list(page.harness_tasks))
     except Exception as error:  # of tasks, which are foreign code, and of the clients that fetch their data
         raise UserError(f"{', '.join(page.harness_tasks)}: {type(error).__name__}: {error}") from error
+    return manager
+
+
+def run_tasks(page: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> Figures:
+    """The harness's figures of the page's tasks, under the names it has for them."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes for bootstrapping are forked, and JAX has threads
     found = simple_evaluate(
         Model(page, subject, predictions, tick),
         tasks=list(page.harness_tasks),
-        task_manager=manager,
+        task_manager=load_tasks(page),
         apply_chat_template=page.harness_chat,
         system_instruction=page.system_prompt or None,
         log_samples=False,

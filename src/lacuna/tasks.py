@@ -108,6 +108,10 @@ def read_questions(page: EvalConfig, model: OpenedModel) -> Questions:
     Raises:
         UserError: data that can't be asked.
     """
+    if page.harness_tasks:
+        from lacuna.harness import load_tasks  # its library is an extra
+
+        load_tasks(page)  # what can't be had is refused now
     if not {"generate", "choices"} & set(page.tasks):
         return Questions((), (), "", ())
     skips_bad = page.on_bad_data == "skip"
@@ -173,7 +177,7 @@ def measure(page: EvalConfig, subject: Subject, questions: Questions, prediction
             choose(page, subject, questions.choices, predictions, tick)
             figures[task] = choice_figures(predictions.of(task))
     if page.harness_tasks:
-        from lacuna.harness import run_tasks  # its library is an extra
+        from lacuna.harness import run_tasks
 
         figures |= run_tasks(page, subject, predictions, tick)
     return figures
