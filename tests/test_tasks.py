@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import REFERENCE, TINY, make_small, mesh_of
+from conftest import REFERENCE, TINY, chat_run, make_small, mesh_of, records
+from pydantic import ValidationError
 
 from lacuna import eval as evaluation
 from lacuna import tasks, weights
-from lacuna.config import EvalConfig, UserError, parse
+from lacuna.config import DataSource, EvalConfig, UserError, parse, to_toml
 from lacuna.likelihood import log_likelihoods
 from lacuna.model import initial_params, read_model_config
 from lacuna.tokenizer import encode, load_tokenizer
+from lacuna.trainer import run as train
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +218,45 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
         assert [each.is_greedy for _, each in scored] == greedy
     np.testing.assert_allclose(found[0], found[1], atol=1e-4, rtol=0)
     assert any(greedy) and not all(greedy)
+
+
+# Tasks of a run
+
+
+def test_a_run_measures_tasks_as_eval_does_on_its_model(small: Path, tmp_path: Path) -> None:
+    page = page_of(small, tmp_path, tasks=("generate", "choices"), labels=("#### 9", "#### 7"), samples=2)
+    chats = [
+        {"prompt": f"Is it {word}?", "completion": answer}
+        for word, answer in (("nine", "#### 9"), ("seven", "#### 7"), ("less than nine", "#### 7"))
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    page = page.model_copy(update={"data": (DataSource(path=str(path)),)})
+    file = tmp_path / "eval.toml"
+    file.write_text(to_toml(page, without=("task_path",)))
+    run = chat_run(small, steps=2, eval_every=1, eval_config=str(file), eval_data=())
+    train(run)
+    logged = [record for record in records(run) if "eval/generate/pass@1" in record]
+    assert [record["step"] for record in logged] == [1, 2]
+    evaluation.run(page.model_copy(update={"model_name": str(run.run_directory)}))
+    for task in ("generate", "choices"):
+        for name, value in summary(page)[task].items():
+            if isinstance(value, float):
+                assert logged[-1][f"eval/{task}/{name}"] == pytest.approx(value, abs=1e-6), (task, name)
+    assert "choices/accuracy" in (run.run_directory / "report.html").read_text()
+    assert "choices/accuracy" in (run.run_directory / "run.log").read_text()
+
+
+def test_the_tasks_of_a_run_are_checked_before_it_begins(small: Path, tmp_path: Path) -> None:
+    file = tmp_path / "eval.toml"
+    for text, reason in {
+        'tasks = ["loss"]\n[[data]]\npath = "x.jsonl"\n': "tasks has loss, which a run measures on",
+        'tasks = ["generate"]\n': "data is required for generate",
+        'tasks = ["generate"]\nslot = 3\n': "slot is not a key of eval; did you mean slots",
+    }.items():
+        file.write_text(text)
+        with pytest.raises((ValidationError, UserError), match=reason):
+            chat_run(small, eval_config=str(file))
+    file.write_text('tasks = ["generate"]\n[[data]]\npath = "absent.jsonl"\n')
+    with pytest.raises(UserError, match="absent.jsonl"):
+        train(chat_run(small, eval_config=str(file)))

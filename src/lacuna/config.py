@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from ipaddress import ip_address
 from itertools import groupby
 from operator import itemgetter
@@ -166,6 +166,7 @@ class RecordKeys(Page):
 
     eval_data: tuple[DataSource, ...] = Field((), description="Held-out data")
     log_every: int = Field(1, ge=1, description="Steps between log lines")
+    eval_config: str = Field("", description="TOML file of eval, whose tasks are measured at every evaluation")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: only at the end")
     sample_prompts: tuple[str, ...] = Field((), description="What to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
@@ -209,6 +210,19 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: in
 class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys, ModelKeys):
     """What all commands that train have in common."""
 
+    @cached_property
+    def evaluation(self) -> "EvalConfig | None":
+        """The page of eval_config, as it is when the run begins."""
+        if not self.eval_config:
+            return None
+        page = parse(EvalConfig, ["@", self.eval_config, "--model-name", self.model_name], "eval")
+        if "loss" in page.tasks:
+            raise UserError(
+                f"{self.eval_config}: tasks has loss, which a run measures on [[eval_data]]; take it out, or give "
+                'tasks, as in tasks = ["generate"]'
+            )
+        return page
+
     @property
     def leaves_a_run(self) -> bool:
         """Whether anything is written to the run directory."""
@@ -227,9 +241,10 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
             )
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
-        if self.eval_every and not (self.eval_data or self.sample_prompts):
+        if not (self.evaluation or self.eval_data or self.sample_prompts) and self.eval_every:
             raise ValueError(
-                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or sample_prompts, or drop it"
+                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]], eval_config or sample_prompts, "
+                "or drop it"
             )
         return self
 

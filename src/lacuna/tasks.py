@@ -183,6 +183,17 @@ def measure(page: EvalConfig, subject: Subject, questions: Questions, prediction
     return figures
 
 
+def measure_in_training(page: EvalConfig, subject: Subject) -> dict[str, float]:
+    """The figures of a run's weights at this step, by the keys of its log: eval/<task>/<figure>."""
+    figures = measure(page, subject, read_questions(page, subject.model), Predictions(), lambda done, total: None)
+    return {
+        f"eval/{task}/{name}": value
+        for task, found in figures.items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    }
+
+
 # Generated answers
 
 
@@ -267,7 +278,7 @@ def generation_figures(lines: Sequence[Line], samples: int) -> Figures:
         "pass@1": mean,
         "pass@1_stderr": error,
         **more,
-        f"mean@{samples}": mean,
+        **({f"mean@{samples}": mean} if samples > 1 else {}),
         "truncated": statistics.fmean(line["finish_reason"] == "length" for line in lines),
         "unparsable": statistics.fmean(not line["parsed"] for line in lines),
         "mean_tokens": statistics.fmean(line["tokens"] for line in lines),
