@@ -56,6 +56,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 STEPS, WARMUP_STEPS, PEAK_LEARNING_RATE = 50, 5, 1e-3
 DOCUMENT_LENGTHS = (24, 2, 9, 1, 13, 5, 31, 3)
+CHOICES = (
+    ("Once upon a time, there was a little girl named", ["Lily", "Tom Smith", "the big dog of the king"], 0),
+    ("The sun was", ["shining", "very very hungry and sad", "a cat"], 0),
+    ("Tom wanted to play with his", ["toy car", "the", "friends in the park all day long"], 2),
+    ("Lily saw a big", ["dog", "tree", "of", "red ball in the park"], 3),
+    ("They went to the", ["park", "running"], 0),
+)
 
 
 def generator(name: str) -> np.random.Generator:
@@ -283,6 +290,23 @@ def write_evaluation() -> None:
     (REFERENCE / "eval_stories260k.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+@torch.no_grad()
+def write_choices() -> None:
+    """Each choice behind its prompt and a space, in a row of its own."""
+    folder = SHELF / "weights" / "stories260k"
+    tokenizer, model = Tokenizer.from_file(str(folder / "tokenizer.json")), load(folder)
+    rows = []
+    for prompt, choices, right in CHOICES:
+        start, sums, greedy = len(tokenizer.encode(prompt).ids), [], []
+        for choice in choices:
+            ids = np.array([tokenizer.encode(f"{prompt} {choice}").ids])
+            logits = logits_of(model, ids)[:, :-1]
+            sums.append(-nll_of(logits, ids[:, 1:])[0, start - 1 :].double().sum().item())
+            greedy.append(bool((logits.argmax(-1).numpy() == ids[:, 1:])[0, start - 1 :].all()))
+        rows.append({"question": prompt, "choices": choices, "answer": right, "sums": sums, "is_greedy": greedy})
+    (REFERENCE / "choices_stories260k.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for folder in [path.parent for path in REFERENCE.glob("*/config.json")]:
@@ -292,6 +316,7 @@ def main() -> None:
     write_training()
     write_packed()
     write_evaluation()
+    write_choices()
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def start(command: str, arguments: list[str]) -> None:
                 train(page)
     except UserError as error:
         stop(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        stop("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        stop(f"interrupted{interrupt}", 130)
 
 
 def stop(message: str, code: int) -> NoReturn:

@@ -7,6 +7,7 @@ value is from, and the mend.
 
 import argparse
 import difflib
+import importlib.util
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from ipaddress import ip_address
 from itertools import groupby
 from operator import itemgetter
@@ -165,6 +166,7 @@ class RecordKeys(Page):
 
     eval_data: tuple[DataSource, ...] = Field((), description="Held-out data")
     log_every: int = Field(1, ge=1, description="Steps between log lines")
+    eval_config: str = Field("", description="TOML file of eval, whose tasks are measured at every evaluation")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: only at the end")
     sample_prompts: tuple[str, ...] = Field((), description="What to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
@@ -208,6 +210,19 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: in
 class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys, ModelKeys):
     """What all commands that train have in common."""
 
+    @cached_property
+    def evaluation(self) -> "EvalConfig | None":
+        """The page of eval_config, as it is when the run begins."""
+        if not self.eval_config:
+            return None
+        page = parse(EvalConfig, ["@", self.eval_config, "--model-name", self.model_name], "eval")
+        if "loss" in page.tasks:
+            raise UserError(
+                f"{self.eval_config}: tasks has loss, which a run measures on [[eval_data]]; take it out, or give "
+                'tasks, as in tasks = ["generate"]'
+            )
+        return page
+
     @property
     def leaves_a_run(self) -> bool:
         """Whether anything is written to the run directory."""
@@ -226,9 +241,10 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
             )
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
-        if self.eval_every and not (self.eval_data or self.sample_prompts):
+        if not (self.evaluation or self.eval_data or self.sample_prompts) and self.eval_every:
             raise ValueError(
-                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or sample_prompts, or drop it"
+                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]], eval_config or sample_prompts, "
+                "or drop it"
             )
         return self
 
@@ -353,11 +369,56 @@ class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
         return self
 
 
-class EvalConfig(RunKeys, DeviceKeys, ChatKeys, DataKeys, ModelKeys):
-    """Measure a model's loss on held-out data."""
+OWN_TASKS = ("loss", "generate", "choices")
 
-    batch_size: int = Field(8, ge=1, description="Packed rows per device per forward pass")
+
+class TaskKeys(Page):
+    """Tasks"""
+
+    tasks: tuple[str, ...] = Field(
+        ("loss",), min_length=1, description="loss, generate, choices, or names of EleutherAI's tasks"
+    )
+    task_path: str = Field("", description="Directory of such tasks of your own, as YAML files")
+    harness_chat: bool = Field(False, description="Ask EleutherAI's tasks by the chat template")
+    samples: int = Field(1, ge=1, description="Completions of each problem")
+    stop: tuple[str, ...] = Field((), description="Texts that end a completion")
+    slots: int = Field(64, ge=1, description="Completions that are generated at once")
+    capacity: int = Field(4096, ge=2, description="Most tokens of prompt and answer together, where the model has more")
+    choices_column: str = Field("choices", description="Column of what to choose from")
+    labels: tuple[str, ...] = Field((), description="What to choose from where rows do not say, as in classification")
+
+    @property
+    def harness_tasks(self) -> tuple[str, ...]:
+        """The tasks that lm-evaluation-harness knows how to run."""
+        return tuple(task for task in self.tasks if task not in OWN_TASKS)
+
+    @field_validator("tasks")
+    @classmethod
+    def tasks_can_run(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        others = [task for task in value if task not in OWN_TASKS]
+        if others and not importlib.util.find_spec("lm_eval"):
+            raise ValueError(
+                f"names {others[0]}, which is none of {', '.join(OWN_TASKS)}{did_you_mean(others[0], OWN_TASKS)}; for "
+                "tasks of lm-evaluation-harness start it as uv run --extra eval eval"
+            )
+        return value
+
+
+class EvalConfig(TaskKeys, SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataKeys, ModelKeys):
+    """Measure a model: its loss on held-out data, and how it does at tasks."""
+
+    data: tuple[DataSource, ...] = Field((), description="What to read")
+    batch_size: int = Field(8, ge=1, description="Rows per device per forward pass")
+    temperature: float = Field(0.0, ge=0, description="Divides the logits; 0: always the likeliest token")
     run_name: str = Field("", max_length=200, description="Name of the folder in output_dir; empty: eval_<model>")
+
+    @model_validator(mode="after")
+    def tasks_have_what_they_need(self) -> "EvalConfig":
+        if own := [task for task in self.tasks if task in OWN_TASKS and not self.data]:
+            raise ValueError(f"data is required for {own[0]}; give it as --data.0.path")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples = {self.samples} at temperature = 0 are all alike; set temperature, say to 1.0")
+        return self
 
     @property
     def run_directory(self) -> Path:

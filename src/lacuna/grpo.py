@@ -50,6 +50,7 @@ from lacuna.model import (
 from lacuna.problems import Problem, Problems, read_problems
 from lacuna.rewards import Reward, load_rewards, rewards_of
 from lacuna.sampler import Request, Sampler, generation_defaults
+from lacuna.tasks import Subject, measure_in_training, read_questions
 from lacuna.tokenizer import Tokenizer
 from lacuna.trainer import (
     Recipe,
@@ -60,6 +61,7 @@ from lacuna.trainer import (
     saved_shapes,
     starting_state,
 )
+from lacuna.weights import OpenedModel
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
 STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
@@ -377,6 +379,8 @@ def read_inputs(page: GrpoConfig) -> Inputs:
         raise UserError(
             f"prompts_per_step = {page.prompts_per_step} is more than the {len(problems.problems)} problems there are"
         )
+    if page.evaluation:
+        read_questions(page.evaluation, OpenedModel(source, model, tokenizer))  # what can't be asked is refused now
     stop_ids = generation_defaults(source, tokenizer)[1]
     return Inputs(mesh, model, tokenizer, source, problems, held_out, rewards, stop_ids)
 
@@ -515,6 +519,11 @@ class Loop:
                 is_eval = is_last or (page.eval_every and self.step % page.eval_every == 0)
                 if is_eval or self.step == 1:
                     record["samples"] = shown_samples(groups)
+                if is_eval and page.evaluation:
+                    self.work_done = None  # what compiles anew may take its time
+                    model = OpenedModel(self.inputs.source, self.inputs.model, self.inputs.tokenizer)
+                    record |= measure_in_training(page.evaluation, Subject(model, state.params, self.inputs.mesh))
+                    self.work_done = self.step
                 is_best = bool(is_eval) and self.inputs.held_out is not None and self.evaluate(state, record)
                 if is_first():
                     write_rollouts(page.run_directory / "rollouts.jsonl", groups)

@@ -163,6 +163,12 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def task_figures(records: list[dict[str, Any]]) -> list[str]:
+    """The keys under which records have figures of tasks, without their standard errors."""
+    keys = dict.fromkeys(key for record in records for key in record if key.startswith("eval/"))
+    return [key for key in keys if "_stderr" not in key]
+
+
 PHRASES: dict[str, Callable[[float], str]] = {
     "reward": "reward {:.3f}".format,
     "eval_reward": "held-out reward {:.3f}".format,
@@ -283,7 +289,8 @@ class RunLog:
             parts["left"] = f"{duration(statistics.median(self.step_seconds) * (self.steps - step))} left"
         on_bar = ("reward", "loss", "learning_rate", "tokens_per_second", "mfu", "left")
         self.bar.update(self.task, completed=step, numbers="  ".join(parts[key] for key in on_bar if key in parts))
-        is_evaluation = any(key.startswith("eval_") or key == "samples" for key in record)
+        parts |= {key: f"{key.removeprefix('eval/')} {record[key]:.4g}" for key in task_figures([record])}
+        is_evaluation = any(key.startswith(("eval_", "eval/")) or key == "samples" for key in record)
         if is_evaluation or step % self.log_every == 0 or step in (1, self.steps):
             line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {'  '.join(parts.values())}"
             if is_evaluation or not self.console.is_interactive:
@@ -447,7 +454,10 @@ def write_report(directory: Path) -> None:
         lost_count=sum("loss" in record and record["loss"] is None for record in records),
         figures={name: write(facts[key]) for key, (name, write) in FIGURES.items() if facts.get(key) is not None},
         is_evaluated=live["best_eval_loss"] is not None,
-        charts=[(chart, *draw(chart, records)) for chart in CHARTS],
+        charts=[
+            (chart, *draw(chart, records))
+            for chart in (*CHARTS, *(Chart(key.removeprefix("eval/"), "", "", key) for key in task_figures(records)))
+        ],
         samples=next(((each["step"], each["samples"]) for each in reversed(records) if each.get("samples")), None),
         facts={key: fact(value) for key, value in facts.items()},
         config=config,

@@ -13,13 +13,15 @@ from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
 
 @dataclass(frozen=True)
 class Problem:
-    """One row: where it is from, the text and tokens asked, the reference answer, and the row itself."""
+    """One row: where it is from, the text and tokens asked, the reference answer, and the row itself; `stated` is the
+    answer as the row has it, which may be a number."""
 
     origin: str
     prompt: str
     token: tuple[int, ...]
     answer: str
     row: dict[str, Any] = field(repr=False)
+    stated: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def problem_of(
     token = tuple(encode(tokenizer, text, add_special_tokens=not has_template).tolist())
     if len(token) > longest:
         raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
-    return Problem(origin, text, token, answer, row | {"answer": answer})
+    return Problem(origin, text, token, answer, row | {"answer": answer}, row.get(source.completion_column, answer))
 
 
 def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], str]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 from rich.console import Console
 
-from lacuna import checkpoint, metrics, runs, weights
+from lacuna import checkpoint, metrics, runs, tasks, weights
 from lacuna.checkpoint import Manifest, RunFacts, Saver
 from lacuna.config import (
     PretrainConfig,
@@ -59,6 +59,7 @@ from lacuna.model import (
 )
 from lacuna.sampler import Request, Sampler, generation_defaults
 from lacuna.tokenizer import Tokenizer, decode, encode, render
+from lacuna.weights import OpenedModel
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
 FINAL_LEARNING_RATE = 0.1  # of the peak
@@ -318,6 +319,8 @@ def read_inputs(page: RowsConfig) -> Inputs:
         held_out = load_dataset(page.eval_data, tokenizer, page, is_stream=False, is_shuffled=False)
     inputs = Inputs(mesh, model, tokenizer, dataset, held_out)
     sample_requests(page, inputs)  # what can't be asked is refused now
+    if page.evaluation:
+        tasks.read_questions(page.evaluation, OpenedModel(tokenizer.directory, model, tokenizer))
     return inputs
 
 
@@ -601,12 +604,16 @@ class Loop:
         self.log.info(f"{what} ({in_a_row} in a row)")
 
     def evaluate(self, state: TrainState) -> bool:
-        """Held-out loss and samples into the log line of the last step; whether the loss is the best so far."""
-        mesh, model, _, _, held_out = self.inputs
+        """Held-out loss, samples and tasks into the log line of the last step; whether the loss is the best so far."""
+        mesh, model, tokenizer, _, held_out = self.inputs
         jax.block_until_ready(self.pending[-1][1])
         began = time.perf_counter()
         if self.page.sample_prompts:
             self.pending[-1][0]["samples"] = self.samples(state)
+        if self.page.evaluation:
+            subject = tasks.Subject(OpenedModel(tokenizer.directory, model, tokenizer), state.params, mesh)
+            with self.untimed():
+                self.pending[-1][0].update(tasks.measure_in_training(self.page.evaluation, subject))
         if held_out is None:
             self.clock += time.perf_counter() - began
             return False

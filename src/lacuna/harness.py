@@ -1,0 +1,205 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (the extra `eval`), run on our model."""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from lm_eval import simple_evaluate, utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
+from lacuna.likelihood import log_likelihoods
+from lacuna.sampler import Completion, Request, generation_defaults
+from lacuna.tasks import Figures, Predictions, Subject, Tick, capacity_of, sampler_for, seed_of
+from lacuna.tokenizer import before_stop, encode, end_of_text_id, plain, render
+
+MAX_TOKENS = 256  # of tasks that do not say, as in the harness's own models
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+IGNORED_KEYS = {"until", "do_sample", "num_beams", "use_cache", *LENGTH_KEYS}
+
+
+class Model(TemplateLM):
+    """Our model as the harness asks it; what was answered before is read from the predictions."""
+
+    def __init__(self, page: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> None:
+        super().__init__()
+        self.page, self.subject, self.predictions, self.tick = page, subject, predictions, tick
+        self.longest = capacity_of(page, subject.model)
+        _, self.stop_ids = generation_defaults(subject.model.source, subject.model.tokenizer)
+
+    @property
+    def eot_token_id(self) -> int:
+        return end_of_text_id(self.subject.model.tokenizer)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.subject.model.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.page.model_name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+        """Tokens, with BOS where the tokenizer wants it, but never two."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(
+                self.subject.model.tokenizer.special_tokens.get("bos_token") or "\0"
+            )
+        return encode(self.subject.model.tokenizer, string, add_special_tokens).tolist()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        messages: list[dict[str, Any]] = [dict(message) for message in chat_history]
+        try:
+            text = render(self.subject.model.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        except ValueError as error:
+            raise UserError(f"harness_chat: {error}") from error
+        last = messages[-1]["content"]
+        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
+    ) -> list[tuple[float, bool]]:
+        names = named("log-likelihood", [(context, continuation) for _, context, continuation in requests])
+        missing = [place for place, name in enumerate(names) if name not in self.predictions.lines]
+        if long := [place for place in missing if len(requests[place][2]) > self.longest]:
+            raise UserError(
+                f"a continuation has {len(requests[long[0]][2]):,} tokens, and there is room for {self.longest:,}; "
+                "raise capacity, or leave this task out"
+            )
+        (_, config, _), params, mesh = self.subject
+        pairs = [requests[place][1:] for place in missing]
+        done = len(requests) - len(missing)
+        settings = config, mesh, self.page.compute_dtype, self.page.batch_size, self.longest
+        for number, scored in log_likelihoods(params, pairs, *settings):
+            place = missing[number]
+            text = requests[place][0] or ("", "")
+            content = {"prompt": text[0], "output": text[1], "result": [scored.log_likelihood, scored.is_greedy]}
+            self.predictions.add(*names[place], content)
+            self.tick(done := done + 1, len(requests))
+        results = [self.predictions.lines[name]["result"] for name in names]
+        return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in results]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of each whole text, in windows as long as there is room for, each token predicted once."""
+        windows, counts = [], []
+        for (text,) in (request.args for request in requests):
+            found = utils.get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.longest, 1)
+            parts = [utils.make_disjoint_window(pair) for pair in found]
+            windows += [(("", text), list(context), list(continuation)) for context, continuation in parts]
+            counts.append(len(parts))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        names = named("generation", [request.args for request in requests])
+        missing = [place for place, name in enumerate(names) if name not in self.predictions.lines]
+        wanted = [self.request(*requests[place].args, names[place]) for place in missing]
+        done = len(requests) - len(missing)
+
+        def keep(completion: Completion) -> None:
+            nonlocal done
+            place = missing[completion.request]
+            content = {
+                "prompt": requests[place].args[0],
+                "output": self.written(wanted[completion.request], completion),
+            }
+            self.predictions.add(*names[place], content | {"finish_reason": completion.finish_reason})
+            self.tick(done := done + 1, len(requests))
+
+        if wanted:
+            sampler_for(self.page, self.subject, len(wanted)).generate(wanted, keep)
+        return [self.predictions.lines[name]["output"] for name in names]
+
+    def written(self, request: Request, completion: Completion) -> str:
+        """The text of a completion's tokens by themselves, as the harness's own models give it: where a tokenizer
+        marks word beginnings, it has no space in front."""
+        tokens = completion.tokens
+        if tokens[-1] in request.stop_ids:
+            tokens = tokens[:-1]
+        return "".join(before_stop(plain(self.subject.model.tokenizer, tokens), request.stop)[:2])
+
+    def request(self, context: str, settings: dict[str, Any], name: tuple[str, str, int]) -> Request:
+        """What the sampler is to do for one of the harness's requests."""
+        known = IGNORED_KEYS | set(SamplingKeys.model_fields)
+        if unknown := [key for key in settings if key not in known]:
+            raise UserError(f"the task sets {unknown[0]} = {settings[unknown[0]]!r}, which our sampler does not know")
+        if settings.get("num_beams", 1) != 1:
+            raise UserError(f"the task sets num_beams = {settings['num_beams']}; evaluation does not search with beams")
+        until = settings.get("until") or []
+        length = int(next((settings[key] for key in LENGTH_KEYS if settings.get(key)), MAX_TOKENS))
+        if length >= self.longest:
+            raise UserError(f"the task wants {length:,} tokens, and there is room for {self.longest:,}; raise capacity")
+        rules = {key: settings[key] for key in SamplingKeys.model_fields if key in settings}
+        is_sampled = settings.get("do_sample", float(settings.get("temperature", 0)) > 0)
+        temperature = float(settings.get("temperature", 1)) if is_sampled else 0.0
+        token = tuple(self.tok_encode(context)[-(self.longest - length) :])
+        return Request(
+            token,
+            SamplingKeys(**rules | {"temperature": temperature, "max_tokens": length}),
+            self.stop_ids,
+            tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+            seed_of(self.page.seed, name),
+        )
+
+
+def named(kind: str, requests: Sequence[Any]) -> list[tuple[str, str, int]]:
+    """A key for each request: its kind, a hash of it, and how many alike went before."""
+    counts, names = Counter[str](), []
+    for request in requests:
+        digest = hashlib.sha256(json.dumps(request, default=str).encode()).hexdigest()[:32]
+        names.append((f"harness {kind}", digest, counts[digest]))
+        counts[digest] += 1
+    return names
+
+
+@lru_cache(maxsize=1)
+def load_tasks(page: EvalConfig) -> TaskManager:
+    """The page's tasks and their data, as the harness finds them.
+
+    Raises:
+        UserError: no such task, or one whose data are not to be had.
+    """
+    if page.task_path and not os.path.isdir(page.task_path):
+        raise UserError(
+            f"task_path = {page.task_path!r} is no directory; name the one that holds the tasks' YAML files"
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=page.task_path or None)
+    if unknown := [task for task in page.harness_tasks if task not in manager.all_tasks]:
+        raise UserError(
+            f"tasks: {unknown[0]} is none of {', '.join(OWN_TASKS)}, nor a task of lm-evaluation-harness"
+            f"{did_you_mean(unknown[0], manager.all_tasks)}; a directory with tasks of your own is given by --task-path"
+        )
+    try:
+        manager.load(list(page.harness_tasks))
+    except Exception as error:  # of tasks, which are foreign code, and of the clients that fetch their data
+        raise UserError(f"{', '.join(page.harness_tasks)}: {type(error).__name__}: {error}") from error
+    return manager
+
+
+def run_tasks(page: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> Figures:
+    """The harness's figures of the page's tasks, under the names it has for them."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes for bootstrapping are forked, and JAX has threads
+    found = simple_evaluate(
+        Model(page, subject, predictions, tick),
+        tasks=list(page.harness_tasks),
+        task_manager=load_tasks(page),
+        apply_chat_template=page.harness_chat,
+        system_instruction=page.system_prompt or None,
+        log_samples=False,
+        random_seed=page.seed,
+        numpy_random_seed=page.seed,
+        fewshot_random_seed=page.seed,
+    )
+    assert found is not None, "the first process is the only one that the harness knows of"
+    return {
+        task: {name.removesuffix(",none"): value for name, value in figures.items() if isinstance(value, int | float)}
+        for task, figures in found["results"].items()
+    }
