@@ -5,6 +5,7 @@
     uv run python scripts/bench.py train sft --model-name MODEL --from-scratch --data.0.path chat.jsonl --steps 20
     uv run python scripts/bench.py save sft @ configs/sft_tiny.toml --steps 20
     uv run python scripts/bench.py generate MODEL float32
+    uv run python scripts/bench.py grpo @ configs/grpo_tiny.toml --steps 10 --reward scripts/bench.py:distinct:1
     uv run python scripts/bench.py serve --model-name MODEL --compute-dtype float32
 
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
@@ -15,6 +16,8 @@ every fifth step, and tells how long each save held the loop up, beside the time
 `generate` decodes greedily: batches of 1 and 32 prompts of 64 tokens, 128 new tokens each, then 64 requests of 16 to
 256 new tokens through 32 slots. A decode step is compared with the time in which the memory could deliver the weights
 and the tokens in the cache, at the faster of the two rates (copying, matrix times vector) found before and after.
+
+`grpo` runs the command in a scratch directory and parts each step into rollout and update.
 
 `serve` takes any config and option of the command, starts it, asks 64 questions one by one, and then has 64 clients ask
 them for a minute, all at once and each the next as soon as it has its answer; every answer is compared with the first.
@@ -36,7 +39,7 @@ from contextlib import closing
 from typing import Any, Literal, NamedTuple
 
 from lacuna.cli import prepare_process
-from lacuna.config import PretrainConfig, RowsConfig, SftConfig, parse
+from lacuna.config import GrpoConfig, PretrainConfig, RowsConfig, SftConfig, parse
 
 WARM_STEPS = 3
 SAVE_EVERY = 5
@@ -45,7 +48,7 @@ CLIENTS, LOAD_SECONDS = 64, 60.0
 
 
 def main() -> None:
-    """The subcommands peak, train, save, generate and serve."""
+    """The subcommands peak, train, save, generate, grpo and serve."""
     started = time.time() - process_age()
     match sys.argv[1:]:
         case ["peak"]:
@@ -62,6 +65,11 @@ def main() -> None:
         case ["generate", model_name, ("float32" | "bfloat16") as dtype]:
             prepare_process()
             print(json.dumps({"label": "generate"} | generate(model_name, dtype)))
+        case ["grpo", *arguments]:
+            prepare_process()
+            with tempfile.TemporaryDirectory(dir=".") as scratch:
+                fixed = ["--output-dir", scratch, "--run-name", "bench"]
+                print(json.dumps({"label": "grpo"} | reinforce(parse(GrpoConfig, [*arguments, *fixed], "bench grpo"))))
         case ["serve", *arguments]:
             print(json.dumps({"label": "serve"} | serve(arguments)))
         case _:
@@ -300,6 +308,39 @@ def asked(port: int, model: str, number: int) -> Answered:
 def percentiles(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {f"p{share}": ordered[len(ordered) * share // 100] for share in (50, 90, 95, 99)} | {"most": ordered[-1]}
+
+
+def distinct(prompt: str, completion: str, row: dict[str, Any]) -> float:
+    """A reward that any model gets some of: the share of different letters in a completion."""
+    return len(set(completion)) / max(len(completion), 1)
+
+
+def reinforce(page: GrpoConfig) -> dict[str, Any]:
+    """Figures of a grpo run: completion tokens a second of the rollout, of the update, and of the whole step."""
+    from lacuna import grpo, metrics
+
+    grpo.run(page)
+    records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
+    timed = records[min(WARM_STEPS, len(records) - 1) :]
+    sums = {
+        key: sum(record[key] for record in timed)
+        for key in ("completion_tokens", "tokens", "rollout_seconds", "update_seconds", "step_seconds")
+    }
+    completions = page.prompts_per_step * page.completions_per_prompt
+    return {
+        "model": page.model_name,
+        "completions": completions,
+        "max_completion_tokens": page.max_completion_tokens,
+        "steps_timed": len(timed),
+        "completion_length": sums["completion_tokens"] / len(timed) / completions,
+        "rollout_tokens_per_second": sums["completion_tokens"] / sums["rollout_seconds"],
+        "update_tokens_per_second": sums["tokens"] / sums["update_seconds"],
+        "completion_tok_s": sums["completion_tokens"] / sums["step_seconds"],
+        "rollout_share": sums["rollout_seconds"] / sums["step_seconds"],
+        "update_share": sums["update_seconds"] / sums["step_seconds"],
+        "step_seconds": sums["step_seconds"] / len(timed),
+        "versions": metrics.versions(),
+    }
 
 
 def serve(arguments: list[str]) -> dict[str, Any]:

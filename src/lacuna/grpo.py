@@ -373,8 +373,12 @@ def read_inputs(page: GrpoConfig) -> Inputs:
     source, model, tokenizer = weights.open_model(page.model_name, mesh, *template, with_weights=False)
     check_sequence_length(model, page.sequence_length)
     longest, skips_bad = page.sequence_length - page.max_completion_tokens, page.on_bad_data == "skip"
-    problems = read_problems(page.data, page, tokenizer, longest, skips_bad)
-    held_out = read_problems(page.eval_data, page, tokenizer, longest, skips_bad) if page.eval_data else None
+    problems = read_problems(page.data, page, tokenizer, longest, skips_bad, wants_answers=False)
+    held_out = (
+        read_problems(page.eval_data, page, tokenizer, longest, skips_bad, wants_answers=False)
+        if page.eval_data
+        else None
+    )
     if page.prompts_per_step > len(problems.problems):
         raise UserError(
             f"prompts_per_step = {page.prompts_per_step} is more than the {len(problems.problems)} problems there are"

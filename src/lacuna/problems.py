@@ -35,10 +35,15 @@ class Problems:
 
 
 def read_problems(
-    sources: Sequence[DataSource], page: ProblemKeys, tokenizer: Tokenizer, longest: int, skips_bad: bool
+    sources: Sequence[DataSource],
+    page: ProblemKeys,
+    tokenizer: Tokenizer,
+    longest: int,
+    skips_bad: bool,
+    wants_answers: bool,
 ) -> Problems:
     """The problems of all sources: of a chat, what stands before its last answer is the prompt; else the columns of
-    prompt and completion. One of more than `longest` tokens is bad.
+    prompt and completion. One of more than `longest` tokens is bad, and one without an answer where they are wanted.
 
     Raises:
         UserError: unreadable data, a bad row unless they are skipped, or nothing left.
@@ -52,7 +57,7 @@ def read_problems(
             try:
                 if isinstance(row, ValueError):
                     raise row
-                found.append(problem_of(origin, row, source, page, tokenizer, longest))
+                found.append(problem_of(origin, row, source, page, tokenizer, longest, wants_answers))
             except UserError:
                 raise
             except ValueError as error:
@@ -69,10 +74,18 @@ def read_problems(
 
 
 def problem_of(
-    origin: str, row: dict[str, Any], source: DataSource, page: ProblemKeys, tokenizer: Tokenizer, longest: int
+    origin: str,
+    row: dict[str, Any],
+    source: DataSource,
+    page: ProblemKeys,
+    tokenizer: Tokenizer,
+    longest: int,
+    wants_answers: bool,
 ) -> Problem:
     """The problem in a row. Raises ValueError with the reason where there is none."""
     messages, answer = asked(row, source, page.prompt_template)
+    if answer is None and wants_answers:
+        raise ValueError(f"no reference answer; set completion_column to its column ({', '.join(row)})")
     if page.system_prompt:
         messages = [{"role": "system", "content": page.system_prompt}, *messages]
     has_template = tokenizer.template is not None
@@ -83,26 +96,27 @@ def problem_of(
     token = tuple(encode(tokenizer, text, add_special_tokens=not has_template).tolist())
     if len(token) > longest:
         raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
-    return Problem(origin, text, token, answer, row | {"answer": answer}, row.get(source.completion_column, answer))
+    told = {} if answer is None else {"answer": answer}
+    return Problem(origin, text, token, answer or "", row | told, row.get(source.completion_column, answer))
 
 
-def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], str]:
-    """The messages before the answer, the last of them in the template, and the reference answer."""
+def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], str | None]:
+    """The messages before the answer, the last of them in the template, and the reference answer, if there is one."""
     messages, prompt = row.get(source.messages_column), row.get(source.prompt_column)
+    answer = row.get(source.completion_column)
     if messages is None and prompt is not None:
-        if row.get(source.completion_column) is None:
-            raise ValueError(f"no reference answer in the column {source.completion_column}; set completion_column")
-        given = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        messages = [*given, {"role": "assistant", "content": str(row[source.completion_column])}]
-    if not isinstance(messages, list) or len(messages) < 2:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    elif isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
+        *messages, last = messages
+        answer = last.get("content")
+    if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"no problem in the columns {', '.join(row) or '(none)'}: wanted are {source.messages_column}, or "
             f"{source.prompt_column} with {source.completion_column}; set prompt_column and the like"
         )
     for number, message in enumerate(messages, 1):
         check_message(f"message {number}", message)
-    *before, question, last = messages
-    if last["role"] != "assistant":
-        raise ValueError(f"its last message is of {last['role']}, so there is no reference answer")
+    *before, question = messages
     content = checked_text(question["content"], "content")
-    return [*before, question | {"content": prompt_template.replace("{prompt}", content)}], last["content"]
+    asked = [*before, question | {"content": prompt_template.replace("{prompt}", content)}]
+    return asked, None if answer is None else str(answer)

@@ -19,6 +19,8 @@ RewardFunction = Callable[[str, str, dict[str, Any]], float]
 
 def correct(prompt: str, completion: str, row: dict[str, Any]) -> float:
     """1 where the final answer is that of the row's reference answer, else 0."""
+    if "answer" not in row:
+        raise ValueError("the row has no reference answer; set completion_column to its column")
     expected = final_answer(row["answer"]) or row["answer"]
     return float(is_same_answer(final_answer(completion), expected))
 

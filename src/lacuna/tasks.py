@@ -115,7 +115,7 @@ def read_questions(page: EvalConfig, model: OpenedModel) -> Questions:
     if not {"generate", "choices"} & set(page.tasks):
         return Questions((), (), "", ())
     skips_bad = page.on_bad_data == "skip"
-    found = read_problems(page.data, page, model.tokenizer, capacity_of(page, model) - 1, skips_bad)
+    found = read_problems(page.data, page, model.tokenizer, capacity_of(page, model) - 1, skips_bad, wants_answers=True)
     choices, bad = [], list(found.bad)
     for problem in found.problems if "choices" in page.tasks else ():
         try:
