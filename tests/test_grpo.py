@@ -12,11 +12,11 @@ import pytest
 from conftest import REFERENCE, TINY, mesh_of, records
 from test_model import load
 
-from lacuna import cli, grpo
+from lacuna import cli, grpo, objective
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
-from lacuna.grpo import Sample
 from lacuna.model import embed, forward, head_of
+from lacuna.objective import Sample
 from lacuna.problems import Problem
 from lacuna.rewards import load_rewards, rewards_of
 
@@ -70,9 +70,11 @@ def samples_of(inputs: dict[str, Any]) -> list[Sample]:
     ]  # fmt: skip
 
 
-def rows_of(inputs: dict[str, Any], config: GrpoConfig) -> tuple[grpo.RolloutBatch, jax.Array, list[tuple[int, int]]]:
+def rows_of(
+    inputs: dict[str, Any], config: GrpoConfig
+) -> tuple[objective.RolloutBatch, jax.Array, list[tuple[int, int]]]:
     """The reference's inputs in packed rows, with the current log-probabilities, and where each token went."""
-    batch = grpo.packed_rows(samples_of(inputs), config, 2)
+    batch = objective.packed_rows(samples_of(inputs), config, 2)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
     current, places = np.zeros(flat.token.shape, np.float32), []
     for number, length in enumerate(inputs["lengths"]):
@@ -98,7 +100,7 @@ def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
     switches = {key: case[key] for key in ("loss_normalisation", "kl_weight", "importance_limit")}
     config = page(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
     batch, current, places = rows_of(inputs, config)
-    (loss, _), gradient = jax.value_and_grad(grpo.objective, has_aux=True)(current, batch, config)
+    (loss, _), gradient = jax.value_and_grad(objective.objective, has_aux=True)(current, batch, config)
     np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
     expected = [
         value for row, length in zip(case["gradient"], inputs["lengths"], strict=True) for value in row[:length]
@@ -111,7 +113,7 @@ def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
     inputs = CASES["inputs"]
     config = page(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
     batch, current, places = rows_of(inputs, config)
-    gradient = jax.grad(lambda x: grpo.objective(x, batch, config)[0])(current)
+    gradient = jax.grad(lambda x: objective.objective(x, batch, config)[0])(current)
     wide = {name: np.asarray(leaf, np.float64) for name, leaf in batch._asdict().items()}
 
     def formula(log_probability: np.ndarray) -> float:
@@ -132,9 +134,9 @@ def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
 
 def test_advantages_are_zero_without_variance_and_centred_else() -> None:
     rewards = np.array([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [3.0, 2, 1, 0]])
-    plain = grpo.advantages(rewards, scale_by_std=False)
+    plain = objective.advantages(rewards, scale_by_std=False)
     np.testing.assert_allclose(plain, [[0.5, -0.5, -0.5, 0.5], [0] * 4, [1.5, 0.5, -0.5, -1.5]])
-    scaled = grpo.advantages(rewards, scale_by_std=True)
+    scaled = objective.advantages(rewards, scale_by_std=True)
     np.testing.assert_allclose(scaled[0], plain[0] / (np.sqrt(1 / 3) + 1e-4))
     assert not scaled[1].any()
 
@@ -159,11 +161,11 @@ def random_samples(vocabulary: int) -> list[Sample]:
 def gradient_of(samples: list[Sample], config: GrpoConfig, rows_at_once: int) -> tuple[Any, float]:
     """Gradient and loss of samples in micro-batches, by the functions of the update."""
     model, params = load(REFERENCE / "qwen3")
-    batch = grpo.packed_rows(samples, config, rows_at_once)
-    total = grpo.zeros(params)
+    batch = objective.packed_rows(samples, config, rows_at_once)
+    total = objective.zeros(params)
     for number in range(batch.token.shape[0]):
         part = jax.tree.map(lambda leaf, number=number: jnp.asarray(leaf[number]), batch)
-        total = grpo.add_gradient(total, params, part, model, config)
+        total = objective.add_gradient(total, params, part, model, config)
     return total[0], float(total[1])
 
 
@@ -181,13 +183,15 @@ def test_packing_and_micro_batches_change_nothing(length: int, rows_at_once: int
 def test_the_gradient_is_that_of_the_whole_logits() -> None:
     samples, config = random_samples(150), page(temperature=0.8, importance_limit=2.0)
     model, params = load(REFERENCE / "qwen3")
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), grpo.packed_rows(samples, config, 4))
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), objective.packed_rows(samples, config, 4))
 
     def plain(params: Any) -> jax.Array:
         hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
         logits = hidden @ head_of(params, model).T / config.temperature
         table = jax.nn.log_softmax(logits[..., : model.vocabulary_size])
-        return grpo.objective(jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0], batch, config)[0]
+        return objective.objective(jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0], batch, config)[
+            0
+        ]
 
     loss, expected = jax.value_and_grad(plain)(params)
     found, same = gradient_of(samples, config, 4)
@@ -199,14 +203,14 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
 def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
     samples = random_samples(150)
     samples[0] = replace(samples[0], is_truncated=True)
-    groups = grpo.grouped(samples)
+    groups = objective.grouped(samples)
     groups[1] = [replace(sample, reward=1.0) for sample in groups[1]]
-    kept = grpo.kept_samples(groups, page())
+    kept = objective.kept_samples(groups, page())
     assert [(sample.place, sample.index) for sample in kept] == [(0, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
-    assert len(grpo.kept_samples(groups, page(mask_truncated=False))) == 6
-    assert len(grpo.kept_samples(groups, page(kl_weight=0.1))) == 7
+    assert len(objective.kept_samples(groups, page(mask_truncated=False))) == 6
+    assert len(objective.kept_samples(groups, page(kl_weight=0.1))) == 7
     tokens = sum(len(sample.tokens) for sample in kept)
-    assert grpo.token_weights(kept, page()) == [1 / tokens] * 5
+    assert objective.token_weights(kept, page()) == [1 / tokens] * 5
 
 
 # Rewards

@@ -7,7 +7,7 @@ was killed goes on as if nothing had happened, and every step can be computed ag
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint, metrics, runs, weights
 from lacuna.checkpoint import Manifest, RunFacts, Saver
 from lacuna.config import GrpoConfig, SamplingKeys, UserError, parse
-from lacuna.data import Epochs, Mixture, first_fit
+from lacuna.data import Epochs, Mixture
 from lacuna.distributed import (
     Stop,
     check_same,
@@ -36,16 +35,20 @@ from lacuna.distributed import (
     watchdog,
 )
 from lacuna.metrics import RunLog
-from lacuna.model import (
-    ModelConfig,
-    cast,
-    check_sequence_length,
-    embed,
-    forward,
-    head_of,
-    parameter_counts,
-    summed_cross_entropy,
-    token_statistics,
+from lacuna.model import ModelConfig, check_sequence_length, parameter_counts
+from lacuna.objective import (
+    Group,
+    RolloutBatch,
+    Sample,
+    add_gradient,
+    advantages,
+    compute_params,
+    grouped,
+    has_variance,
+    kept_samples,
+    log_probabilities,
+    packed_rows,
+    zeros,
 )
 from lacuna.problems import Problem, Problems, read_problems
 from lacuna.rewards import Reward, load_rewards, rewards_of
@@ -64,217 +67,11 @@ from lacuna.trainer import (
 from lacuna.weights import OpenedModel
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
-STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 SHOWN_COMPLETIONS = 2
 SLOW_REWARD = 0.25  # of a step
 
 
-# What was generated
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A completion with what the update needs of it; a line of rollouts.jsonl. Log-probabilities are in nats: the
-    model's own, and those under the distribution drawn from."""
-
-    step: int
-    place: int
-    index: int
-    origin: str
-    prompt_tokens: tuple[int, ...]
-    tokens: tuple[int, ...]
-    text: str
-    log_probabilities: tuple[float, ...]
-    sampled_log_probabilities: tuple[float, ...]
-    is_truncated: bool
-    rewards: dict[str, float]
-    reward: float
-    advantage: float
-
-    @property
-    def slots(self) -> int:
-        """Slots of a row that the sample takes, as each holds a token and its successor."""
-        return len(self.prompt_tokens) + len(self.tokens) - 1
-
-
-Group = Sequence[Sample]
-
-
-def advantages(rewards: Float[np.ndarray, "group member"], scale_by_std: bool) -> Float[np.ndarray, "group member"]:
-    """Rewards less the mean of their group (Shao et al. 2024), over its standard deviation where that is asked for,
-    which Dr. GRPO (Liu et al. 2025) advises against. A group whose rewards are equal has advantages of exactly 0."""
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    if scale_by_std:
-        centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + STD_EPSILON)
-    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, centred, 0.0)
-
-
-def kept_samples(groups: Sequence[Group], page: GrpoConfig) -> list[Sample]:
-    """Those that the loss counts: not of a group without variance, nor truncated if these are masked (DAPO, Yu et al.
-    2025). With a divergence to keep small, groups without variance count too."""
-    return [
-        sample
-        for group in groups
-        for sample in group
-        if (page.kl_weight > 0 or has_variance(group)) and not (page.mask_truncated and sample.is_truncated)
-    ]
-
-
-def has_variance(group: Group) -> bool:
-    return any(sample.reward != group[0].reward for sample in group)
-
-
-def token_weights(kept: Sequence[Sample], page: GrpoConfig) -> list[float]:
-    """What a token of each sample counts in the loss, which is a plain sum then: each token the same (DAPO, Yu et al.
-    2025), each sample the same (GRPO, Shao et al. 2024), or each slot of the longest completion (Dr. GRPO)."""
-    token_count = sum(len(sample.tokens) for sample in kept)
-    match page.loss_normalisation:
-        case "token":
-            return [1 / token_count for _ in kept]
-        case "sequence":
-            return [1 / (len(kept) * len(sample.tokens)) for sample in kept]
-        case "constant":
-            return [1 / (len(kept) * page.max_completion_tokens) for _ in kept]
-
-
-class RolloutBatch(NamedTuple):
-    """Packed rows as in `data.Batch`; `weight` is what a token counts in the loss. `sampled` is the log-probability
-    under the distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and
-    of the starting policy."""
-
-    token: Int[Array, "*rows token"]
-    target: Int[Array, "*rows token"]
-    weight: Float[Array, "*rows token"]
-    segment: Int[Array, "*rows token"]
-    position: Int[Array, "*rows token"]
-    advantage: Float[Array, "*rows token"]
-    sampled: Float[Array, "*rows token"]
-    old: Float[Array, "*rows token"]
-    reference: Float[Array, "*rows token"]
-
-
-INTEGERS = ("token", "target", "segment", "position")
-
-
-def packed_rows(kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int) -> RolloutBatch:
-    """The samples packed First-Fit-Decreasing into rows, as [micro_batch, row, token]."""
-    ordered = sorted(kept, key=lambda sample: -sample.slots)
-    row_of = first_fit(np.array([sample.slots for sample in ordered], np.int64), page.sequence_length)
-    micro_batches = -(-(int(row_of.max(initial=0)) + 1) // rows_at_once)
-    shape = micro_batches * rows_at_once, page.sequence_length
-    arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
-    batch = RolloutBatch(*arrays)
-    ends, counts = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
-    for sample, row, weight in zip(ordered, row_of, token_weights(ordered, page), strict=True):
-        token = np.array((*sample.prompt_tokens, *sample.tokens), np.int32)
-        here = row, slice(ends[row], ends[row] + sample.slots)
-        there = row, slice(ends[row] + len(sample.prompt_tokens) - 1, ends[row] + sample.slots)
-        counts[row] += 1
-        ends[row] += sample.slots
-        batch.token[here], batch.target[here] = token[:-1], token[1:]
-        batch.segment[here], batch.position[here] = counts[row], np.arange(sample.slots)
-        batch.weight[there] = weight
-        batch.advantage[there] = sample.advantage
-        batch.sampled[there] = sample.sampled_log_probabilities
-    return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, rows_at_once, -1), batch)
-
-
-# The objective
-
-
-def objective(
-    log_probability: Float[Array, "*rows token"], batch: RolloutBatch, page: GrpoConfig
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss of a batch, and sums over its tokens to be logged.
-
-    - The clipped ratio of PPO (Schulman et al. 2017), with the asymmetric bounds of DAPO (Yu et al. 2025).
-    - Times a truncated importance weight (Espeholt et al. 2018; Yao et al. 2025) of the trainer's policy over the
-      distribution that the sampler drew from, which also pays for top_k, top_p and min_p.
-    - Plus the divergence from the starting policy, estimated by k3 (Schulman 2020).
-    """
-    is_counted = batch.weight > 0
-
-    def difference(a: Array, b: Array) -> Array:
-        return jnp.where(is_counted, a - b, 0.0)
-
-    old = batch.old if page.updates_per_rollout > 1 else jax.lax.stop_gradient(log_probability)
-    ratio = jnp.exp(difference(log_probability, old))
-    clipped = jnp.clip(ratio, 1 - page.clip_low, 1 + page.clip_high)
-    gain = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-    mismatch = jax.lax.stop_gradient(difference(old, batch.sampled))
-    importance = jnp.exp(mismatch)
-    if page.importance_limit:
-        gain *= jnp.minimum(importance, page.importance_limit)
-    loss = -gain
-    if page.kl_weight:
-        from_reference = difference(batch.reference, log_probability)
-        divergence = jnp.exp(from_reference) - from_reference - 1
-        loss += page.kl_weight * divergence
-    facts = {
-        "count": jnp.sum(is_counted),
-        "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
-        "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
-        "kl": jnp.sum(divergence * is_counted) if page.kl_weight else jnp.zeros(()),
-        "logprob_difference_max": jnp.max(jnp.abs(mismatch)),
-    }
-    return jnp.sum(batch.weight * loss), facts
-
-
-def hidden_states(params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig) -> Array:
-    """Hidden states whose logits are those over the temperature."""
-    x = embed(params, batch.token)
-    hidden = forward(params, x, batch.segment, batch.position, model, page.rematerialisation)
-    return hidden if page.temperature == 1 else hidden / page.temperature
-
-
-def objective_of_params(
-    params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
-) -> tuple[Float[Array, ""], tuple[Float[Array, ""], dict[str, Array]]]:
-    """A value with the objective's gradient, beside the objective and what is logged.
-
-    The objective's slope by each log-probability makes it a weighted cross-entropy, whose gradient needs no logits of
-    the whole batch in memory.
-    """
-    hidden, head = hidden_states(params, batch, model, page), head_of(params, model)
-    found = token_statistics(*jax.lax.stop_gradient((hidden, head)), batch.target, model.vocabulary_size)
-    value = jax.value_and_grad(partial(objective, batch=batch, page=page), has_aux=True)
-    (loss, facts), slope = value(-found.loss)
-    facts["entropy"] = jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))
-    return summed_cross_entropy(hidden, head, batch.target, -slope, model.vocabulary_size), (loss, facts)
-
-
-@partial(jax.jit, static_argnames=("model", "page"))
-def log_probabilities(
-    compute: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
-) -> Float[Array, "row token"]:
-    """Of each target, under the policy of these weights."""
-    hidden = hidden_states(compute, batch, model, page)
-    return -token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size).loss
-
-
-@partial(jax.jit, static_argnames=("model", "page"), donate_argnames="total")
-def add_gradient(
-    total: PyTree[Array], compute: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
-) -> PyTree[Array]:
-    """Gradient, loss and facts of one more micro-batch, added up in float32."""
-    gradient, (loss, facts) = jax.grad(objective_of_params, has_aux=True)(compute, batch, model, page)
-    most = jnp.maximum(total[2].pop("logprob_difference_max"), facts.pop("logprob_difference_max"))
-    sums = jax.tree.map(jnp.add, total, (gradient, loss, facts))
-    return sums[0], sums[1], sums[2] | {"logprob_difference_max": most}
-
-
-@partial(jax.jit, static_argnames=("model", "dtype"))
-def compute_params(params: PyTree[Array], model: ModelConfig, dtype: str) -> PyTree[Array]:
-    return cast(params, model, dtype)
-
-
-@jax.jit
-def zeros(params: PyTree[Array]) -> PyTree[Array]:
-    """The sums that micro-batches are added to."""
-    names = ("clip_fraction", "importance_mean", "kl", "logprob_difference_max", "entropy")
-    facts = {name: jnp.zeros(()) for name in names} | {"count": jnp.zeros((), jnp.int32)}
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params), jnp.zeros(()), facts
-
+# The update
 
 step_along = jax.jit(apply_gradient, static_argnames="model", donate_argnames="state")
 
@@ -693,14 +490,6 @@ def judged(
 def total_reward(rewards: Sequence[Reward], values: dict[str, list[float]]) -> Float[np.ndarray, " completion"]:
     """The weighted sum of the rewards."""
     return np.sum([reward.weight * np.array(values[reward.name]) for reward in rewards], axis=0)
-
-
-def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """The samples of each prompt, in the order of the prompts."""
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.place, []).append(sample)
-    return list(groups.values())
 
 
 def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
