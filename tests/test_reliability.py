@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import chat_run, make_small, outcome, records, text_run
+from conftest import TINY, chat_run, make_small, outcome, records, text_run
 
-from lacuna import checkpoint
-from lacuna.config import PretrainConfig, TrainingConfig, to_toml
+from lacuna import checkpoint, cli
+from lacuna.config import GrpoConfig, PretrainConfig, TrainingConfig, to_toml
 
 FAULTS = Path(__file__).with_name("faults.py")
 PATIENCE = 300
@@ -41,7 +41,7 @@ class Job:
         file = page.run_directory.parent / f"{page.run_name}.toml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_toml(page))
-        command = "pretrain" if isinstance(page, PretrainConfig) else "sft"
+        command = next(name for name, kind in cli.PAGES.items() if type(page) is kind)
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
         job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
@@ -222,6 +222,24 @@ def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(
         finished(other, more=("--resume-from", str(first)), processes=processes, devices=devices)
         assert [record["step"] for record in records(other)] == [9, 10, 11, 12]
         np.testing.assert_allclose(losses(other), losses(alone)[8:], rtol=1e-5)
+
+
+def test_grpo_in_two_processes_is_that_in_one(small: Path) -> None:
+    rewards = small.parent / "rewards.py"
+    rewards.write_text("def length(prompt, completion, row):\n    return len(completion) / 10\n")
+    settings: dict[str, Any] = {
+        "model_name": str(small), "from_scratch": True, "output_dir": str(small.parent / "runs"), "steps": 2,
+        "data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[:20]"},), "sequence_length": 160,
+        "prompts_per_step": 2, "completions_per_prompt": 4, "max_completion_tokens": 8, "slots": 8,
+        "compute_dtype": "float32", "reward": (f"{rewards}:length:1",), "mask_truncated": False, "learning_rate": 1e-2,
+    }  # fmt: skip
+    alone, together = (GrpoConfig(run_name=name, **settings) for name in ("alone", "together"))
+    finished(alone, devices=2)
+    finished(together, processes=2)
+    for one, other in zip(records(alone), records(together), strict=True):
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-4)
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("signalled", [0, 1])
