@@ -18,9 +18,11 @@ NUMBER = re.compile(
     |(?P<whole>\d{1,3}(?:,\d{3}){1,19}(?!\d)|\d{1,3}(?:[ _\u202f\u00a0]\d{3}){1,19}(?![\d,])|\d{1,60}(?!\d)|(?=\.\d))
      (?P<part>\.\d{1,60}(?!\d))?(?P<power>[eE][-+]?\d{1,2}(?!\w))?
      (?:(?P<mixed>[ ]\d{1,20})?[ ]?/[ ]?(?P<under>\d{1,60}))?)
-    (?!\d)""",
+    (?!\d|[eE][-+]?\d)""",
     re.VERBOSE,
 )
+SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})")
+SHORT_FRACTION = re.compile(r"(\\[dt]?frac)(\d)(\d)")
 NOT_CONTENT = re.compile(r"\\(?:text|mathrm|left|right|,|;|!)|[{}$\\*]")
 
 
@@ -35,7 +37,7 @@ def final_answer(text: str) -> str | None:
             found = found.strip().split("\n", 1)[0]
         if found := found.strip(" :*\n\t").rstrip(". "):
             return found
-    numbers = [match[0].strip() for match in NUMBER.finditer(text)]
+    numbers = [match[0].strip() for match in NUMBER.finditer(plain_numbers(text))]
     return numbers[-1] if numbers else None
 
 
@@ -51,7 +53,7 @@ def inside_braces(text: str) -> str:
 
 def number_of(answer: str) -> Fraction | None:
     """The number an answer states: behind its last equals sign the first one, units, currency and separators aside."""
-    match = NUMBER.search(answer[-SEEN:].rpartition("=")[2])
+    match = NUMBER.search(plain_numbers(answer[-SEEN:].rpartition("=")[2]))
     if match is None:
         return None
     sign = -1 if (match["sign"] or match["minus"]) in ("-", "−", "–") else 1
@@ -66,6 +68,11 @@ def number_of(answer: str) -> Fraction | None:
         under = int(match["under"])
         value = value + Fraction(int(match["mixed"]), under) if match["mixed"] else value / under
     return sign * value
+
+
+def plain_numbers(text: str) -> str:
+    """The text with TeX's thousands separators as commas and its fractions with braces."""
+    return SHORT_FRACTION.sub(r"\1{\2}{\3}", SEPARATOR.sub(",", text))
 
 
 def is_same_answer(answer: str | None, expected: str) -> bool:
