@@ -106,9 +106,6 @@ def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tupl
     answer = row.get(source.completion_column)
     if messages is None and prompt is not None:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    elif isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
-        *messages, last = messages
-        answer = last.get("content")
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"no problem in the columns {', '.join(row) or '(none)'}: wanted are {source.messages_column}, or "
@@ -116,6 +113,9 @@ def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tupl
         )
     for number, message in enumerate(messages, 1):
         check_message(f"message {number}", message)
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        *messages, last = messages
+        answer = last["content"]
     *before, question = messages
     content = checked_text(question["content"], "content")
     asked = [*before, question | {"content": prompt_template.replace("{prompt}", content)}]
