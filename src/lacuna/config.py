@@ -168,8 +168,6 @@ class RecordKeys(Page):
     log_every: int = Field(1, ge=1, description="Steps between log lines")
     eval_config: str = Field("", description="TOML file of eval, whose tasks are measured at every evaluation")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: only at the end")
-    sample_prompts: tuple[str, ...] = Field((), description="What to answer, or to continue, at every evaluation")
-    sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept, besides the best")
     resume: bool = Field(False, description="Continue the run of this name from its newest checkpoint")
@@ -224,6 +222,11 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
         return page
 
     @property
+    def has_evaluation(self) -> bool:
+        """Whether there is anything to do at an evaluation."""
+        return bool(self.evaluation or self.eval_data)
+
+    @property
     def leaves_a_run(self) -> bool:
         """Whether anything is written to the run directory."""
         return True
@@ -241,22 +244,28 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
             )
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
-        if not (self.evaluation or self.eval_data or self.sample_prompts) and self.eval_every:
+        if self.eval_every and not self.has_evaluation:
             raise ValueError(
-                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]], eval_config or sample_prompts, "
-                "or drop it"
+                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or eval_config, or drop it"
             )
         return self
 
 
 class BatchKeys(Page):
-    """Batch"""
+    """Batch and samples"""
 
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
+    sample_prompts: tuple[str, ...] = Field((), description="What to answer, or to continue, at every evaluation")
+    sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
 
 
 class RowsConfig(BatchKeys, TrainingConfig):
     """Training on rows of data, as pretrain and sft do."""
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there is anything to do at an evaluation."""
+        return super().has_evaluation or bool(self.sample_prompts)
 
     @model_validator(mode="after")
     def batch_divides(self) -> "RowsConfig":

@@ -82,7 +82,7 @@ def users_function(name: str, spec: str) -> RewardFunction:
             found = importlib.util.spec_from_file_location(Path(place).stem, place)
             assert found and found.loader
             module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module  # as dataclasses and pickles of the user's look there
+            sys.modules[found.name] = module  # where dataclasses of the user look for themselves
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
