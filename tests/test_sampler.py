@@ -426,6 +426,11 @@ def test_one_beam_is_greedy(small: sampler.Sampler) -> None:
     assert beam.log_probability == pytest.approx(sum(completion.log_probabilities), abs=1e-4)
 
 
+def test_beams_without_room_for_all_their_tokens_are_refused(small: sampler.Sampler) -> None:
+    with pytest.raises(UserError, match="311 tokens and max_tokens = 10 are more than the capacity of 320"):
+        beam_search(small, [random_prompt(5), random_prompt(311)], beam_count=2, max_tokens=10)
+
+
 def test_constrained_completions_are_leaves_drawn_by_their_probability(small: sampler.Sampler) -> None:
     """Greedy takes the likeliest allowed token at each step; draws follow the probabilities of allowed tokens."""
     trie, prompt = sampling.token_trie(LEAVES), random_prompt(12)

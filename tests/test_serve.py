@@ -531,6 +531,7 @@ def test_many_clients_get_what_each_would_get_alone(served: Served, alone: sampl
 def test_metrics_count_what_was_done(new_generator: Callable[[], sampler.Generator]) -> None:
     with serving(new_generator()) as served:
         answer = json.loads(ask(served, CHAT, chat(n=2))[2])
+        ask(served, CHAT, chat(n=0))
         ask(served, "/nowhere/42", method="GET")
         status, headers, raw = ask(served, "/metrics", method="GET")
     text = raw.decode()
@@ -541,6 +542,7 @@ def test_metrics_count_what_was_done(new_generator: Callable[[], sampler.Generat
         f"lacuna_prompt_tokens_total {answer['usage']['prompt_tokens']:.1f}",
         f"lacuna_completion_tokens_total {answer['usage']['completion_tokens']:.1f}",
         "lacuna_running 0.0", "lacuna_held 0.0", "lacuna_first_token_seconds_count 1.0",
+        "lacuna_request_seconds_count 1.0",
     ):  # fmt: skip
         assert line in text.splitlines()
 

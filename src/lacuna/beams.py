@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from lacuna.config import SamplingKeys
+from lacuna.config import SamplingKeys, UserError
 from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, head_of, logits_of, prefill
 from lacuna.sampler import Request, Sampler, check_request, page_bucket, prompt_pages
 from lacuna.sampling import Forest, Trie, edges_of, forest_of, is_leaf
@@ -47,11 +47,20 @@ def beam_search(
     trie: Trie | None = None,
 ) -> list[list[Beam]]:
     """The likeliest continuations of each prompt, best first: whole paths of `trie` where one is given, else up to a
-    stop token or `max_tokens`. Deterministic; scores are plain sums of the model's log-probabilities."""
+    stop token or `max_tokens`. Deterministic; scores are plain sums of the model's log-probabilities.
+
+    Raises:
+        UserError: a prompt that leaves no room for `max_tokens`, or that can't be generated from at all.
+    """
     for prompt in prompts:
         rules = SamplingKeys(max_tokens=max_tokens)
         check_request(Request(tuple(prompt), rules, tuple(stop_ids), trie=trie), sampler.config, sampler.capacity)
     longest = max(len(prompt) for prompt in prompts)
+    if longest + max_tokens > sampler.capacity:
+        raise UserError(
+            f"a prompt of {longest:,} tokens and max_tokens = {max_tokens:,} are more than the capacity of "
+            f"{sampler.capacity:,}, prompt and completion together; lower max_tokens or shorten the prompt"
+        )
     pages = prompt_pages(longest, sampler.capacity)
     token = np.zeros((len(prompts), pages * PAGE), np.int32)
     for row, prompt in enumerate(prompts):

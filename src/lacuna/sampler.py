@@ -509,7 +509,7 @@ class Sampler:
         self._place(prompts, group, arrivals)
 
     def _plant(self, tries: list[Trie]) -> None:
-        """Have these tries in the forest; those that nobody walks in go when new ones come."""
+        """Have these tries in the forest; when new ones come and nobody walks in any of the old, all the old go."""
         if any(trie not in self.tries for trie in tries):
             walked = [running.request.trie for running in self.running if running]
             if not any(trie in self.tries for trie in walked):

@@ -385,13 +385,15 @@ def guarded(app: ASGIApp, service: Service) -> ASGIApp:
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
-        began = time.perf_counter()
+        began, status = time.perf_counter(), 0
         path = scope["path"] if scope["path"] in paths else "other"
 
         async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
-                figures.requests.labels(path, message["status"]).inc()
+                status = message["status"]
+                figures.requests.labels(path, status).inc()
             await send(message)
 
         request = Request(scope)
@@ -401,7 +403,7 @@ def guarded(app: ASGIApp, service: Service) -> ASGIApp:
             response = await api_error(request, error)
             return await response(scope, receive, counted)
         await app(scope, receive, counted)
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and status == 200:
             figures.seconds.observe(time.perf_counter() - began)
 
     return guard
