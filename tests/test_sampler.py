@@ -431,6 +431,22 @@ def test_beams_without_room_for_all_their_tokens_are_refused(small: sampler.Samp
         beam_search(small, [random_prompt(5), random_prompt(311)], beam_count=2, max_tokens=10)
 
 
+def test_tries_come_and_go_while_others_are_walked_in(small: sampler.Sampler) -> None:
+    prompts = [random_prompt(12 + number) for number in range(6)]
+    tries = [sampling.token_trie([(n + 1,) * (9 - n), (n + 1, 100, *[7] * (3 + n))]) for n in range(6)]
+    requests = [Request(prompt, GREEDY, trie=trie) for prompt, trie in zip(prompts, tries, strict=True)]
+    alone = [small.generate([request])[0].tokens for request in requests]
+    parts: dict[int, tuple[int, ...]] = {}
+    waiting = list(requests)
+    while waiting or not small.is_idle:
+        if waiting:
+            small.submit(waiting.pop(0))
+        for part in small.advance(steps=3):
+            parts[part.request] = parts.get(part.request, ()) + part.tokens
+        assert len(small.tries) <= len(small.running) + 1
+    assert [parts[number] for number in sorted(parts)] == alone
+
+
 def test_constrained_completions_are_leaves_drawn_by_their_probability(small: sampler.Sampler) -> None:
     """Greedy takes the likeliest allowed token at each step; draws follow the probabilities of allowed tokens."""
     trie, prompt = sampling.token_trie(LEAVES), random_prompt(12)

@@ -702,6 +702,8 @@ def test_sigterm_finishes_what_has_begun(directory: Path) -> None:
         assert process.stdout and process.stderr
         line = process.stdout.readline()
         found = re.match(r"small at http://127\.0\.0\.1:(\d+)", line)
+        if not found:
+            process.kill()
         assert found, line + process.stderr.read()
         with closing(http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)) as connection:
             body = json.dumps(chat(stream=True, max_tokens=900, temperature=1.5, n=2))

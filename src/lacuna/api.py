@@ -3,6 +3,7 @@
 No field is ignored that could change an answer: it is obeyed, or refused by its name.
 """
 
+import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -159,7 +160,9 @@ def parse_body(kind: type[ChatBody] | type[CompletionBody], raw: bytes) -> ChatB
             message = f"{param} is not a field of this request; leave it out"
         else:
             reason = (
-                problem["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("array", "list")
+                re.sub("^(Input|List|String) should", "should", problem["msg"].removeprefix("Value error, "))
+                .replace("array", "list")
+                .replace(" after validation", "")
             )
             message = f"{param}: {reason}" if param else f"the body {reason}".replace("body Invalid", "body is invalid")
         raise ApiError(400, message, param, "invalid_json" if problem["type"] == "json_invalid" else None) from None

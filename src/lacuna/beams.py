@@ -52,6 +52,10 @@ def beam_search(
     Raises:
         UserError: a prompt that leaves no room for `max_tokens`, or that can't be generated from at all.
     """
+    if not prompts or beam_count < 1 or max_tokens < 1:
+        raise UserError(
+            f"{len(prompts)} prompts, beam_count = {beam_count}, max_tokens = {max_tokens}: each should be 1 or more"
+        )
     for prompt in prompts:
         rules = SamplingKeys(max_tokens=max_tokens)
         check_request(Request(tuple(prompt), rules, tuple(stop_ids), trie=trie), sampler.config, sampler.capacity)

@@ -95,18 +95,17 @@ class Local:
         return [f"model: {self.generator.source}{newest}; {way}", capacity]
 
     def rules(self, page: ChatConfig) -> str:
-        rules = self.rules_of(page)
-        by_origin: dict[str, list[str]] = {"typed": [], "generation_config.json": [], "default": []}
-        for name in RULES:
-            stated = "generation_config.json" if name in self.generator.rules.model_fields_set else "default"
-            by_origin["typed" if name in page.model_fields_set else stated].append(f"{name}={getattr(rules, name):g}")
-        by_origin["typed" if "seed" in page.model_fields_set else "default"].append(f"seed={page.seed}")
-        return "; ".join(f"{' '.join(values)} ({origin})" for origin, values in by_origin.items() if values)
+        from lacuna.sampler import rules_by_origin
+
+        return f"{rules_by_origin(page, self.generator.rules)}; seed={page.seed}"
 
     def rules_of(self, page: ChatConfig) -> SamplingKeys:
         from lacuna.sampler import rules_in_force
 
         return rules_in_force(page, self.generator.rules)
+
+    def is_greedy(self, page: ChatConfig) -> bool:
+        return self.rules_of(page).temperature == 0
 
     def prompt(self, messages: list[Message]) -> tuple[int, ...]:
         if not self.is_chat:
@@ -183,6 +182,9 @@ class Remote:
     def rules(self, page: ChatConfig) -> str:
         typed = [f"{name}={getattr(page, name):g}" for name in SETTABLE if name in page.model_fields_set]
         return f"{' '.join(typed)} (typed); all else as the server has it" if typed else "all as the server has them"
+
+    def is_greedy(self, page: ChatConfig) -> bool:
+        return "temperature" in page.model_fields_set and page.temperature == 0
 
     def size(self, messages: list[Message]) -> str:
         if self.usage is None:
@@ -295,6 +297,8 @@ class Chat:
                 turn = self.cut_off_last_turn()
                 self.messages.append(turn)
                 self.attempt += is_answered
+                if self.source.is_greedy(self.page):
+                    self.say("temperature is 0, so the answer will be the same; /set temperature=0.7 changes that")
                 self.answer()
             case "/save":
                 self.save(argument)
@@ -382,6 +386,8 @@ class Chat:
         finally:
             if text or ended:
                 self.messages.append({"role": "assistant", "content": text})
+        if not text and not ended:
+            return self.say("interrupted before the first token; /retry asks again")
         seconds = time.perf_counter() - began
         rate = (count - 1) / (seconds - first) if count > 1 else count / seconds
         how = f", {ended or 'interrupted'}" if ended != "stop" else ""

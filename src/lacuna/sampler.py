@@ -375,7 +375,7 @@ class Sampler:
     ) -> None:
         """Raises UserError where slots or capacity do not suit the model and devices, or the cache does not fit."""
         check_sequence_length(config, capacity)
-        if slots % row_shards(mesh):
+        if slots < 1 or slots % row_shards(mesh):
             raise UserError(
                 f"slots = {slots} do not divide over data × fsdp = {row_shards(mesh)} devices; set a multiple of that"
             )
@@ -509,13 +509,20 @@ class Sampler:
         self._place(prompts, group, arrivals)
 
     def _plant(self, tries: list[Trie]) -> None:
-        """Have these tries in the forest; when new ones come and nobody walks in any of the old, all the old go."""
-        if any(trie not in self.tries for trie in tries):
-            walked = [running.request.trie for running in self.running if running]
-            if not any(trie in self.tries for trie in walked):
-                self.tries = []
-            self.tries = list(dict.fromkeys([*self.tries, *tries]))
-            self.forest, self.roots = forest_of(self.tries)
+        """Have these tries in the forest; when new ones come, those that nobody walks in go, and the others move."""
+        if all(trie in self.tries for trie in tries):
+            return
+        walked = [running.request.trie for running in self.running if running and running.request.trie]
+        before = dict(zip(self.tries, self.roots, strict=True))
+        self.tries = list(dict.fromkeys(walked))  # the new ones among them
+        self.forest, self.roots = forest_of(self.tries)
+        moved = np.zeros(len(self.running), np.int32)
+        for slot, running in enumerate(self.running):
+            if running and running.request.trie in before:
+                trie = running.request.trie
+                moved[slot] = self.roots[self.tries.index(trie)] - before[trie]
+        node = self.slots.node
+        self.slots = self.slots._replace(node=jnp.where(node < 0, node, node + moved))
 
     def _place(self, prompts: Prompts, group: list[Waiting], arrivals: Arrivals) -> None:
         """Put the arrivals of prompts that were prefilled together into their slots."""
@@ -670,6 +677,16 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer) -> tuple[Sampling
         raise UserError(
             f"{path}: {problem['loc'][0]} = {problem['input']!r}: {problem['msg']}; mend the file"
         ) from error
+
+
+def rules_by_origin(page: SamplingKeys, defaults: SamplingKeys) -> str:
+    """The rules in force in words: those that were typed, those of generation_config.json, and all else."""
+    rules = rules_in_force(page, defaults)
+    by_origin: dict[str, list[str]] = {"typed": [], "generation_config.json": [], "default": []}
+    for name in SamplingKeys.model_fields:
+        stated = "generation_config.json" if name in defaults.model_fields_set else "default"
+        by_origin["typed" if name in page.model_fields_set else stated].append(f"{name}={getattr(rules, name):g}")
+    return "; ".join(f"{' '.join(values)} ({origin})" for origin, values in by_origin.items() if values)
 
 
 def rules_in_force(page: SamplingKeys, defaults: SamplingKeys) -> SamplingKeys:

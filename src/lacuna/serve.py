@@ -38,7 +38,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lacuna import sampler
 from lacuna.api import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
 from lacuna.config import SamplingKeys, ServeConfig, UserError, is_loopback
-from lacuna.sampler import Completion, Generator, Sampler, load_generator
+from lacuna.sampler import Completion, Generator, Sampler, load_generator, rules_by_origin
 
 STEPS = 8  # tokens between two looks at what came: the grain of a stream
 HEADER_SECONDS, BODY_SECONDS = 20, 30  # for a client to send its request's head, and its body
@@ -367,9 +367,10 @@ async def api_error(request: Request, error: Exception) -> Response:
 def check_entry(request: Request, page: ServeConfig) -> None:
     """Refuse who has no key, or where none is needed, a page of the web whose name was made to point here."""
     if key := page.api_key.get_secret_value():
-        given = request.headers.get("authorization", "").encode("latin-1")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
         is_open = request.url.path in ("/", "/health")
-        if not is_open and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) and scheme.lower() == "bearer"
+        if not is_open and not is_right:
             message = "this server wants its key: send the header Authorization: Bearer KEY"
             raise ApiError(401, message, None, "invalid_api_key")
         return
@@ -433,7 +434,11 @@ def make_app(service: Service) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         service.driver.start()
-        print(f"{service.name} at {service.url}, API under /v1; Ctrl-C stops", flush=True)
+        sampler = service.generator.sampler
+        print(f"{service.name} at {service.url}, API under /v1; Ctrl-C stops")
+        print(f"slots: {len(sampler.running)}, each of {sampler.capacity:,} tokens, prompt and answer together")
+        rules = rules_by_origin(service.page, service.generator.rules)
+        print(f"rules, unless a request says otherwise: {rules}", flush=True)
         yield
         await run_in_threadpool(service.driver.stop)
 
