@@ -433,7 +433,7 @@ def test_beams_without_room_for_all_their_tokens_are_refused(small: sampler.Samp
 
 def test_tries_come_and_go_while_others_are_walked_in(small: sampler.Sampler) -> None:
     prompts = [random_prompt(12 + number) for number in range(6)]
-    tries = [sampling.token_trie([(n + 1,) * (9 - n), (n + 1, 100, *[7] * (3 + n))]) for n in range(6)]
+    tries = [sampling.token_trie([(n + 1,) * (9 - n), (n + 1, 100, *[7] * 5)]) for n in range(6)]
     requests = [Request(prompt, GREEDY, trie=trie) for prompt, trie in zip(prompts, tries, strict=True)]
     alone = [small.generate([request])[0].tokens for request in requests]
     parts: dict[int, tuple[int, ...]] = {}
