@@ -244,7 +244,7 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
             )
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
-        if self.eval_every and not self.has_evaluation:
+        if not self.has_evaluation and self.eval_every:  # in this order: eval_config is read, and refused, in any case
             raise ValueError(
                 f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or eval_config, or drop it"
             )
