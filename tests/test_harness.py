@@ -14,8 +14,9 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed: uv sync 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from lacuna import eval as evaluation  # noqa: E402
-from lacuna import harness, tasks  # noqa: E402
+from lacuna import harness  # noqa: E402
 from lacuna.config import EvalConfig, UserError  # noqa: E402
+from lacuna.predictions import Predictions  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("tiny_choices", "tiny_rolling", "tiny_generate")
@@ -66,15 +67,15 @@ def test_tasks_have_the_figures_of_the_harness_on_transformers(shelf: Path, tmp_
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore")
 def test_a_killed_harness_goes_on(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, add = page_of(shelf, tmp_path, tasks=("tiny_choices",)), tasks.Predictions.add
+    page, add = page_of(shelf, tmp_path, tasks=("tiny_choices",)), Predictions.add
 
-    def killed(self: tasks.Predictions, *line: Any) -> None:
+    def killed(self: Predictions, *line: Any) -> None:
         if len(self.lines) == 6:
             raise KeyboardInterrupt
         add(self, *line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.Predictions, "add", killed)
+        patch.setattr(Predictions, "add", killed)
         with pytest.raises(KeyboardInterrupt, match="6 answers are kept"):
             evaluation.run(page)
     found = measured(page)

@@ -16,6 +16,7 @@ from lacuna import tasks, weights
 from lacuna.config import DataSource, EvalConfig, UserError, parse, to_toml
 from lacuna.likelihood import log_likelihoods
 from lacuna.model import initial_params, read_model_config
+from lacuna.predictions import Predictions
 from lacuna.tokenizer import encode, load_tokenizer
 from lacuna.trainer import run as train
 
@@ -95,15 +96,15 @@ def test_every_problem_is_asked_and_judged(uninterrupted: EvalConfig) -> None:
 def test_a_killed_evaluation_goes_on_to_the_same_answers(
     uninterrupted: EvalConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page, add = page_of(model, tmp_path, slots=16), tasks.Predictions.add
+    page, add = page_of(model, tmp_path, slots=16), Predictions.add
 
-    def killed(self: tasks.Predictions, *line: Any) -> None:
+    def killed(self: Predictions, *line: Any) -> None:
         if len(self.lines) == 7:
             raise KeyboardInterrupt
         add(self, *line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.Predictions, "add", killed)
+        patch.setattr(Predictions, "add", killed)
         with pytest.raises(KeyboardInterrupt, match="7 answers are kept in .* the same command again goes on"):
             evaluation.run(page)
     path = page.run_directory / "predictions.jsonl"

@@ -20,7 +20,8 @@ from lacuna.config import EvalConfig, UserError, to_toml
 from lacuna.data import Dataset, describe, load_dataset
 from lacuna.distributed import check_same, enable_compilation_cache, from_first, is_first, make_mesh, row_shards
 from lacuna.model import check_sequence_length, parameter_counts
-from lacuna.tasks import Predictions, Questions, Subject, Tick, measure, read_questions
+from lacuna.predictions import Predictions, Subject, Tick
+from lacuna.tasks import Questions, measure, read_questions
 from lacuna.trainer import held_out_loss
 from lacuna.weights import OpenedModel
 

@@ -50,10 +50,11 @@ from lacuna.objective import (
     packed_rows,
     zeros,
 )
+from lacuna.predictions import Subject
 from lacuna.problems import Problem, Problems, read_problems
 from lacuna.rewards import Reward, load_rewards, rewards_of
 from lacuna.sampler import Request, Sampler, generation_defaults
-from lacuna.tasks import Subject, measure_in_training, read_questions
+from lacuna.tasks import measure_in_training, read_questions
 from lacuna.tokenizer import Tokenizer
 from lacuna.trainer import (
     Recipe,

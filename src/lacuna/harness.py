@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 
 from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
 from lacuna.likelihood import log_likelihoods
+from lacuna.predictions import Figures, Predictions, Subject, Tick, capacity_of, sampler_for, seed_of
 from lacuna.sampler import Completion, Request, generation_defaults
-from lacuna.tasks import Figures, Predictions, Subject, Tick, capacity_of, sampler_for, seed_of
 from lacuna.tokenizer import before_stop, encode, end_of_text_id, plain, render
 
 MAX_TOKENS = 256  # of tasks that do not say, as in the harness's own models

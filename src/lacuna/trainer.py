@@ -57,6 +57,7 @@ from lacuna.model import (
     summed_cross_entropy,
     token_statistics,
 )
+from lacuna.predictions import Subject
 from lacuna.sampler import Request, Sampler, generation_defaults
 from lacuna.tokenizer import Tokenizer, decode, encode, render
 from lacuna.weights import OpenedModel
@@ -611,7 +612,7 @@ class Loop:
         if self.page.sample_prompts:
             self.pending[-1][0]["samples"] = self.samples(state)
         if self.page.evaluation:
-            subject = tasks.Subject(OpenedModel(tokenizer.directory, model, tokenizer), state.params, mesh)
+            subject = Subject(OpenedModel(tokenizer.directory, model, tokenizer), state.params, mesh)
             with self.untimed():
                 self.pending[-1][0].update(tasks.measure_in_training(self.page.evaluation, subject))
         if held_out is None:
