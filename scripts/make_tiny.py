@@ -3,7 +3,8 @@
     uv run python scripts/make_tiny.py
 
 The chats are arithmetic word problems whose answer repeats each event of the question beside its calculation, so that
-a model of a million parameters learns them in minutes. The constants below decide how hard they are.
+a model of a million parameters learns them in minutes; those of short.jsonl are answered by the bare result. The
+constants below decide how hard they are.
 """
 
 import json
@@ -17,12 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 FOLDER = Path(__file__).parents[1] / "configs" / "tiny"
 SEED = 0
 
-TRAIN_COUNT, HELDOUT_COUNT, PRETRAIN_COUNT = 4000, 500, 1500
+TRAIN_COUNT, SHORT_COUNT, HELDOUT_COUNT, PRETRAIN_COUNT = 4000, 4000, 500, 1500
 STEPS = (1, 3)
-START = (5, 20)
-GROUPS, GROUP_SIZE = (2, 5), (2, 9)
-OPERAND = {"+": (2, 9), "-": (2, 9), "×": (2, 3)}
-RESULT = (2, 50)
+START = (3, 15)
+GROUPS, GROUP_SIZE = (2, 4), (2, 5)
+OPERAND = {"+": (2, 6), "-": (2, 6), "×": (2, 3)}
+RESULT = (1, 20)
 GROUPED_SHARE = 0.3
 QUESTION_FIRST_SHARE = 0.2
 
@@ -225,8 +226,9 @@ def write_lines(name: str, rows: Iterable[dict[str, Any]]) -> None:
 
 def main() -> None:
     random = Random(SEED)
-    problems = distinct(problem, HELDOUT_COUNT + TRAIN_COUNT, random)
-    chats = [chat(question, answer) for question, answer in problems]
+    problems = distinct(problem, HELDOUT_COUNT + TRAIN_COUNT + SHORT_COUNT, random)
+    chats = [chat(question, answer) for question, answer in problems[: HELDOUT_COUNT + TRAIN_COUNT]]
+    short = [chat(question, answer.splitlines()[-1]) for question, answer in problems[HELDOUT_COUNT + TRAIN_COUNT :]]
     texts = distinct(pretraining_text, PRETRAIN_COUNT, random)
 
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -234,6 +236,7 @@ def main() -> None:
     write_json("tokenizer_config.json", TOKENIZER_CONFIG)
     write_json("generation_config.json", GENERATION_CONFIG)
     write_lines("train.jsonl", chats[HELDOUT_COUNT:])
+    write_lines("short.jsonl", short)
     write_lines("heldout.jsonl", chats[:HELDOUT_COUNT])
     write_lines("pretrain.jsonl", [{"text": text} for text in texts])
     turns = [f"{message['role']}\n{message['content']}" for row in chats for message in row["messages"]]

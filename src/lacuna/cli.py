@@ -6,12 +6,14 @@ import sys
 from typing import NoReturn
 
 from lacuna.config import (
+    PLANS,
     ChatConfig,
     EvalConfig,
     GrpoConfig,
     PretrainConfig,
     ServeConfig,
     SftConfig,
+    TrainingConfig,
     UserError,
     did_you_mean,
     parse,
@@ -34,8 +36,9 @@ def main() -> None:
         print("usage: lacuna COMMAND [@ FILE.toml ...] [--option VALUE ...]\n")
         for name, page in PAGES.items():
             print(f"  {name:10}{page.__doc__}")
+        print("  plan COMMAND  What a run of pretrain, sft or grpo would take on accelerators that are not here")
         print("\nEvery option of a command, with the value now in force: lacuna COMMAND --help")
-    elif command in PAGES:
+    elif command in (*PAGES, "plan"):
         start(command, arguments)
     else:
         stop(f"error: {command} is not a command of lacuna{did_you_mean(command, PAGES)}", 2)
@@ -65,11 +68,20 @@ def serve() -> None:
     start("serve", sys.argv[1:])
 
 
+def plan() -> None:
+    start("plan", sys.argv[1:])
+
+
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
     try:
         if command == "grpo" and "--replay" in arguments[:-1]:  # a replay begins with the config of its run
             arguments = ["@", f"{arguments[arguments.index('--replay') + 1]}/config.toml", *arguments]
+        if command == "plan":
+            planned = parse(*page_to_plan(arguments))
+            from lacuna.plan import run as look_ahead
+
+            return look_ahead(planned)
         page = parse(PAGES[command], arguments, command)
         if isinstance(page, ChatConfig):
             from lacuna.chat import run as talk
@@ -99,6 +111,17 @@ def start(command: str, arguments: list[str]) -> None:
         stop(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
         stop(f"interrupted{interrupt}", 130)
+
+
+def page_to_plan(arguments: list[str]) -> tuple[type[TrainingConfig], list[str], str]:
+    """The page, arguments and program name of `plan COMMAND …`."""
+    command, *rest = arguments or [""]
+    if command not in PLANS:
+        asked = " (plan COMMAND --help shows its options)" if command in ("", "-h", "--help") else ""
+        raise UserError(
+            f"plan needs a command that trains behind it, {', '.join(PLANS)}, as in plan sft @ FILE.toml{asked}"
+        )
+    return PLANS[command], rest, f"plan {command}"
 
 
 def stop(message: str, code: int) -> NoReturn:

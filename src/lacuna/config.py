@@ -378,6 +378,26 @@ class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
         return self
 
 
+class PlanKeys(Page):
+    """Plan"""
+
+    topology: str = Field(min_length=1, description="Accelerators to plan for, as in h200:8, a100:1, v5e:16, v5p:4x4x4")
+    plan_file: str = Field("plan.json", min_length=1, description="JSON file that the figures are written to")
+
+
+class PretrainPlan(PlanKeys, PretrainConfig):
+    """What a run of pretrain would take on accelerators that are not here."""
+
+
+class SftPlan(PlanKeys, SftConfig):
+    """What a run of sft would take on accelerators that are not here."""
+
+
+class GrpoPlan(PlanKeys, GrpoConfig):
+    """What a run of grpo would take on accelerators that are not here."""
+
+
+PLANS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainPlan, "sft": SftPlan, "grpo": GrpoPlan}
 OWN_TASKS = ("loss", "generate", "choices")
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -301,20 +301,20 @@ def enable_compilation_cache(page: DeviceKeys) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def make_mesh(data_parallel: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; `fsdp` = 0 takes what the other two leave over.
+def make_mesh(data_parallel: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or over those given; `fsdp` = 0 takes what the other two leave over.
 
     Raises:
         UserError: the three numbers do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    count = len(devices) if devices else jax.device_count()
     shape = (data_parallel, fsdp or max(count // (data_parallel * tensor), 1), tensor)
     if math.prod(shape) != count:
         raise UserError(
             f"data_parallel × fsdp × tensor = {' × '.join(map(str, shape))} = {math.prod(shape)}, but the devices "
             f"are {count}; choose divisors of {count}, and fsdp = 0 for those left over"
         )
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
 
 
 def check_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> None:

@@ -301,6 +301,8 @@ class Loop:
         page = self.page
         log_file = page.run_directory / "run.log"
         with self.stop.listening(self.log.info), watchdog(lambda: self.work_done, log_file), self.saver.finishing():
+            if self.step == 0 and self.inputs.held_out:
+                self.log.step({"step": 0, **self.held_out_rewards(state)})
             while self.step < self.steps:
                 began = time.perf_counter()
                 self.sampler.load(state.params)
@@ -326,7 +328,11 @@ class Loop:
                     model = OpenedModel(self.inputs.source, self.inputs.model, self.inputs.tokenizer)
                     record |= measure_in_training(page.evaluation, Subject(model, state.params, self.inputs.mesh))
                     self.work_done = self.step
-                is_best = bool(is_eval) and self.inputs.held_out is not None and self.evaluate(state, record)
+                is_best = False
+                if is_eval and self.inputs.held_out:
+                    record |= self.held_out_rewards(state)
+                    is_best = self.best_reward is None or record["eval_reward"] > self.best_reward
+                    self.best_reward = record["eval_reward"] if is_best else self.best_reward
                 if is_first():
                     write_rollouts(page.run_directory / "rollouts.jsonl", groups)
                 self.log.step({"step": self.step, **record})
@@ -357,8 +363,8 @@ class Loop:
             if seconds > max(1.0, SLOW_REWARD * record["step_seconds"]):
                 self.log.info(f"reward {name} took {seconds:.1f} s of {record['step_seconds']:.1f} s of this step")
 
-    def evaluate(self, state: TrainState, record: dict[str, Any]) -> bool:
-        """Mean rewards of greedy completions of the held-out problems into the record; whether it is the best."""
+    def held_out_rewards(self, state: TrainState) -> dict[str, float]:
+        """Mean rewards of greedy completions of the held-out problems."""
         assert self.inputs.held_out
         self.sampler.load(state.params)
         problems = self.inputs.held_out.problems
@@ -367,12 +373,8 @@ class Loop:
         texts = [completion.text for completion in self.sampler.generate(requests, lambda _: self.worked())]
         pairs = list(zip(problems, texts, strict=True))
         values, total, _ = judged(self.inputs.rewards, pairs, f"evaluation {self.step}")
-        record["eval_reward"] = float(np.mean(total))
-        record |= {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
-        is_best = self.best_reward is None or record["eval_reward"] > self.best_reward
-        if is_best:
-            self.best_reward = record["eval_reward"]
-        return is_best
+        means = {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
+        return {"eval_reward": float(np.mean(total))} | means
 
     def save(self, state: TrainState, is_best: bool) -> None:
         """Begin to save the checkpoint of this step."""
@@ -417,7 +419,7 @@ class Loop:
             "command": "grpo",
             "parameters": parameter_counts(self.inputs.model)["all"],
             "best_eval_reward": self.best_reward,
-            "final_reward": records[-1]["reward"] if records else None,
+            "final_reward": records[-1].get("reward") if records else None,
             "skipped_steps": sum(record.get("skipped_updates", 0) for record in records),
             "wall_seconds": self.wall_seconds(),
             "device_kind": self.inputs.mesh.devices.flat[0].device_kind,

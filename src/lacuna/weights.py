@@ -97,10 +97,7 @@ def open_model(model_name: str, mesh: Mesh, *template: str, with_weights: bool =
         UserError: no such model, or one that is not supported or does not fit the mesh.
     """
     source = resolve_model(model_name, with_weights)
-    config = read_model_config(source)
-    shards = mesh.shape[AXIS_RULES["vocab"]]
-    config = replace(config, padded_vocabulary=-(-config.vocabulary_size // shards) * shards)
-    check_divisible(mesh, config.sizes)
+    config = config_on(source, mesh)
     tokenizer = load_tokenizer(source, *template)
     if tokenizer.vocabulary_size > config.vocabulary_size:
         raise UserError(
@@ -108,6 +105,19 @@ def open_model(model_name: str, mesh: Mesh, *template: str, with_weights: bool =
             f"{config.vocabulary_size}; do they belong together?"
         )
     return OpenedModel(source, config, tokenizer)
+
+
+def config_on(source: Path, mesh: Mesh) -> ModelConfig:
+    """The config in a model's directory, the vocabulary padded for the mesh.
+
+    Raises:
+        UserError: the model is not supported or does not fit the mesh.
+    """
+    config = read_model_config(source)
+    shards = mesh.shape[AXIS_RULES["vocab"]]
+    config = replace(config, padded_vocabulary=-(-config.vocabulary_size // shards) * shards)
+    check_divisible(mesh, config.sizes)
+    return config
 
 
 class FileTensor(NamedTuple):

@@ -1,0 +1,428 @@
+"""What a run will take on accelerators that are not here: its programs, compiled for them from shapes alone.
+
+Memory is what the compiler says; times are bounds from the published figures of the chips, not measurements.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from lacuna import trainer, weights
+from lacuna.config import GrpoConfig, PlanKeys, RowsConfig, TrainingConfig, UserError, accumulation_steps
+from lacuna.data import Batch
+from lacuna.distributed import ROW_AXES, make_mesh, row_shards
+from lacuna.metrics import byte_size, peak_flops, percent, short, step_flops
+from lacuna.model import PAGE, ModelConfig, parameter_counts
+from lacuna.objective import INTEGERS, RolloutBatch, add_gradient, zeros
+from lacuna.programs import Collective, collectives, matmul_flops, moved_bytes, read_program
+from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots, fill_cache
+from lacuna.sampling import forest_of
+from lacuna.trainer import TrainState
+
+USABLE = 0.92  # of a device's memory; the rest goes to the driver, communication and fragmentation
+MOST_ROWS = 64  # the largest micro-batch that is tried
+KERNEL = re.compile(r'custom_call_target="([^"]*(?:fmha|tpu_custom_call|flash|splash)[^"]*)"')
+
+
+class Chip(NamedTuple):
+    """Published figures of a device: memory in bytes, bandwidths in bytes a second, of links in one direction."""
+
+    platform: str
+    kind: str
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    per_node: int
+
+
+CHIPS = {
+    # NVIDIA data sheets, SXM: half of NVLink's two-way bandwidth; DGX: one network card a GPU (400 Gb/s, A100 200)
+    "a100": Chip("cuda", "NVIDIA A100-SXM4-80GB", 80 * 2**30, 2.039e12, 300e9, 25e9, 8),
+    "h100": Chip("cuda", "NVIDIA H100 80GB HBM3", 80 * 2**30, 3.35e12, 450e9, 50e9, 8),
+    "h200": Chip("cuda", "NVIDIA H200", 140 * 2**30, 4.8e12, 450e9, 50e9, 8),
+    # Google Cloud documentation, of each chip: interconnect 2400, 1600, 4800 and 3584 Gb/s over all its links
+    "v4": Chip("tpu", "TPU v4", 32 * 2**30, 1.228e12, 150e9, 150e9, 4096),
+    "v5e": Chip("tpu", "TPU v5e", 16 * 2**30, 819e9, 100e9, 100e9, 256),
+    "v5p": Chip("tpu", "TPU v5", 95 * 2**30, 2.765e12, 300e9, 300e9, 8960),
+    "v6e": Chip("tpu", "TPU v6e", 32 * 2**30, 1.64e12, 224e9, 224e9, 256),
+}
+SLICES = {
+    2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
+}
+GPU_TARGETS = {
+    "a100": {"cores": 108, "major": 8, "shared": 167936, "block": 166912, "cache": 41943040, "clock": 1.41},
+    "h100": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
+    "h200": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
+}
+GPU_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 fpus_per_core: {fpus}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {block}
+  core_count: {cores} l2_cache_size: {cache} clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} minor: 0 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 2 }}
+device_description_str: "{kind}"
+"""
+
+
+class Topology(NamedTuple):
+    """Devices that a compiler knows of, whether or not they are there."""
+
+    name: str
+    chip: Chip
+    devices: list[jax.Device]
+
+
+def read_topology(name: str) -> Topology:
+    """The topology of a name such as h200:8, h100:64, v5e:16 or v5p:4x4x4.
+
+    Raises:
+        UserError: no such chip or slice, or its compiler is not installed.
+    """
+    kind, _, size = name.lower().partition(":")
+    if kind not in CHIPS:
+        raise UserError(f"topology {name!r}: {kind!r} is none of {', '.join(CHIPS)}; write it as in h200:8 or v5e:16")
+    chip = CHIPS[kind]
+    if chip.platform == "cuda":
+        if not size.isdecimal() or not int(size) or (int(size) > chip.per_node and int(size) % chip.per_node):
+            raise UserError(f"topology {name!r}: give 1 to {chip.per_node} GPUs, or whole nodes of {chip.per_node}")
+        nodes, count = max(int(size) // chip.per_node, 1), min(int(size), chip.per_node)
+        figures = GPU_TARGETS[kind] | {"fpus": 64 if kind == "a100" else 128}
+        target = GPU_TARGET.format(**figures, kind=chip.kind, memory=chip.memory, bandwidth=chip.bandwidth)
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        arguments = {"topology_name": "", "topology": f"1x{nodes}x{count}", "target_config": target}
+    else:
+        known = SLICES[3 if kind in ("v4", "v5p") else 2]
+        shape = known.get(int(size), "") if size.isdecimal() else size
+        if shape not in known.values():
+            raise UserError(f"topology {name!r}: {kind} comes as {', '.join(f'{kind}:{count}' for count in known)}")
+        arguments = {"topology_name": f"{kind}:{shape}"}
+    try:
+        devices = topologies.get_topology_desc(platform=chip.platform, **arguments).devices
+    except Exception as error:  # each plugin fails in its own way, most of them where it is missing
+        extra = "cuda" if chip.platform == "cuda" else "tpu"
+        raise UserError(
+            f"topology {name!r}: its compiler can't be used ({' '.join(str(error).split())[:200]}); "
+            f"start it as uv run --extra {extra} plan"
+        ) from error
+    return Topology(name, chip, list(devices))
+
+
+# Programs
+
+
+class Program(NamedTuple):
+    """A compiled program and what else a device holds while it runs (bytes), besides its arguments."""
+
+    name: str
+    compiled: Any
+    flops: float
+    compile_seconds: float
+    beside: float
+
+    @property
+    def bytes(self) -> float:
+        """The most that a device holds while it runs."""
+        memory = self.compiled.memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return float(memory.argument_size_in_bytes + new + memory.temp_size_in_bytes) + self.beside
+
+
+def device_bytes(tree: PyTree) -> float:
+    """Bytes of one device's part of arrays given as shapes with shardings."""
+    return sum(
+        float(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=float)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def placed(tree: PyTree, shardings: Any) -> Any:
+    """Shapes with where they lie; one sharding serves for all leaves, or a tree gives each its own."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
+
+
+def compiled(name: str, function: Any, *arguments: Any, beside: float = 0.0, **static: Any) -> Program:
+    """A jitted function for arguments given as shapes."""
+    began = time.perf_counter()
+    traced = function.trace(*arguments, **static)
+    program = traced.lower().compile()
+    return Program(name, program, matmul_flops(traced.jaxpr.jaxpr), time.perf_counter() - began, beside)
+
+
+def programs_of(page: TrainingConfig, model: ModelConfig, mesh: Mesh) -> list[Program]:
+    """The programs that a run of this page spends its time in."""
+    state = trainer.abstract_state(model, mesh)
+    recipe = placed(jax.eval_shape(lambda: trainer.recipe_of(page, 2)), NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        if isinstance(page, RowsConfig):
+            return [rows_program(page, model, mesh, state, recipe)]
+        assert isinstance(page, GrpoConfig)
+        return list(grpo_programs(page, model, mesh, state, recipe))
+
+
+def rows_program(page: RowsConfig, model: ModelConfig, mesh: Mesh, state: TrainState, recipe: Any) -> Program:
+    """The step of sft and pretrain."""
+    shards = row_shards(mesh)
+    shape = (accumulation_steps(page.batch_size, page.micro_batch_size, shards), page.micro_batch_size * shards,
+             page.sequence_length)  # fmt: skip
+    rows = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
+    batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in Batch._fields]
+    step = jax.jit(partial(trainer.train_step, model=model, page=page), donate_argnames="state")
+    return compiled("step", step, state, Batch(*batch), recipe)
+
+
+def kind_of(name: str) -> Any:
+    return jnp.int32 if name in INTEGERS else jnp.float32
+
+
+def grpo_programs(
+    page: GrpoConfig, model: ModelConfig, mesh: Mesh, state: TrainState, recipe: Any
+) -> Iterator[Program]:
+    """Prefill, decoding, the gradient of a micro-batch and the optimizer's step, which share the devices' memory."""
+    shards = row_shards(mesh)
+    rows, first = NamedSharding(mesh, PartitionSpec(ROW_AXES)), NamedSharding(mesh, PartitionSpec())
+    count = -(-min(page.slots, page.prompts_per_step * page.completions_per_prompt) // shards) * shards
+    pages = -(-page.sequence_length // PAGE)
+    slots = placed(jax.eval_shape(partial(empty_slots, model, count, pages, page.compute_dtype)), rows)
+    heads = NamedSharding(mesh, PartitionSpec(ROW_AXES, "tensor"))
+    slots = slots._replace(cache=placed(slots.cache, heads))
+    casting = cast_params.trace(state.params, model, page.compute_dtype)
+    params = placed(casting.out_info, casting.lower().compile().output_shardings)
+    forest = placed(jax.eval_shape(lambda: forest_of([])[0]), first)
+    flags = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=first)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=first)
+    trained, generating = device_bytes(state), device_bytes((params, slots))
+    longest = -(-(page.sequence_length - page.max_completion_tokens) // PAGE) * PAGE
+    most = min(page.prompts_per_step, max(PREFILL_PAGES // pages, 1))
+    prompts = jax.ShapeDtypeStruct((-(-most // shards) * shards, longest), jnp.int32, sharding=rows)
+    yield compiled("prefill", fill_cache, params, prompts, model, beside=trained + device_bytes(slots))
+    yield compiled("decode", decode_block, params, slots, forest, flags, number, number, model, beside=trained)
+    shape = page.micro_batch_size * shards, page.sequence_length
+    batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in RolloutBatch._fields]
+    compute = jax.eval_shape(lambda leaves: trainer.cast(leaves, model, page.compute_dtype), state.params)
+    compute = jax.tree.map(lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
+                           compute, state.params)  # fmt: skip
+    sums = jax.eval_shape(zeros, state.params)
+    sums = placed(sums[0], jax.tree.map(lambda leaf: leaf.sharding, state.params)), *placed(sums[1:], first)
+    yield compiled(
+        "update", add_gradient, sums, compute, RolloutBatch(*batch), model, page, beside=trained + generating
+    )
+    step = jax.jit(trainer.apply_gradient, static_argnames="model", donate_argnames="state")
+    beside = generating + device_bytes(compute)
+    yield compiled("optimizer", step, state, sums[1], sums[0], recipe, model, beside=beside)
+
+
+# What is told of them
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """Figures of a program, bytes and FLOPs for each device; `seconds` is the least that it can take."""
+
+    name: str
+    bytes: float
+    argument_bytes: float
+    temporary_bytes: float
+    beside_bytes: float
+    flops: float
+    moved_bytes: float
+    collectives: list[Collective]
+    compute_seconds: float
+    memory_seconds: float
+    exposed_seconds: float
+    overlapped_seconds: float
+    seconds: float
+    kernels: list[str]
+    compile_seconds: float
+
+
+def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan:
+    """A program's figures on a chip."""
+    text = program.compiled.as_text()
+    computations = read_program(text)
+    talk = collectives(computations, device_count)
+    flops, moved = program.flops / device_count, moved_bytes(computations)
+    seconds = {True: 0.0, False: 0.0}
+    for each in talk:
+        seconds[each.is_overlapped] += each.bytes / (chip.link if each.group <= chip.per_node else chip.network)
+    compute, memory = flops / peak(chip), moved / chip.bandwidth
+    stats = program.compiled.memory_analysis()
+    return ProgramPlan(
+        name=program.name,
+        bytes=program.bytes,
+        argument_bytes=float(stats.argument_size_in_bytes),
+        temporary_bytes=float(stats.temp_size_in_bytes),
+        beside_bytes=program.beside,
+        flops=flops,
+        moved_bytes=moved,
+        collectives=talk,
+        compute_seconds=compute,
+        memory_seconds=memory,
+        exposed_seconds=seconds[False],
+        overlapped_seconds=seconds[True],
+        seconds=max(compute, memory, seconds[True]) + seconds[False],
+        kernels=sorted(set(KERNEL.findall(text))),
+        compile_seconds=program.compile_seconds,
+    )
+
+
+def peak(chip: Chip) -> float:
+    """Dense bfloat16 FLOP/s."""
+    found = peak_flops(chip.kind)
+    assert found
+    return found
+
+
+def fits(programs: list[Program], chip: Chip) -> bool:
+    return max(program.bytes for program in programs) <= USABLE * chip.memory
+
+
+def run(page: TrainingConfig) -> None:
+    """The command plan: compile what a page's run would, and print and write down what it takes.
+
+    Raises:
+        UserError: the topology, the model or the mesh is not to be had.
+    """
+    assert isinstance(page, PlanKeys)
+    jax.config.update("jax_platforms", "cpu")
+    topology = read_topology(page.topology)
+    chip, source = topology.chip, weights.resolve_model(page.model_name, with_weights=False)
+    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor, topology.devices)
+    model = weights.config_on(source, mesh)
+    count, state = mesh.size, trainer.abstract_state(model, mesh)
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(
+        f"{topology.name}: {count} × {chip.kind}, mesh {shape}; published of each: {byte_size(chip.memory)} at "
+        f"{byte_size(chip.bandwidth)}/s, {short(peak(chip))}FLOP/s in bfloat16, {byte_size(chip.link)}/s to others"
+        + (f", {byte_size(chip.network)}/s between nodes of {chip.per_node}" if count > chip.per_node else "")
+    )
+    counts = parameter_counts(model)
+    print(f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, compute in {page.compute_dtype}")
+    programs = programs_of(page, model, mesh)
+    plans = [program_plan(each, chip, count) for each in programs]
+    weight_bytes, state_bytes = device_bytes(state.params), device_bytes(state)
+    print(
+        f"a device's part of the state: {byte_size(weight_bytes)} of parameters, "
+        f"{byte_size(state_bytes - weight_bytes)} of optimizer; gradients take as much as parameters while they last"
+    )
+    for each in plans:
+        print("\n".join(program_lines(each, chip)))
+    facts: dict[str, Any] = {
+        "topology": topology.name, "devices": count, "mesh": dict(mesh.shape), "chip": chip._asdict(),
+        "model": page.model_name, "parameters": counts["all"], "parameter_bytes": weight_bytes,
+        "optimizer_bytes": state_bytes - weight_bytes, "fits": fits(programs, chip),
+        "programs": [asdict(each) | {"collectives": [talk._asdict() for talk in each.collectives]} for each in plans],
+    }  # fmt: skip
+    if isinstance(page, RowsConfig):
+        facts |= step_facts(page, model, plans[0], chip, count)
+        print(
+            f"a step of {page.batch_size} rows × {page.sequence_length} tokens, each row one document: model "
+            f"{short(facts['model_flops'])}FLOP, {percent(facts['recomputed_share'])} more in the program; no faster "
+            f"than {plans[0].seconds:.3g} s, which is {short(facts['tokens_per_second'])} tokens/s and "
+            f"{percent(facts['mfu'])} MFU (an estimate from published figures)"
+        )
+    print(verdict(programs, chip))
+    facts["advice"] = list(advice(page, model, topology, programs))
+    print("\n".join(facts["advice"]))
+    Path(page.plan_file).write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"all of it: {page.plan_file}")
+
+
+def program_lines(plan: ProgramPlan, chip: Chip) -> Iterator[str]:
+    """What is printed of a program."""
+    beside = f", {byte_size(plan.beside_bytes)} beside it" if plan.beside_bytes else ""
+    yield (
+        f"{plan.name}: {byte_size(plan.bytes)} ({byte_size(plan.argument_bytes)} of arguments, "
+        f"{byte_size(plan.temporary_bytes)} of temporaries{beside}); compiled in {plan.compile_seconds:.1f} s"
+    )
+    yield (
+        f"  compute {plan.compute_seconds:.3g} s ({short(plan.flops)}FLOP), memory {plan.memory_seconds:.3g} s "
+        f"({byte_size(plan.moved_bytes)} moved), kernels called by name: {', '.join(plan.kernels) or 'none'}"
+    )
+    for each in plan.collectives:
+        beside = "beside computation" if each.is_overlapped else "waited for"
+        yield f"  {each.count} × {each.kind} among {each.group}: {byte_size(each.bytes)} a device, {beside}"
+
+
+def step_facts(page: RowsConfig, model: ModelConfig, plan: ProgramPlan, chip: Chip, count: int) -> dict[str, float]:
+    """What a step costs and how fast it can be."""
+    tokens = page.batch_size * page.sequence_length
+    width = model.kv_heads * model.group * model.head
+    squares = page.batch_size * page.sequence_length**2
+    flops = step_flops(parameter_counts(model)["matmul"], width, model.layers, tokens, squares)
+    return {
+        "model_flops": flops,
+        "recomputed_share": max(plan.flops * count / flops - 1, 0.0),
+        "tokens_per_second": tokens / plan.seconds,
+        "mfu": flops / (plan.seconds * count * peak(chip)),
+    }
+
+
+def verdict(programs: list[Program], chip: Chip) -> str:
+    """Whether a run fits."""
+    most = max(programs, key=lambda each: each.bytes)
+    room = f"of the {byte_size(USABLE * chip.memory)} that programs can have of {byte_size(chip.memory)}"
+    return f"{'fits' if fits(programs, chip) else 'DOES NOT FIT'}: {most.name} needs {byte_size(most.bytes)} {room}"
+
+
+def advice(page: TrainingConfig, model: ModelConfig, topology: Topology, programs: list[Program]) -> Iterator[str]:
+    """The largest micro-batch that fits, or the cheapest change after which the run does."""
+    chip, mesh = topology.chip, make_mesh(page.data_parallel, page.fsdp, page.tensor, topology.devices)
+
+    def needed(**changes: Any) -> list[Program]:
+        return programs_of(page.model_copy(update=changes), model, mesh)
+
+    rows = [size for size in sizes_of(page, mesh) if size > page.micro_batch_size]
+    if fits(programs, chip):
+        largest = page.micro_batch_size
+        for size in rows:
+            if not fits(needed(micro_batch_size=size), chip):
+                yield f"largest micro_batch_size that fits: {largest} ({size} does not)"
+                return
+            largest = size
+        yield f"largest micro_batch_size that fits: {largest}, the largest that divides the batch"
+        return
+    smaller = [size for size in reversed(sizes_of(page, mesh)) if size < page.micro_batch_size]
+    changes: list[dict[str, Any]] = [{"micro_batch_size": size} for size in smaller]
+    kinds = ("none", "matmuls", "layer")
+    for kind in kinds[kinds.index(page.rematerialisation) + 1 :]:
+        changes += [{"rematerialisation": kind}, {"rematerialisation": kind, "micro_batch_size": 1}]
+    if isinstance(page, GrpoConfig):
+        changes += [{"slots": page.slots // 2}, {"slots": page.slots // 4, "micro_batch_size": 1}]
+    for change in changes:
+        if fits(needed(**change), chip):
+            told = ", ".join(f"{key} = {value}" for key, value in change.items())
+            yield f"it fits with {told}"
+            return
+    yield f"nothing that plan tries makes it fit on {topology.name}; try more devices, or a smaller model"
+
+
+def sizes_of(page: TrainingConfig, mesh: Mesh) -> list[int]:
+    """Micro-batches that a page could have, smallest first."""
+    most = page.batch_size // row_shards(mesh) if isinstance(page, RowsConfig) else MOST_ROWS
+    powers = [2**power for power in range(MOST_ROWS.bit_length()) if 2**power <= min(most, MOST_ROWS)]
+    return [size for size in powers if not isinstance(page, RowsConfig) or most % size == 0]

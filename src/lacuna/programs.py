@@ -1,0 +1,250 @@
+"""What a compiled program does: bytes moved and collectives from its text, FLOPs from its jaxpr."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+ENTRY = "ENTRY"
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+MOVES_NOTHING = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "add-dependency", "iota",
+}  # fmt: skip
+IN_PLACE = ("dynamic-update-slice", "scatter")
+HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)$")
+SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
+CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation: the operation's result, kind and shape, and what stands behind its parenthesis."""
+
+    name: str
+    kind: str
+    shape: str
+    operands: tuple[str, ...]
+    text: str
+
+    @property
+    def bytes(self) -> float:
+        return shape_bytes(self.shape)
+
+
+Computation = dict[str, Instruction]  # by name, in the order in which they run
+
+
+class Collective(NamedTuple):
+    """A kind of communication in one program run: how often, bytes that each device sends over all of them, the size of
+    its groups of devices, and whether it runs beside computation."""
+
+    kind: str
+    group: int
+    is_overlapped: bool
+    count: int
+    bytes: float
+
+
+def shape_bytes(shape: str) -> float:
+    """Bytes of an array, or of a tuple's arrays, in XLA's notation, whose names of types hold their bits."""
+    total = 0.0
+    for dtype, sizes in SHAPE.findall(shape):
+        bits = re.search(r"\d+", dtype)
+        total += math.prod(int(size) for size in sizes.split(",") if size) * (int(bits[0]) / 8 if bits else 1)
+    return total
+
+
+def read_program(text: str) -> dict[str, Computation]:
+    """The computations of a compiled program's text, the one it begins with under ENTRY."""
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    for line in text.splitlines():
+        if header := HEADER.match(line):
+            current = computations[ENTRY if header[1] else header[2]] = {}
+        elif found := INSTRUCTION.match(line):
+            name, shape, kind, rest = found.groups()
+            operands = tuple(re.findall(r"%([\w.-]+)", rest[: closing(rest)]))
+            current[name] = Instruction(name, kind, shape, operands, rest)
+    return computations
+
+
+def closing(text: str) -> int:
+    """Where the parenthesis closes that was opened just before the text."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return place
+    return len(text)
+
+
+def runs_of(computations: dict[str, Computation]) -> dict[str, int]:
+    """How often each computation runs that is no mere part of a fusion; of branches, the one that makes most."""
+    counts: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, times: int) -> None:
+        counts[name] += times
+        for each in computations[name].values():
+            if each.kind == "while":
+                body = re.search(r"body=%?([\w.-]+)", each.text)
+                assert body
+                visit(body[1], times * trips(each, computations))
+            elif each.kind == "conditional":
+                visit(
+                    max(called_by(each), key=lambda branch: sum(x.bytes for x in computations[branch].values())), times
+                )
+            elif each.kind in ("call", "async-start"):
+                for called in called_by(each):
+                    visit(called, times)
+
+    visit(ENTRY, 1)
+    return counts
+
+
+def called_by(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs."""
+    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+    return CALLED.findall(instruction.text) + (re.findall(r"%?([\w.-]+)", branches[1]) if branches else [])
+
+
+def trips(loop: Instruction, computations: dict[str, Computation]) -> int:
+    """How often a loop goes round: as XLA says, else the largest number that its condition compares with."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", loop.text)
+    assert condition
+    inside = computations[condition[1]].values()
+    written = (each.text.partition(")")[0] for each in inside if each.kind == "constant")
+    return max((int(number) for number in written if number.isdecimal()), default=1)
+
+
+def moved_bytes(computations: dict[str, Computation]) -> float:
+    """Bytes that one run reads from and writes to the device's memory, each fusion once: what its operands and results
+    hold, of slices only the part that is read or written."""
+    total = 0.0
+    for name, times in runs_of(computations).items():
+        here = computations[name]
+        for each in here.values():
+            if each.kind in MOVES_NOTHING or each.kind.endswith("-done"):
+                continue
+            called = [computations[part] for part in called_by(each) if part in computations]
+            if each.kind == "fusion" and called:
+                total += times * fusion_bytes(each, called[0])
+            elif each.kind in ("dynamic-slice", "gather", "slice"):
+                total += times * 2 * each.bytes
+            elif each.kind in IN_PLACE:
+                total += times * 2 * size_of(each.operands[1:], here)
+            else:
+                total += times * (each.bytes + size_of(each.operands, here))
+    return total
+
+
+def size_of(names: tuple[str, ...], here: Computation) -> float:
+    return sum(here[name].bytes for name in names if name in here)
+
+
+def fusion_bytes(fusion: Instruction, inside: Computation) -> float:
+    """Bytes that a fusion reads and writes."""
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    for each in inside.values():
+        for operand in each.operands:
+            users[operand].append(each)
+    updates = [each for each in inside.values() if each.kind in IN_PLACE]
+    in_place = {each.operands[0] for each in updates}
+    written = fusion.bytes - sum(each.bytes - 2 * size_of(each.operands[1:], inside) for each in updates)
+    read = 0.0
+    for each in inside.values():
+        if each.kind != "parameter" or each.name in in_place:
+            continue
+        uses = users[each.name]
+        is_sliced = uses and all(
+            use.kind in ("dynamic-slice", "gather") and use.operands[0] == each.name for use in uses
+        )
+        read += sum(use.bytes for use in uses) if is_sliced else each.bytes
+    return max(written, 0) + read
+
+
+def collectives(computations: dict[str, Computation], device_count: int) -> list[Collective]:
+    """The communication of one run."""
+    found: dict[tuple[str, int, bool], list[float]] = defaultdict(lambda: [0, 0.0])
+    for name, times in runs_of(computations).items():
+        for each, is_overlapped in communicating(computations, name):
+            kind = next(kind for kind in COLLECTIVES if each.kind.startswith(kind))
+            group = group_size(each.text, device_count)
+            if group == 1:
+                continue
+            here = found[kind, group, is_overlapped]
+            here[0] += times
+            here[1] += times * sent_bytes(kind, each, group)
+    return [Collective(*key, int(count), size) for key, (count, size) in sorted(found.items())]
+
+
+def communicating(computations: dict[str, Computation], name: str) -> Iterator[tuple[Instruction, bool]]:
+    """Each collective of a computation, those inside its fusions too, and whether others run before it is awaited."""
+    order = list(computations[name].values())
+    for place, each in enumerate(order):
+        if each.kind.startswith(COLLECTIVES) and not each.kind.endswith("-done"):
+            yield each, each.kind.endswith("-start") and is_beside_work(order, place)
+        elif each.kind in ("fusion", "custom-call"):
+            for called in called_by(each):
+                if called in computations:
+                    for inner in computations[called].values():
+                        if inner.kind.startswith(COLLECTIVES) and not inner.kind.endswith("-done"):
+                            yield inner, True
+
+
+def is_beside_work(order: list[Instruction], start: int) -> bool:
+    """Whether something is computed between the start of a collective and its end."""
+    for each in order[start + 1 :]:
+        if order[start].name in each.operands:
+            return False
+        if each.kind in ("fusion", "custom-call", "dot", "convolution", "while"):
+            return True
+    return False
+
+
+def group_size(text: str, device_count: int) -> int:
+    """Devices in each group of a collective."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(counted[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", named[2]))
+    return device_count
+
+
+def sent_bytes(kind: str, instruction: Instruction, group: int) -> float:
+    """Bytes that each device sends in one collective, by the ring that is best for large arrays."""
+    share = (group - 1) / group
+    largest = max((shape_bytes(f"{dtype}[{sizes}]") for dtype, sizes in SHAPE.findall(instruction.shape)), default=0)
+    match kind:
+        case "all-gather" | "all-to-all":
+            return largest * share
+        case "reduce-scatter":
+            return largest * (group - 1)
+        case "all-reduce":
+            return 2 * largest * share
+        case _:
+            return largest
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """FLOPs of the matrix products in a jaxpr over all devices, recomputation included; of branches, the largest, and
+    of loops whose length is not known, one round. Kernels that are called by name count nothing."""
+    total = 0.0
+    for each in jaxpr.eqns:
+        if each.primitive.name == "dot_general":
+            (contracted, _), _ = each.params["dimension_numbers"]
+            depth = math.prod(each.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * depth * math.prod(each.outvars[0].aval.shape)
+        elif each.primitive.name == "cond":
+            total += max(matmul_flops(branch.jaxpr) for branch in each.params["branches"])
+        else:
+            inner = (getattr(value, "jaxpr", value) for value in each.params.values())
+            within = sum(matmul_flops(part) for part in inner if hasattr(part, "eqns"))
+            total += within * each.params.get("length", 1) if each.primitive.name == "scan" else within
+    return total

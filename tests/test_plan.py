@@ -1,0 +1,170 @@
+"""Plans: what is read from compiled programs against known ones, and a whole plan on virtual devices."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import TINY, mesh_of
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lacuna import cli, plan
+from lacuna.config import PretrainPlan, UserError
+from lacuna.model import read_model_config
+from lacuna.plan import CHIPS, Topology, read_topology
+from lacuna.programs import collectives, matmul_flops, moved_bytes, read_program, runs_of, shape_bytes
+
+ROWS = ["--model-name", str(TINY), "--from-scratch", "--run-name", "planned", "--data.0.path", "unread.jsonl"]
+
+
+def text_of(function: Any, *arguments: Any, **options: Any) -> str:
+    return str(jax.jit(function, **options).lower(*arguments).compile().as_text())
+
+
+def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def test_sizes_of_arrays_and_tuples() -> None:
+    assert shape_bytes("f32[2,3]{1,0}") == 24 and shape_bytes("(bf16[8]{0:T(8,128)(2,1)}, pred[3], s4[6], u32[])") == 26
+
+
+def test_flops_count_every_round_of_a_scan_and_what_is_recomputed() -> None:
+    def chain(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, weight: (jnp.sin(x @ weight), None), x, weights)[0].sum()
+
+    def backward(body: Any) -> float:
+        return matmul_flops(jax.make_jaxpr(jax.grad(body))(shape(5, 16, 16), shape(4, 16)).jaxpr)
+
+    one = 2 * 4 * 16 * 16
+    assert matmul_flops(jax.make_jaxpr(chain)(shape(5, 16, 16), shape(4, 16)).jaxpr) == 5 * one
+    assert backward(chain) == 3 * 5 * one
+    assert backward(jax.checkpoint(chain)) == 4 * 5 * one
+
+
+def test_loops_run_as_often_as_their_condition_says() -> None:
+    def looped(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.cumsum(x) @ jnp.ones((64, 64)), x)
+
+    program = read_program(text_of(looped, shape(64)))
+    assert 7 in runs_of(program).values()
+
+
+def test_an_elementwise_program_moves_what_it_reads_and_writes() -> None:
+    assert moved_bytes(read_program(text_of(lambda x, y: jnp.sin(x) + y, shape(1000), shape(1000)))) == 12_000
+
+
+def test_a_slice_counts_as_what_is_read_of_it() -> None:
+    def updated(x: jax.Array, row: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(x, row, (at, 0))
+
+    text = text_of(updated, shape(1000, 100), shape(1, 100), shape(dtype=jnp.int32), donate_argnums=0)
+    assert moved_bytes(read_program(text)) < 4000
+
+
+@pytest.mark.parametrize("kind", ["all-gather", "all-reduce"])
+def test_collectives_are_counted_with_their_bytes(kind: str) -> None:
+    mesh = mesh_of(1, 8, 1)
+    sharded, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("fsdp",), ()))
+
+    def talk(x: jax.Array) -> jax.Array:
+        return x * 2 if kind == "all-gather" else jnp.sum(x.reshape(8, 1000), axis=0)
+
+    text = text_of(talk, jax.ShapeDtypeStruct((8000,), jnp.float32, sharding=sharded), out_shardings=whole)
+    found = collectives(read_program(text), 8)
+    assert [(each.kind, each.group, each.count) for each in found] == [(kind, 8, 1)]
+    assert found[0].bytes == {"all-gather": 8000 * 4 * 7 / 8, "all-reduce": 2 * 1000 * 4 * 7 / 8}[kind]
+
+
+@pytest.fixture
+def virtual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight devices of this machine as if they were H100s."""
+    topology = Topology("h100:8", CHIPS["h100"], jax.devices())
+    monkeypatch.setattr(plan, "read_topology", lambda _: topology)
+
+
+def test_a_plan_of_sft_adds_up(virtual: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    sizes = ["--sequence-length", "128", "--batch-size", "16", "--micro-batch-size", "1"]
+    cli.start("plan", ["sft", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
+    facts, told = json.loads(file.read_text()), capsys.readouterr().out
+    step = facts["programs"][0]
+    assert facts["fits"] and "fits: step needs" in told and "largest micro_batch_size that fits: 2" in told
+    assert facts["parameter_bytes"] * 8 == pytest.approx(facts["parameters"] * 4, rel=0.02)
+    assert facts["optimizer_bytes"] == pytest.approx(2 * facts["parameter_bytes"], rel=1e-4)
+    assert step["argument_bytes"] >= 3 * facts["parameter_bytes"]
+    assert {each["kind"] for each in step["collectives"]} >= {"all-gather"}
+    assert 0 <= facts["recomputed_share"] < 0.2
+    assert step["seconds"] >= max(step["compute_seconds"], step["memory_seconds"])
+
+
+def test_recomputation_shows(virtual: None, tmp_path: Path) -> None:
+    share = {}
+    for kind in ("none", "layer"):
+        file = tmp_path / f"{kind}.json"
+        sizes = ["--sequence-length", "64", "--batch-size", "8", "--rematerialisation", kind]
+        cli.start("plan", ["pretrain", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
+        share[kind] = json.loads(file.read_text())["recomputed_share"]
+    assert share["layer"] > share["none"] + 0.2
+
+
+def test_what_does_not_fit_says_what_would(
+    virtual: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pretrain", *ROWS, "--sequence-length", "128", "--batch-size", "32", "--micro-batch-size", "4",
+                 "--topology", "h100:8", "--plan-file", str(tmp_path / "plan.json")]  # fmt: skip
+    cli.start("plan", arguments)
+    needed = json.loads((tmp_path / "plan.json").read_text())["programs"][0]["bytes"]
+    small = Topology("h100:8", CHIPS["h100"]._replace(memory=0.9 * needed / plan.USABLE), jax.devices())
+    monkeypatch.setattr(plan, "read_topology", lambda _: small)
+    capsys.readouterr()
+    cli.start("plan", arguments)
+    told = capsys.readouterr().out
+    assert "DOES NOT FIT" in told and "it fits with micro_batch_size = 2" in told
+
+
+def test_a_plan_of_grpo_counts_what_lies_beside_each_program(virtual: None, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    sizes = ["--sequence-length", "128", "--max-completion-tokens", "64", "--slots", "8", "--prompts-per-step", "2"]
+    cli.start("plan", ["grpo", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
+    facts = json.loads(file.read_text())
+    programs = {each["name"]: each for each in facts["programs"]}
+    assert programs.keys() == {"prefill", "decode", "update", "optimizer"}
+    state = facts["parameter_bytes"] + facts["optimizer_bytes"]
+    assert programs["decode"]["beside_bytes"] == pytest.approx(state, rel=1e-3)
+    assert programs["update"]["beside_bytes"] > state
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("h900:8", "'h900' is none of a100"), ("h100:12", "whole nodes of 8"), ("h100", "give 1 to 8 GPUs"),
+     ("v5e:5", "v5e comes as v5e:1, v5e:4"), ("v5p:2x2", "v5p comes as v5p:4")],
+)  # fmt: skip
+def test_a_topology_that_is_not_there_is_refused(name: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        read_topology(name)
+
+
+def test_plan_needs_a_command_that_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.start("plan", ["eval", "--topology", "h100:1"])
+    assert "pretrain, sft, grpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["h200:8", "v5e:4"])
+def test_real_compilers_are_asked_where_they_are_installed(name: str) -> None:
+    try:
+        topology = read_topology(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    config = replace(read_model_config(TINY), layers=1)
+    mesh = plan.make_mesh(1, 0, 1, topology.devices)
+    page = PretrainPlan(
+        model_name="x", run_name="x", data=({"path": "x"},), topology=name, sequence_length=256, batch_size=8
+    )
+    programs = plan.programs_of(page, config, mesh)
+    facts = plan.program_plan(programs[0], topology.chip, mesh.size)
+    assert facts.bytes > 0 and facts.collectives and facts.flops > 0
