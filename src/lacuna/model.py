@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from lacuna.config import UserError
-from lacuna.distributed import AXIS_RULES, shard_rows
+from lacuna.distributed import AXIS_RULES, ROW_AXES, shard_rows
 
 ATTENTION_BLOCK, ATTENTION_BLOCKS = 128, 8
 LOSS_CHUNK = 512
@@ -582,7 +582,10 @@ def _split_tokens(chunk: int, *arrays: Array) -> Any:
 
 
 def _chunk_length(hidden: Array) -> int:
-    return min(hidden.shape[1], max(1, LOSS_CHUNK // hidden.shape[0]))
+    """Tokens of each row in a chunk, such that a device has LOSS_CHUNK of them: its part of the rows is what counts."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    rows_of_a_device = max(hidden.shape[0] // math.prod(shape.get(axis, 1) for axis in ROW_AXES), 1)
+    return min(hidden.shape[1], max(1, LOSS_CHUNK // rows_of_a_device))
 
 
 def _negative_log_likelihood(

@@ -218,18 +218,15 @@ def group_size(text: str, device_count: int) -> int:
 
 
 def sent_bytes(kind: str, instruction: Instruction, group: int) -> float:
-    """Bytes that each device sends in one collective, by the ring that is best for large arrays."""
-    share = (group - 1) / group
-    largest = max((shape_bytes(f"{dtype}[{sizes}]") for dtype, sizes in SHAPE.findall(instruction.shape)), default=0)
-    match kind:
-        case "all-gather" | "all-to-all":
-            return largest * share
-        case "reduce-scatter":
-            return largest * (group - 1)
-        case "all-reduce":
-            return 2 * largest * share
-        case _:
-            return largest
+    """Bytes that each device sends in one collective, around a ring, which is best for large arrays."""
+    told, is_started = instruction.bytes, instruction.kind.endswith("-start")
+    if kind == "all-reduce":
+        return 2 * told * (group - 1) / group
+    if kind in ("all-to-all", "collective-permute"):
+        return (told / 2 if is_started else told) * (group - 1) / group
+    if is_started:  # its result holds the operands as well: the whole and one part
+        return told * (group - 1) / (group + 1)
+    return told * (group - 1) * (1 if kind == "reduce-scatter" else 1 / group)
 
 
 def matmul_flops(jaxpr: Any) -> float:
