@@ -210,11 +210,11 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str
     import numpy as np
 
     from lacuna import metrics, sampler, weights
-    from lacuna.config import SamplingKeys
+    from lacuna.config import ModelKeys, SamplingKeys
     from lacuna.distributed import make_mesh
 
     mesh = make_mesh(1, 0, 1)
-    source, config, tokenizer = weights.open_model(model_name, mesh)
+    source, config, tokenizer = weights.open_model(ModelKeys(model_name=model_name, compute_dtype=dtype), mesh)
     params = weights.load_params(source, config, mesh)
     random = np.random.default_rng(0)
     rates = [max(read_rate(), peak()["copy_bytes_per_second"])]

@@ -141,23 +141,6 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
         np.testing.assert_allclose(entries, expected["gradient_values"][number], rtol=1e-4, atol=1e-5 * norm)
 
 
-@pytest.mark.parametrize("lengths", [(8,), (5, 3), (1, 6, 1), (150, 3, 120)])
-def test_attention_is_that_of_each_document_alone_in_float64(lengths: tuple[int, ...]) -> None:
-    token = sum(lengths)
-    shapes = [(1, token, 2, 3, 4), (1, token, 2, 4), (1, token, 2, 4)]
-    query, key, value = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(shapes))
-    segment = jnp.repeat(jnp.arange(1, len(lengths) + 1), np.array(lengths))[None]
-    packed = model.attention(query, key, value, segment)
-    start = 0
-    for length in lengths:
-        span = slice(start, start := start + length)
-        q, k, v = (np.asarray(x[0, span], np.float64) for x in (query, key, value))
-        scores = np.einsum("tkgh,skh->kgts", q, k) / 2 + np.where(np.tri(length), 0, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        alone = np.einsum("kgts,skh->tkgh", weights / weights.sum(-1, keepdims=True), v)
-        np.testing.assert_allclose(packed[0, span], alone, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("shape", [(2, 7), (3, 300), (600, 2)])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_chunked_cross_entropy_has_the_value_and_gradient_of_the_formula(shape: tuple[int, int], padding: int) -> None:

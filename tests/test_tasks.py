@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lacuna import eval as evaluation
 from lacuna import tasks, weights
-from lacuna.config import DataSource, EvalConfig, UserError, parse, to_toml
+from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, parse, to_toml
 from lacuna.likelihood import log_likelihoods
 from lacuna.model import initial_params, read_model_config
 from lacuna.predictions import Predictions
@@ -171,7 +171,7 @@ def test_the_right_choice_is_named_by_text_label_or_number(
     path.write_text(json.dumps({"question": "Which?"} | row) + "\n")
     source = {"path": str(path), "prompt_column": "question", "completion_column": "answer"}
     page = page_of(model, tmp_path, tasks=("choices",), data=(source,), labels=("positive", "negative"))
-    opened = weights.open_model(str(model), mesh_of(1, 1, 1))
+    opened = weights.open_model(ModelKeys(model_name=str(model)), mesh_of(1, 1, 1))
     if right is None:
         with pytest.raises(UserError, match="nor the number of one"):
             tasks.read_questions(page, opened)
@@ -212,7 +212,7 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
             pairs.append((context, encode(tokenizer, f"{row['question']} {choice}", True).tolist()[len(context) :]))
         greedy += row["is_greedy"]
     for mesh, batch_size in ((mesh_of(1, 1, 1), 4), (mesh_of(2, 2, 2), 1)):
-        _, config, _ = weights.open_model(str(directory), mesh)
+        _, config, _ = weights.open_model(ModelKeys(model_name=str(directory)), mesh)
         params = weights.load_params(directory, config, mesh)
         scored = sorted(log_likelihoods(params, pairs, config, mesh, "float32", batch_size, longest=512))
         found.append([each.log_likelihood for _, each in scored])

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from lacuna import checkpoint, trainer, weights
-from lacuna.config import SamplingKeys, SftConfig, UserError
+from lacuna.config import ModelKeys, SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
 from lacuna.model import (
@@ -494,7 +494,7 @@ def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
     logged = [record["samples"] for record in records(run)]
     assert len(logged) == 2 and all(tuple(samples) == prompts for samples in logged)
     mesh = mesh_of(1, 1, 1)
-    source, config, tokenizer = weights.open_model(str(run.run_directory), mesh)
+    source, config, tokenizer = weights.open_model(ModelKeys(model_name=str(run.run_directory)), mesh)
     sampler = Sampler(weights.load_params(source, config, mesh), config, tokenizer, mesh, 1, 64, "float32")
     for prompt in prompts:
         text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)

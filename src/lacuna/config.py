@@ -74,6 +74,9 @@ class ModelKeys(Page):
 
     model_name: str = Field(min_length=1, description="Directory in Hugging Face layout, run directory, or hub id")
     compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type that matmuls compute in")
+    attention: Literal["auto", "cudnn", "splash", "xla"] = Field(
+        "auto", description="Kernel of attention; auto: the fastest that the devices have"
+    )
 
 
 class DataKeys(Page):
@@ -477,7 +480,15 @@ class ChatConfig(GenerationConfig):
 
     @model_validator(mode="after")
     def keys_belong_to_one_place(self) -> "ChatConfig":
-        here = ("output_dir", "capacity", "chat_template", "template_date", "compute_dtype", *DeviceKeys.model_fields)
+        here = (
+            "output_dir",
+            "capacity",
+            "chat_template",
+            "template_date",
+            "compute_dtype",
+            "attention",
+            *DeviceKeys.model_fields,
+        )
         if self.endpoint and (given := [key for key in here if key in self.model_fields_set]):
             raise ValueError(f"{', '.join(given)} can't be chosen for a server; leave it out, or leave endpoint out")
         if self.api_key.get_secret_value() and not self.endpoint:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, track
 
 from lacuna import metrics, runs, weights
+from lacuna.attention import choose_backend
 from lacuna.config import EvalConfig, UserError, to_toml
 from lacuna.data import Dataset, describe, load_dataset
 from lacuna.distributed import check_same, enable_compilation_cache, from_first, is_first, make_mesh, row_shards
@@ -39,14 +41,14 @@ def run(page: EvalConfig) -> None:
     directory = page.run_directory
     check_unfinished(page)
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
-    model = weights.open_model(page.model_name, mesh, page.chat_template, page.template_date)
+    model = weights.open_model(page, mesh, page.chat_template, page.template_date)
     dataset = None
     if "loss" in page.tasks:
         check_sequence_length(model.config, page.sequence_length)
         dataset = load_dataset(page.data, model.tokenizer, page, is_stream=False, is_shuffled=False)
     questions = read_questions(page, model)
     enable_compilation_cache(page)
-    tell(page, model, dataset, questions)
+    tell(page, model, mesh, dataset, questions)
     with claimed(page):
         if is_first():
             begin(page, model, questions)
@@ -87,10 +89,11 @@ def check_unfinished(page: EvalConfig) -> None:
         )
 
 
-def tell(page: EvalConfig, model: OpenedModel, dataset: Dataset | None, questions: Questions) -> None:
+def tell(page: EvalConfig, model: OpenedModel, mesh: Mesh, dataset: Dataset | None, questions: Questions) -> None:
     """Print what is measured, and on what."""
     count = parameter_counts(model.config)["all"]
     print(f"model: {page.model_name} ({model.config.family}), {count:,} parameters")
+    print(choose_backend(page, mesh, model.config.head)[1])
     bad = list(questions.bad)
     if dataset:
         print(f"data: {describe(dataset.facts)}")

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint, metrics, runs, weights
+from lacuna.attention import choose_backend
 from lacuna.checkpoint import Manifest, RunFacts, Saver
 from lacuna.config import GrpoConfig, SamplingKeys, UserError, parse
 from lacuna.data import Epochs, Mixture
@@ -168,7 +169,7 @@ def read_inputs(page: GrpoConfig) -> Inputs:
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
     rewards = load_rewards(page.reward)
     template = page.chat_template, page.template_date
-    source, model, tokenizer = weights.open_model(page.model_name, mesh, *template, with_weights=False)
+    source, model, tokenizer = weights.open_model(page, mesh, *template, with_weights=False)
     check_sequence_length(model, page.sequence_length)
     longest, skips_bad = page.sequence_length - page.max_completion_tokens, page.on_bad_data == "skip"
     problems = read_problems(page.data, page, tokenizer, longest, skips_bad, wants_answers=False)
@@ -265,6 +266,7 @@ def start_facts(page: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     yield f"model: {page.model_name} ({inputs.model.family}), {counts['all']:,} parameters"
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     yield f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}, compute in {page.compute_dtype}"
+    yield choose_backend(page, mesh, inputs.model.head)[1]
     completions = page.prompts_per_step * page.completions_per_prompt
     yield (
         f"a step: {page.prompts_per_step} problems × {page.completions_per_prompt} completions = {completions}, up to "

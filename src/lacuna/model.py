@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from lacuna.attention import attention
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, shard_rows
 
-ATTENTION_BLOCK, ATTENTION_BLOCKS = 128, 8
 LOSS_CHUNK = 512
 PAGE = 64
 
@@ -65,6 +65,7 @@ class ModelConfig:
     initializer_range: float
     file_dtype: str
     padded_vocabulary: int
+    attention: str
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -264,6 +265,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         initializer_range=value("initializer_range", float, 0.02),
         file_dtype=file_dtype,
         padded_vocabulary=value("vocab_size", int, None),
+        attention="xla",
     )
 
 
@@ -377,43 +379,6 @@ def _matrix_product_backward(
 matrix_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matrix_product_backward)
 
 
-def attention(
-    query: Float[Array, "batch token kv_head group head"],
-    key: Float[Array, "batch token kv_head head"],
-    value: Float[Array, "batch token kv_head head"],
-    segment: Int[Array, "batch token"],
-) -> Float[Array, "batch token kv_head group head"]:
-    """Causal grouped-query attention confined to each packed document; padding is a document of its own.
-
-    A block of queries meets only the keys up to its own end, so nearly half of the score matrix is never made; the
-    number of blocks is bounded, as each is compiled. The backward pass makes the scores again, block by block, which
-    costs less than to keep them (cf. Dao et al. 2022).
-    """
-    starts = range(0, segment.shape[1], max(ATTENTION_BLOCK, -(-segment.shape[1] // ATTENTION_BLOCKS)))
-    blocks = [
-        attend_block(query[:, start:end], key[:, :end], value[:, :end], segment[:, :end])
-        for start, end in zip(starts, [*starts[1:], segment.shape[1]], strict=True)
-    ]
-    return jnp.concatenate(blocks, axis=1)
-
-
-@jax.checkpoint
-def attend_block(
-    query: Float[Array, "batch token kv_head group head"],
-    key: Float[Array, "batch source kv_head head"],
-    value: Float[Array, "batch source kv_head head"],
-    segment: Int[Array, "batch source"],
-) -> Float[Array, "batch token kv_head group head"]:
-    """Attention of the last tokens of a row on all of it."""
-    first = key.shape[1] - query.shape[1]
-    causal = jnp.arange(first, key.shape[1])[:, None] >= jnp.arange(key.shape[1])
-    visible = causal & (segment[:, first:, None] == segment[:, None, :])
-    scores = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * query.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value)
-
-
 def layer_forward(
     x: Float[Array, "batch token embed"],
     layer: PyTree[Array],
@@ -460,7 +425,7 @@ def forward(
     angle = position[..., None] * rotary_frequencies(config)
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return attention(query, key, value, segment), None
+        return attention(query, key, value, segment, config.attention), None
 
     body = partial(layer_forward, angle=angle, attend=attend, config=config)
     if rematerialisation != "none":
@@ -501,7 +466,7 @@ def prefill(params: PyTree[Array], token: Int[Array, "batch token"], config: Mod
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
         paged = (x.reshape(x.shape[0], -1, PAGE, *x.shape[2:]) for x in (key, value))
         keys, values = (jnp.einsum("bpskh->bkpsh", x) for x in paged)
-        return attention(query, key, value, segment), (jnp.swapaxes(keys, -1, -2), values)
+        return attention(query, key, value, segment, config.attention), (jnp.swapaxes(keys, -1, -2), values)
 
     x, cache = shard_rows(params["embedding"][token]), []
     for layer in params["layers"]:

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from lacuna import trainer, weights
+from lacuna.attention import choose_backend
 from lacuna.config import GrpoConfig, PlanKeys, RowsConfig, TrainingConfig, UserError, accumulation_steps
 from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
@@ -126,6 +129,27 @@ def read_topology(name: str) -> Topology:
             f"start it as uv run --extra {extra} plan"
         ) from error
     return Topology(name, chip, list(devices))
+
+
+@contextmanager
+def heard_of(topology: Topology) -> Generator[None]:
+    """While programs are traced, jax's cuDNN functions hear of the planned GPU where they ask for the one that is here."""
+    if topology.chip.platform != "cuda":
+        yield
+        return
+    capability = float(topology.devices[0].compute_capability)
+    answers = {
+        "check_compute_capability": lambda least: float(least) <= capability,
+        "is_cuda_compute_capability_equal": lambda exact: float(exact) == capability,
+    }
+    before = {name: getattr(fused_attention, name) for name in answers}
+    for name, answer in answers.items():
+        setattr(fused_attention, name, answer)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(fused_attention, name, function)
 
 
 # Programs
@@ -310,9 +334,16 @@ def run(page: TrainingConfig) -> None:
     assert isinstance(page, PlanKeys)
     jax.config.update("jax_platforms", "cpu")
     topology = read_topology(page.topology)
+    with heard_of(topology):
+        tell(page, topology)
+
+
+def tell(page: TrainingConfig, topology: Topology) -> None:
+    """Print and write down what a run of the page takes on these devices."""
+    assert isinstance(page, PlanKeys)
     chip, source = topology.chip, weights.resolve_model(page.model_name, with_weights=False)
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor, topology.devices)
-    model = weights.config_on(source, mesh)
+    model = weights.config_on(source, page, mesh)
     count, state = mesh.size, trainer.abstract_state(model, mesh)
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(
@@ -322,6 +353,7 @@ def run(page: TrainingConfig) -> None:
     )
     counts = parameter_counts(model)
     print(f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, compute in {page.compute_dtype}")
+    print(choose_backend(page, mesh, model.head)[1])
     programs = programs_of(page, model, mesh)
     plans = [program_plan(each, chip, count) for each in programs]
     weight_bytes, state_bytes = device_bytes(state.params), device_bytes(state)

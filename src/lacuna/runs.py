@@ -140,7 +140,7 @@ def check_unchanged(page: TrainingConfig, model: ModelConfig, digests: tuple[str
 
 def model_facts(model: ModelConfig) -> dict[str, Any]:
     """The model as plain values, without what depends on the devices."""
-    return {key: value for key, value in asdict(model).items() if key != "padded_vocabulary"}
+    return {key: value for key, value in asdict(model).items() if key not in ("padded_vocabulary", "attention")}
 
 
 def data_digests(dataset: Dataset) -> tuple[str, ...]:

@@ -712,8 +712,8 @@ def load_generator(page: GenerationConfig, slots: int) -> Generator:
         UserError: whatever about model, devices or memory can't be used.
     """
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
-    name = page.model_name or str(newest_run(page.output_dir))
-    source, config, tokenizer = weights.open_model(name, mesh, page.chat_template, page.template_date)
+    page = page.model_copy(update={"model_name": page.model_name or str(newest_run(page.output_dir))})
+    source, config, tokenizer = weights.open_model(page, mesh, page.chat_template, page.template_date)
     defaults, stop_ids = generation_defaults(source, tokenizer)
     enable_compilation_cache(page)
     capacity = min(page.capacity, config.max_positions, config.sliding_window or page.capacity)

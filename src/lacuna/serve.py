@@ -37,6 +37,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lacuna import sampler
 from lacuna.api import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
+from lacuna.attention import choose_backend
 from lacuna.config import SamplingKeys, ServeConfig, UserError, is_loopback
 from lacuna.sampler import Completion, Generator, Sampler, load_generator, rules_by_origin
 
@@ -436,6 +437,7 @@ def make_app(service: Service) -> ASGIApp:
         service.driver.start()
         sampler = service.generator.sampler
         print(f"{service.name} at {service.url}, API under /v1; Ctrl-C stops")
+        print(choose_backend(service.page, sampler.mesh, sampler.config.head)[1])
         print(f"slots: {len(sampler.running)}, each of {sampler.capacity:,} tokens, prompt and answer together")
         rules = rules_by_origin(service.page, service.generator.rules)
         print(f"rules, unless a request says otherwise: {rules}", flush=True)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from rich.console import Console
 
 from lacuna import checkpoint, metrics, runs, tasks, weights
+from lacuna.attention import choose_backend
 from lacuna.checkpoint import Manifest, RunFacts, Saver
 from lacuna.config import (
     PretrainConfig,
@@ -312,7 +313,7 @@ def read_inputs(page: RowsConfig) -> Inputs:
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor)
     accumulation_steps(page.batch_size, page.micro_batch_size, row_shards(mesh))
     template = [page.chat_template, page.template_date] if isinstance(page, SftConfig) else []
-    _, model, tokenizer = weights.open_model(page.model_name, mesh, *template, with_weights=False)
+    _, model, tokenizer = weights.open_model(page, mesh, *template, with_weights=False)
     check_sequence_length(model, page.sequence_length)
     dataset = load_dataset(page.data, tokenizer, page, is_stream=isinstance(page, PretrainConfig), is_shuffled=True)
     held_out = None
@@ -431,6 +432,7 @@ def start_facts(page: RowsConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind
     yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {page.compute_dtype}"
+    yield choose_backend(page, mesh, model.head)[1]
     yield (
         f"batch: {page.batch_size} rows × {page.sequence_length} tokens = {page.micro_batch_size} a forward pass × "
         f"{shards} data-parallel devices × {accumulation} accumulated; {steps:,} steps"

@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 
-from lacuna.config import UserError
+from lacuna.attention import choose_backend
+from lacuna.config import ModelKeys, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible
 from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
 from lacuna.tokenizer import Tokenizer, load_tokenizer
@@ -83,21 +84,21 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
 
 
 class OpenedModel(NamedTuple):
-    """A model's directory, its config with the vocabulary padded for the mesh, and its tokenizer."""
+    """A model's directory, its config with the vocabulary padded and attention chosen for the mesh, its tokenizer."""
 
     source: Path
     config: ModelConfig
     tokenizer: Tokenizer
 
 
-def open_model(model_name: str, mesh: Mesh, *template: str, with_weights: bool = True) -> OpenedModel:
+def open_model(page: ModelKeys, mesh: Mesh, *template: str, with_weights: bool = True) -> OpenedModel:
     """All of a model but its weights, each part checked against the others; `template` is as for `load_tokenizer`.
 
     Raises:
-        UserError: no such model, or one that is not supported or does not fit the mesh.
+        UserError: no such model, or one that is not supported, or does not fit the mesh or the page.
     """
-    source = resolve_model(model_name, with_weights)
-    config = config_on(source, mesh)
+    source = resolve_model(page.model_name, with_weights)
+    config = config_on(source, page, mesh)
     tokenizer = load_tokenizer(source, *template)
     if tokenizer.vocabulary_size > config.vocabulary_size:
         raise UserError(
@@ -107,15 +108,16 @@ def open_model(model_name: str, mesh: Mesh, *template: str, with_weights: bool =
     return OpenedModel(source, config, tokenizer)
 
 
-def config_on(source: Path, mesh: Mesh) -> ModelConfig:
-    """The config in a model's directory, the vocabulary padded for the mesh.
+def config_on(source: Path, page: ModelKeys, mesh: Mesh) -> ModelConfig:
+    """The config in a model's directory, its vocabulary padded and its attention chosen for the mesh.
 
     Raises:
-        UserError: the model is not supported or does not fit the mesh.
+        UserError: the model is not supported, or does not fit the mesh or the page.
     """
     config = read_model_config(source)
     shards = mesh.shape[AXIS_RULES["vocab"]]
-    config = replace(config, padded_vocabulary=-(-config.vocabulary_size // shards) * shards)
+    backend, _ = choose_backend(page, mesh, config.head)
+    config = replace(config, padded_vocabulary=-(-config.vocabulary_size // shards) * shards, attention=backend)
     check_divisible(mesh, config.sizes)
     return config
 
