@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lacuna import cli, plan
 from lacuna.config import PretrainPlan, UserError
-from lacuna.model import read_model_config
-from lacuna.plan import CHIPS, Topology, read_topology
+from lacuna.plan import CHIPS, Topology, heard_of, read_topology
 from lacuna.programs import collectives, matmul_flops, moved_bytes, read_program, runs_of, shape_bytes
+from lacuna.weights import config_on
 
 ROWS = ["--model-name", str(TINY), "--from-scratch", "--run-name", "planned", "--data.0.path", "unread.jsonl"]
 
@@ -160,11 +160,12 @@ def test_real_compilers_are_asked_where_they_are_installed(name: str) -> None:
         topology = read_topology(name)
     except UserError as error:
         pytest.skip(str(error))
-    config = replace(read_model_config(TINY), layers=1)
     mesh = plan.make_mesh(1, 0, 1, topology.devices)
     page = PretrainPlan(
         model_name="x", run_name="x", data=({"path": "x"},), topology=name, sequence_length=256, batch_size=8
     )
-    programs = plan.programs_of(page, config, mesh)
+    config = replace(config_on(TINY, page, mesh), layers=1)
+    with heard_of(topology):
+        programs = plan.programs_of(page, config, mesh)
     facts = plan.program_plan(programs[0], topology.chip, mesh.size)
-    assert facts.bytes > 0 and facts.collectives and facts.flops > 0
+    assert facts.bytes > 0 and facts.collectives and facts.flops > 0 and facts.kernels

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from lacuna.config import ModelKeys, UserError
-from lacuna.distributed import AXIS_RULES, ROW_AXES
+from lacuna.distributed import AXIS_RULES, ROW_AXES, platform
 
 Backend = Literal["cudnn", "splash", "xla"]
 Query = Float[Array, "batch token kv_head group head"]
@@ -227,7 +227,7 @@ def splash_attention(
 def xla_attention(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment) -> Query:
     """Block by block, from the first block of keys that any row's documents ask for to that of the queries."""
     length = query.shape[1]
-    block = min(XLA_BLOCK.get(jax.default_backend(), 512), length)
+    block = min(XLA_BLOCK.get(platform(), 512), length)
     return blockwise(*padded(-(-length // block) * block, query, key, value, segment), block)[:, :length]
 
 

@@ -333,6 +333,12 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
+def platform() -> str:
+    """What the devices of the mesh in force are: cpu, gpu or tpu; this machine's, if there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def shard_rows(x: Array) -> Array:
     """State that the leading axis lies over the data axes of the mesh in force, if there is one."""
     if jax.sharding.get_abstract_mesh().empty:

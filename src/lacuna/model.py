@@ -22,9 +22,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from lacuna.attention import attention
 from lacuna.config import UserError
-from lacuna.distributed import AXIS_RULES, ROW_AXES, shard_rows
+from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, shard_rows
 
-LOSS_CHUNK = 512
+LOSS_CHUNK = {"cpu": 512}  # tokens of a device, elsewhere 2048
 PAGE = 64
 
 # Of each layer, keys [slot, kv_head, page, head, offset] and values [slot, kv_head, page, offset, head]
@@ -547,10 +547,10 @@ def _split_tokens(chunk: int, *arrays: Array) -> Any:
 
 
 def _chunk_length(hidden: Array) -> int:
-    """Tokens of each row in a chunk, such that a device has LOSS_CHUNK of them: its part of the rows is what counts."""
+    """Tokens of each row in a chunk, such that each device has LOSS_CHUNK of them in its part of the rows."""
     shape = jax.sharding.get_abstract_mesh().shape
     rows_of_a_device = max(hidden.shape[0] // math.prod(shape.get(axis, 1) for axis in ROW_AXES), 1)
-    return min(hidden.shape[1], max(1, LOSS_CHUNK // rows_of_a_device))
+    return min(hidden.shape[1], max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device))
 
 
 def _negative_log_likelihood(

@@ -133,7 +133,7 @@ def read_topology(name: str) -> Topology:
 
 @contextmanager
 def heard_of(topology: Topology) -> Generator[None]:
-    """While programs are traced, jax's cuDNN functions hear of the planned GPU where they ask for the one that is here."""
+    """jax's cuDNN functions, asking for the GPU that is here while they are traced, hear of the planned one."""
     if topology.chip.platform != "cuda":
         yield
         return
