@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from lacuna.config import (
+    DEVICE_MEMORY_SHARE,
     PLANS,
     ChatConfig,
     EvalConfig,
@@ -130,7 +131,9 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def prepare_process() -> None:
-    """Start again, once, with huge pages in malloc, as XLA on a CPU faults its temporaries in anew at every step."""
+    """Let XLA have most of an accelerator's memory, not three quarters; and start again, once, with huge pages in
+    malloc, as XLA on a CPU faults its temporaries in anew at every step."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE))
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb=" in tunables or "pytest" in sys.modules:
         return

@@ -35,6 +35,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+DEVICE_MEMORY_SHARE = 0.92  # that XLA may take; the rest goes to the driver and to communication
+
 
 class UserError(ValueError):
     """A refusal that the user can mend: the commands print it without a traceback and exit with 2."""
@@ -386,6 +388,7 @@ class PlanKeys(Page):
 
     topology: str = Field(min_length=1, description="Accelerators to plan for, as in h200:8, a100:1, v5e:16, v5p:4x4x4")
     plan_file: str = Field("plan.json", min_length=1, description="JSON file that the figures are written to")
+    search: bool = Field(True, description="Look for the largest micro-batch that fits, or what would make it fit")
 
 
 class PretrainPlan(PlanKeys, PretrainConfig):

@@ -24,7 +24,15 @@ from jaxtyping import PyTree
 
 from lacuna import trainer, weights
 from lacuna.attention import choose_backend
-from lacuna.config import GrpoConfig, PlanKeys, RowsConfig, TrainingConfig, UserError, accumulation_steps
+from lacuna.config import (
+    DEVICE_MEMORY_SHARE,
+    GrpoConfig,
+    PlanKeys,
+    RowsConfig,
+    TrainingConfig,
+    UserError,
+    accumulation_steps,
+)
 from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.metrics import byte_size, peak_flops, percent, short, step_flops
@@ -35,7 +43,6 @@ from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots
 from lacuna.sampling import forest_of
 from lacuna.trainer import TrainState
 
-USABLE = 0.92  # of a device's memory; the rest goes to the driver, communication and fragmentation
 MOST_ROWS = 64  # the largest micro-batch that is tried
 KERNEL = re.compile(r'custom_call_target="([^"]*(?:fmha|tpu_custom_call|flash|splash)[^"]*)"')
 
@@ -53,10 +60,12 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    # NVIDIA data sheets, SXM: half of NVLink's two-way bandwidth; DGX: one network card a GPU (400 Gb/s, A100 200)
+    # NVIDIA data sheets, SXM: half of NVLink's two-way bandwidth; DGX: one network card a GPU (400 Gb/s, A100 200); the
+    # RTX 4090 talks over PCIe 4, about half of whose 32 GB/s are seen in practice
     "a100": Chip("cuda", "NVIDIA A100-SXM4-80GB", 80 * 2**30, 2.039e12, 300e9, 25e9, 8),
     "h100": Chip("cuda", "NVIDIA H100 80GB HBM3", 80 * 2**30, 3.35e12, 450e9, 50e9, 8),
     "h200": Chip("cuda", "NVIDIA H200", 140 * 2**30, 4.8e12, 450e9, 50e9, 8),
+    "rtx4090": Chip("cuda", "NVIDIA GeForce RTX 4090", 24 * 2**30, 1.008e12, 16e9, 16e9, 8),
     # Google Cloud documentation, of each chip: interconnect 2400, 1600, 4800 and 3584 Gb/s over all its links
     "v4": Chip("tpu", "TPU v4", 32 * 2**30, 1.228e12, 150e9, 150e9, 4096),
     "v5e": Chip("tpu", "TPU v5e", 16 * 2**30, 819e9, 100e9, 100e9, 256),
@@ -68,6 +77,7 @@ SLICES = {
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
 }
 GPU_TARGETS = {
+    "rtx4090": {"cores": 128, "major": 8, "shared": 102400, "block": 101376, "cache": 75497472, "clock": 2.52},
     "a100": {"cores": 108, "major": 8, "shared": 167936, "block": 166912, "cache": 41943040, "clock": 1.41},
     "h100": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
     "h200": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
@@ -80,7 +90,7 @@ gpu_device_info {{
   shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {block}
   core_count: {cores} l2_cache_size: {cache} clock_rate_ghz: {clock}
   memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory}
-  cuda_compute_capability {{ major: {major} minor: 0 }}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 2 }}
@@ -110,7 +120,7 @@ def read_topology(name: str) -> Topology:
         if not size.isdecimal() or not int(size) or (int(size) > chip.per_node and int(size) % chip.per_node):
             raise UserError(f"topology {name!r}: give 1 to {chip.per_node} GPUs, or whole nodes of {chip.per_node}")
         nodes, count = max(int(size) // chip.per_node, 1), min(int(size), chip.per_node)
-        figures = GPU_TARGETS[kind] | {"fpus": 64 if kind == "a100" else 128}
+        figures = GPU_TARGETS[kind] | {"fpus": 64 if kind == "a100" else 128, "minor": 9 if kind == "rtx4090" else 0}
         target = GPU_TARGET.format(**figures, kind=chip.kind, memory=chip.memory, bandwidth=chip.bandwidth)
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         arguments = {"topology_name": "", "topology": f"1x{nodes}x{count}", "target_config": target}
@@ -189,12 +199,22 @@ def placed(tree: PyTree, shardings: Any) -> Any:
     )
 
 
-def compiled(name: str, function: Any, *arguments: Any, beside: float = 0.0, **static: Any) -> Program:
-    """A jitted function for arguments given as shapes."""
+def compiled(name: str, function: Any, *arguments: Any, beside: float = 0.0, attention: float | None = None) -> Program:
+    """A jitted function for arguments given as shapes; `attention` are the FLOPs of attention, if that is done in
+    kernels or loops, whose FLOPs no program tells."""
     began = time.perf_counter()
-    traced = function.trace(*arguments, **static)
+    traced = function.trace(*arguments)
     program = traced.lower().compile()
-    return Program(name, program, matmul_flops(traced.jaxpr.jaxpr), time.perf_counter() - began, beside)
+    counted = matmul_flops(traced.jaxpr.jaxpr, rounds=1 if attention is None else 0)
+    return Program(name, program, counted + (attention or 0.0), time.perf_counter() - began, beside)
+
+
+def attention_flops(page: TrainingConfig, model: ModelConfig, row_count: int) -> float:
+    """FLOPs of attention, forward and backward, over rows of one document each: two matrix products forward, five
+    backward, as the scores are made again, and the forward ones once more where layers are recomputed."""
+    width = model.kv_heads * model.group * model.head
+    counted = step_flops(0, width, model.layers, 0, row_count * page.sequence_length**2)
+    return counted * (7 if page.rematerialisation == "none" else 9) / 6
 
 
 def programs_of(page: TrainingConfig, model: ModelConfig, mesh: Mesh) -> list[Program]:
@@ -216,7 +236,7 @@ def rows_program(page: RowsConfig, model: ModelConfig, mesh: Mesh, state: TrainS
     rows = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
     batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in Batch._fields]
     step = jax.jit(partial(trainer.train_step, model=model, page=page), donate_argnames="state")
-    return compiled("step", step, state, Batch(*batch), recipe)
+    return compiled("step", step, state, Batch(*batch), recipe, attention=attention_flops(page, model, page.batch_size))
 
 
 def kind_of(name: str) -> Any:
@@ -322,7 +342,7 @@ def peak(chip: Chip) -> float:
 
 
 def fits(programs: list[Program], chip: Chip) -> bool:
-    return max(program.bytes for program in programs) <= USABLE * chip.memory
+    return max(program.bytes for program in programs) <= DEVICE_MEMORY_SHARE * chip.memory
 
 
 def run(page: TrainingConfig) -> None:
@@ -378,8 +398,10 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
             f"{percent(facts['mfu'])} MFU (an estimate from published figures)"
         )
     print(verdict(programs, chip))
-    facts["advice"] = list(advice(page, model, topology, programs))
-    print("\n".join(facts["advice"]))
+    facts["advice"] = []
+    for line in advice(page, model, topology, programs) if page.search else ():
+        facts["advice"].append(line)
+        print(line)
     Path(page.plan_file).write_text(json.dumps(facts, indent=1) + "\n")
     print(f"all of it: {page.plan_file}")
 
@@ -417,7 +439,7 @@ def step_facts(page: RowsConfig, model: ModelConfig, plan: ProgramPlan, chip: Ch
 def verdict(programs: list[Program], chip: Chip) -> str:
     """Whether a run fits."""
     most = max(programs, key=lambda each: each.bytes)
-    room = f"of the {byte_size(USABLE * chip.memory)} that programs can have of {byte_size(chip.memory)}"
+    room = f"of the {byte_size(DEVICE_MEMORY_SHARE * chip.memory)} that programs can have of {byte_size(chip.memory)}"
     return f"{'fits' if fits(programs, chip) else 'DOES NOT FIT'}: {most.name} needs {byte_size(most.bytes)} {room}"
 
 

@@ -229,19 +229,20 @@ def sent_bytes(kind: str, instruction: Instruction, group: int) -> float:
     return told * (group - 1) * (1 if kind == "reduce-scatter" else 1 / group)
 
 
-def matmul_flops(jaxpr: Any) -> float:
+def matmul_flops(jaxpr: Any, rounds: int = 1) -> float:
     """FLOPs of the matrix products in a jaxpr over all devices, recomputation included; of branches, the largest, and
-    of loops whose length is not known, one round. Kernels that are called by name count nothing."""
+    of loops whose length is not known, that many rounds. Kernels that are called by name count nothing."""
     total = 0.0
     for each in jaxpr.eqns:
-        if each.primitive.name == "dot_general":
+        name = each.primitive.name
+        if name == "dot_general":
             (contracted, _), _ = each.params["dimension_numbers"]
             depth = math.prod(each.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * depth * math.prod(each.outvars[0].aval.shape)
-        elif each.primitive.name == "cond":
-            total += max(matmul_flops(branch.jaxpr) for branch in each.params["branches"])
+        elif name == "cond":
+            total += max(matmul_flops(branch.jaxpr, rounds) for branch in each.params["branches"])
         else:
             inner = (getattr(value, "jaxpr", value) for value in each.params.values())
-            within = sum(matmul_flops(part) for part in inner if hasattr(part, "eqns"))
-            total += within * each.params.get("length", 1) if each.primitive.name == "scan" else within
+            within = sum(matmul_flops(part, rounds) for part in inner if hasattr(part, "eqns"))
+            total += within * {"scan": each.params.get("length"), "while": rounds}.get(name, 1)
     return total
