@@ -53,6 +53,13 @@ AWKWARD = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [(r"\frac{-1}{2}", "-1/2"), (r"\frac{1.5}{2}", "3/4"), (r"-\frac{3}{4}", "-3/4")]
+)
+def test_a_fraction_may_have_a_sign_and_decimals(text: str, value: str) -> None:
+    assert number_of(final_answer(rf"so \boxed{{{text}}}") or "") == Fraction(value)
+
+
 @pytest.mark.parametrize(("text", "expected"), AWKWARD, ids=[text[:30] for text, _ in AWKWARD])
 def test_an_awkward_answer_is_found_and_compared(text: str, expected: str | None) -> None:
     found = final_answer(text)

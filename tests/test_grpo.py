@@ -222,9 +222,10 @@ def problem(answer: str) -> Problem:
 
 def test_rewards_of_ours_judge_answer_and_format() -> None:
     rewards = load_rewards(["gsm8k_correct:1.0", "format:0.2"])
-    pairs = [(problem("so #### 1,200"), text) for text in ("#### 1200", "It is 1200.", "#### 7", "none", "#### none")]
+    texts = ("#### 1200", "It is 1200.", "#### 7", "none", "#### none", "1200 ####", "the answer is 1200")
+    pairs = [(problem("so #### 1,200"), text) for text in texts]
     values, seconds = rewards_of(rewards, pairs)
-    assert values == {"gsm8k_correct": [1, 1, 0, 0, 0], "format": [1, 0, 1, 0, 0]}
+    assert values == {"gsm8k_correct": [1, 1, 0, 0, 0, 1, 1], "format": [1, 0, 1, 0, 0, 0, 0]}
     assert [reward.weight for reward in rewards] == [1.0, 0.2] and seconds.keys() == values.keys()
 
 
@@ -320,6 +321,15 @@ def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, on
     grpo.run(config)
     share = [record["reward/letters"] for record in records(config)]
     assert sign * (np.mean(share[-3:]) - np.mean(share[:3])) > 0.05, share
+
+
+def test_a_rollout_with_any_text_is_kept_and_cut(tmp_path: Path) -> None:
+    sample = Sample(1, 0, 0, "", (1,), (2,), "a\u2028b\x85\r\nc", (0.0,), (0.0,), False, {}, 0.0, 0.0)
+    path = tmp_path / "rollouts.jsonl"
+    grpo.write_rollouts(path, [[sample], [replace(sample, step=2)]])
+    grpo.keep_rollouts(path, 1)
+    (line,) = grpo.rollout_lines(path)
+    assert json.loads(line)["text"] == sample.text
 
 
 def test_eight_devices_do_what_one_does(finished: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ from fractions import Fraction
 
 SEEN = 20_000  # characters at the end of a text in which its answer is looked for
 MOST_DIGITS = 60
-MARK = re.compile(
-    r"####|\\boxed\s{0,4}\{|\\fbox\s{0,4}\{|<answer>|\b(?:final\s{1,4})?answer\s{0,4}(?:is|:|=)", re.IGNORECASE
-)
+SIGN = r"####|\\boxed\s{0,4}\{|\\fbox\s{0,4}\{|<answer>"
+FORMAL_MARK = re.compile(SIGN, re.IGNORECASE)
+MARK = re.compile(rf"{SIGN}|\b(?:final\s{{1,4}})?answer\s{{0,4}}(?:is|:|=)", re.IGNORECASE)
 ANSWER_END = re.compile(r"</answer>|<\|", re.IGNORECASE)
 NUMBER = re.compile(
     r"""(?<![\w.])(?P<sign>[-−–+]?)[ ]?(?:[$€£¥]|\\\$)?[ ]?(?P<minus>[-−–]?)
-    (?:\\[dt]?frac\{(?P<top>\d{1,60})\}\{(?P<bottom>\d{1,60})\}
+    (?:\\[dt]?frac\{(?P<top>[-−–]?\d{1,60}(?:\.\d{1,60})?)\}\{(?P<bottom>[-−–]?\d{1,60}(?:\.\d{1,60})?)\}
     |(?P<whole>\d{1,3}(?:,\d{3}){1,19}(?!\d)|\d{1,3}(?:[ _\u202f\u00a0]\d{3}){1,19}(?![\d,])|\d{1,60}(?!\d)|(?=\.\d))
      (?P<part>\.\d{1,60}(?!\d))?(?P<power>[eE][-+]?\d{1,2}(?!\w))?
      (?:(?P<mixed>[ ]\d{1,20})?[ ]?/[ ]?(?P<under>\d{1,60}))?)
@@ -28,17 +28,23 @@ NOT_CONTENT = re.compile(r"\\(?:text|mathrm|left|right|,|;|!)|[{}$\\*]")
 
 def final_answer(text: str) -> str | None:
     """What follows the last of the marks `####`, `\\boxed{}`, `<answer>` and "answer is", else the last number."""
+    if found := marked_answer(text, MARK):
+        return found
+    numbers = [match[0].strip() for match in NUMBER.finditer(plain_numbers(text[-SEEN:]))]
+    return numbers[-1] if numbers else None
+
+
+def marked_answer(text: str, mark: re.Pattern[str]) -> str | None:
+    """What follows the last of the marks behind which there is anything."""
     text = text[-SEEN:]
-    marks = list(MARK.finditer(text))
-    for mark in reversed(marks):
-        behind = text[mark.end() :]
-        found = inside_braces(behind) if mark[0].endswith("{") else ANSWER_END.split(behind, 1)[0]
-        if not mark[0].startswith(("<", "\\")):
+    for match in reversed(list(mark.finditer(text))):
+        behind = text[match.end() :]
+        found = inside_braces(behind) if match[0].endswith("{") else ANSWER_END.split(behind, 1)[0]
+        if not match[0].startswith(("<", "\\")):
             found = found.strip().split("\n", 1)[0]
         if found := found.strip(" :*\n\t").rstrip(". "):
             return found
-    numbers = [match[0].strip() for match in NUMBER.finditer(plain_numbers(text))]
-    return numbers[-1] if numbers else None
+    return None
 
 
 def inside_braces(text: str) -> str:
@@ -58,7 +64,8 @@ def number_of(answer: str) -> Fraction | None:
         return None
     sign = -1 if (match["sign"] or match["minus"]) in ("-", "−", "–") else 1
     if match["top"]:
-        return sign * Fraction(int(match["top"]), int(match["bottom"])) if int(match["bottom"]) else None
+        top, bottom = (Fraction(re.sub("[−–]", "-", match[part])) for part in ("top", "bottom"))
+        return sign * top / bottom if bottom else None
     value = Fraction(re.sub(r"\D", "", match["whole"]) or 0) + Fraction("0" + (match["part"] or ".0"))
     if match["power"]:
         value *= Fraction(10) ** int(match["power"][1:])

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint, metrics, runs, weights
+from lacuna.answers import final_answer
 from lacuna.attention import choose_backend
 from lacuna.checkpoint import Manifest, RunFacts, Saver
 from lacuna.config import GrpoConfig, SamplingKeys, UserError, parse
@@ -53,7 +54,7 @@ from lacuna.objective import (
 )
 from lacuna.predictions import Subject
 from lacuna.problems import Problem, Problems, read_problems
-from lacuna.rewards import Reward, load_rewards, rewards_of
+from lacuna.rewards import Reward, correct, load_rewards, rewards_of
 from lacuna.sampler import Request, Sampler, generation_defaults
 from lacuna.tasks import measure_in_training, read_questions
 from lacuna.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ from lacuna.trainer import (
 from lacuna.weights import OpenedModel
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
-SHOWN_COMPLETIONS = 2
+SHOWN_COMPLETIONS = 4
 SLOW_REWARD = 0.25  # of a step
 
 
@@ -172,11 +173,10 @@ def read_inputs(page: GrpoConfig) -> Inputs:
     source, model, tokenizer = weights.open_model(page, mesh, *template, with_weights=False)
     check_sequence_length(model, page.sequence_length)
     longest, skips_bad = page.sequence_length - page.max_completion_tokens, page.on_bad_data == "skip"
-    problems = read_problems(page.data, page, tokenizer, longest, skips_bad, wants_answers=False)
+    wants_answers = any(reward.function is correct for reward in rewards)
+    problems = read_problems(page.data, page, tokenizer, longest, skips_bad, wants_answers)
     held_out = (
-        read_problems(page.eval_data, page, tokenizer, longest, skips_bad, wants_answers=False)
-        if page.eval_data
-        else None
+        read_problems(page.eval_data, page, tokenizer, longest, skips_bad, wants_answers) if page.eval_data else None
     )
     if page.prompts_per_step > len(problems.problems):
         raise UserError(
@@ -324,7 +324,7 @@ class Loop:
                 is_last = self.step == self.steps
                 is_eval = is_last or (page.eval_every and self.step % page.eval_every == 0)
                 if is_eval or self.step == 1:
-                    record["samples"] = shown_samples(groups)
+                    record["samples"] = self.shown(groups)
                 if is_eval and page.evaluation:
                     self.work_done = None  # what compiles anew may take its time
                     model = OpenedModel(self.inputs.source, self.inputs.model, self.inputs.tokenizer)
@@ -377,6 +377,18 @@ class Loop:
         values, total, _ = judged(self.inputs.rewards, pairs, f"evaluation {self.step}")
         means = {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
         return {"eval_reward": float(np.mean(total))} | means
+
+    def shown(self, groups: Sequence[Group]) -> dict[str, str]:
+        """Some problems of the last rollout, each with its answer, and one completion with what it was worth."""
+        asked = dict(problems_of_step(self.inputs, self.page, self.step - 1))
+        found = {}
+        for sample in (group[0] for group in groups[:SHOWN_COMPLETIONS]):
+            problem = asked[sample.place]
+            worth = [f"{name} {value:g}" for name, value in sample.rewards.items()]
+            expected = [f"expected {final_answer(problem.answer) or problem.answer}"] if problem.answer else []
+            told = ", ".join((*expected, *worth, f"advantage {sample.advantage:.2f}"))
+            found[f"{problem.prompt} ({problem.origin})"] = f"{sample.text} ({told})"
+        return found
 
     def save(self, state: TrainState, is_best: bool) -> None:
         """Begin to save the checkpoint of this step."""
@@ -512,27 +524,23 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def shown_samples(groups: Sequence[Group]) -> dict[str, str]:
-    """Some prompts, each with a completion and its rewards."""
-    return {
-        group[
-            0
-        ].origin: f"{group[0].text} ({', '.join(f'{name} {value:g}' for name, value in group[0].rewards.items())})"
-        for group in groups[:SHOWN_COMPLETIONS]
-    }
-
-
 def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
     """Append a step's samples, a line each."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for group in groups for sample in group)
 
 
 def keep_rollouts(path: Path, last_step: int) -> None:
     """Drop the samples behind a step, and a line that was not written whole."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() and last_step else []
+    lines = rollout_lines(path) if path.is_file() and last_step else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
     metrics.write_atomically(path, "".join(kept))
+
+
+def rollout_lines(path: Path) -> list[str]:
+    """The lines of rollouts.jsonl, whose texts may hold what else ends lines in Unicode."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return list(file)
 
 
 # Replay
@@ -551,7 +559,7 @@ def replay(page: GrpoConfig) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --replay takes the directory of a grpo run")
     steps: dict[int, list[Sample]] = {}
-    for line in path.read_text().splitlines():
+    for line in rollout_lines(path):
         raw = json.loads(line)
         if raw["step"] <= page.step:
             lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}

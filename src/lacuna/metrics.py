@@ -372,6 +372,14 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
 COLOURS = {"#000001": "quiet", "#000002": "rule", "#000003": "line", "#000004": "point"}
 
 
+def charts_of(records: list[dict[str, Any]]) -> list[Chart]:
+    """What is drawn: the charts of every run, each of several rewards, and the figures of tasks."""
+    keys = dict.fromkeys(key for record in records for key in record if key.startswith("reward/"))
+    rewards = [Chart(key, "unweighted", key, f"eval_{key}") for key in keys] if len(keys) > 1 else []
+    tasks = [Chart(key.removeprefix("eval/"), "", "", key) for key in task_figures(records)]
+    return [*CHARTS, *rewards, *tasks]
+
+
 def printable(text: str) -> str:
     """A text on one line of the terminal, without what would control it."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
@@ -454,10 +462,7 @@ def write_report(directory: Path) -> None:
         lost_count=sum("loss" in record and record["loss"] is None for record in records),
         figures={name: write(facts[key]) for key, (name, write) in FIGURES.items() if facts.get(key) is not None},
         is_evaluated=live["best_eval_loss"] is not None,
-        charts=[
-            (chart, *draw(chart, records))
-            for chart in (*CHARTS, *(Chart(key.removeprefix("eval/"), "", "", key) for key in task_figures(records)))
-        ],
+        charts=[(chart, *draw(chart, records)) for chart in charts_of(records)],
         samples=next(((each["step"], each["samples"]) for each in reversed(records) if each.get("samples")), None),
         facts={key: fact(value) for key, value in facts.items()},
         config=config,

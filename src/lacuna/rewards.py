@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lacuna.answers import MARK, final_answer, is_same_answer, number_of
+from lacuna.answers import FORMAL_MARK, final_answer, is_same_answer, marked_answer, number_of
 from lacuna.config import UserError
 from lacuna.problems import Problem
 
@@ -26,9 +26,9 @@ def correct(prompt: str, completion: str, row: dict[str, Any]) -> float:
 
 
 def answer_format(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """1 where a number follows a mark such as `####`, `\\boxed{}` or `<answer>`, else 0."""
-    found = final_answer(completion)
-    return float(MARK.search(completion) is not None and found is not None and number_of(found) is not None)
+    """1 where a number follows `####` or `<answer>`, or stands in `\\boxed{}` or `\\fbox{}`, else 0."""
+    found = marked_answer(completion, FORMAL_MARK)
+    return float(found is not None and number_of(found) is not None)
 
 
 BUILT_IN: dict[str, RewardFunction] = {"correct": correct, "gsm8k_correct": correct, "format": answer_format}
