@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """What a run logged, behind its start as eval measured it, if there is eval_start/summary.json beside it."""
+    """What a run logged."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -56,14 +56,15 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for name, records in curves.items():
         measured = [(r["step"], r["eval_reward/correct"]) for r in records if "eval_reward/correct" in r]
         left.plot(*zip(*measured, strict=True), marker=".", label=name)
-        right.plot([r["step"] for r in records], [r["completion_length"] for r in records], label=name)
+        rolled_out = [(r["step"], r["completion_length"]) for r in records if "completion_length" in r]
+        right.plot(*zip(*rolled_out, strict=True), label=name)
     left.set(xlabel="step", ylabel="held-out problems right, greedy", ylim=(0, 1))
     right.set(xlabel="step", ylabel="tokens of a completion", ylim=(0, None))
     left.legend(frameon=False, fontsize="small")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     matplotlib.rcParams["svg.hashsalt"] = "lacuna"
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
