@@ -316,7 +316,7 @@ def test_a_run_logs_saves_resumes_and_replays(
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, one_device: None, sign: int) -> None:
-    config = run_page(small, rewards_file, steps=12, prompts_per_step=8, completions_per_prompt=8, slots=64,
+    config = run_page(small, rewards_file, steps=10, prompts_per_step=6, completions_per_prompt=8, slots=48,
                       learning_rate=3e-2, reward=(f"{rewards_file}:letters:{sign}.0",))  # fmt: skip
     grpo.run(config)
     share = [record["reward/letters"] for record in records(config)]

@@ -105,7 +105,7 @@ def test_recomputation_shows(virtual: None, tmp_path: Path) -> None:
     share = {}
     for kind in ("none", "layer"):
         file = tmp_path / f"{kind}.json"
-        sizes = ["--sequence-length", "64", "--batch-size", "8", "--rematerialisation", kind]
+        sizes = ["--sequence-length", "64", "--batch-size", "8", "--rematerialisation", kind, "--no-search"]
         cli.start("plan", ["pretrain", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
         share[kind] = json.loads(file.read_text())["recomputed_share"]
     assert share["layer"] > share["none"] + 0.2
@@ -128,7 +128,8 @@ def test_what_does_not_fit_says_what_would(
 
 def test_a_plan_of_grpo_counts_what_lies_beside_each_program(virtual: None, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    sizes = ["--sequence-length", "128", "--max-completion-tokens", "64", "--slots", "8", "--prompts-per-step", "2"]
+    sizes = ["--sequence-length", "128", "--max-completion-tokens", "64", "--slots", "8", "--prompts-per-step", "2",
+             "--no-search"]  # fmt: skip
     cli.start("plan", ["grpo", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
     facts = json.loads(file.read_text())
     programs = {each["name"]: each for each in facts["programs"]}

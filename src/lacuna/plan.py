@@ -77,7 +77,15 @@ SLICES = {
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
 }
 GPU_TARGETS = {
-    "rtx4090": {"cores": 128, "major": 8, "shared": 102400, "block": 101376, "cache": 75497472, "clock": 2.52},
+    "rtx4090": {
+        "cores": 128,
+        "major": 8,
+        "shared": 102400,
+        "block": 101376,
+        "cache": 75497472,
+        "clock": 2.52,
+        "minor": 9,
+    },
     "a100": {"cores": 108, "major": 8, "shared": 167936, "block": 166912, "cache": 41943040, "clock": 1.41},
     "h100": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
     "h200": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
@@ -120,7 +128,7 @@ def read_topology(name: str) -> Topology:
         if not size.isdecimal() or not int(size) or (int(size) > chip.per_node and int(size) % chip.per_node):
             raise UserError(f"topology {name!r}: give 1 to {chip.per_node} GPUs, or whole nodes of {chip.per_node}")
         nodes, count = max(int(size) // chip.per_node, 1), min(int(size), chip.per_node)
-        figures = GPU_TARGETS[kind] | {"fpus": 64 if kind == "a100" else 128, "minor": 9 if kind == "rtx4090" else 0}
+        figures = {"minor": 0, "fpus": 64 if kind == "a100" else 128} | GPU_TARGETS[kind]
         target = GPU_TARGET.format(**figures, kind=chip.kind, memory=chip.memory, bandwidth=chip.bandwidth)
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         arguments = {"topology_name": "", "topology": f"1x{nodes}x{count}", "target_config": target}
@@ -147,7 +155,8 @@ def heard_of(topology: Topology) -> Generator[None]:
     if topology.chip.platform != "cuda":
         yield
         return
-    capability = float(topology.devices[0].compute_capability)
+    figures = GPU_TARGETS[topology.name.partition(":")[0]]
+    capability = figures["major"] + figures.get("minor", 0) / 10
     answers = {
         "check_compute_capability": lambda least: float(least) <= capability,
         "is_cuda_compute_capability_equal": lambda exact: float(exact) == capability,
