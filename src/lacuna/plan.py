@@ -281,9 +281,9 @@ def grpo_programs(
                            compute, state.params)  # fmt: skip
     sums = jax.eval_shape(zeros, state.params)
     sums = placed(sums[0], jax.tree.map(lambda leaf: leaf.sharding, state.params)), *placed(sums[1:], first)
-    yield compiled(
-        "update", add_gradient, sums, compute, RolloutBatch(*batch), model, page, beside=trained + generating
-    )
+    attention, beside = attention_flops(page, model, shape[0]), trained + generating
+    arguments = sums, compute, RolloutBatch(*batch), model, page
+    yield compiled("update", add_gradient, *arguments, beside=beside, attention=attention)
     step = jax.jit(trainer.apply_gradient, static_argnames="model", donate_argnames="state")
     beside = generating + device_bytes(compute)
     yield compiled("optimizer", step, state, sums[1], sums[0], recipe, model, beside=beside)
