@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lacuna import cli, plan
 from lacuna.config import DEVICE_MEMORY_SHARE, PretrainPlan, UserError
 from lacuna.plan import CHIPS, Topology, heard_of, read_topology
-from lacuna.programs import collectives, matmul_flops, moved_bytes, read_program, runs_of, shape_bytes
+from lacuna.programs import collectives, first_group, matmul_flops, moved_bytes, read_program, runs_of, shape_bytes
 from lacuna.weights import config_on
 
 ROWS = ["--model-name", str(TINY), "--from-scratch", "--run-name", "planned", "--data.0.path", "unread.jsonl"]
@@ -77,6 +77,16 @@ def test_collectives_are_counted_with_their_bytes(kind: str) -> None:
     found = collectives(read_program(text), 8)
     assert [(each.kind, each.group, each.count) for each in found] == [(kind, 8, 1)]
     assert found[0].bytes == {"all-gather": 8000 * 4 * 7 / 8, "all-reduce": 2 * 1000 * 4 * 7 / 8}[kind]
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [("replica_groups={{0,8},{1,9}}", [0, 8]), ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+     ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]), ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", list(range(8)))],
+)  # fmt: skip
+def test_who_talks_to_whom_is_read_in_every_notation(text: str, devices: list[int]) -> None:
+    assert first_group(text, 16) == devices
 
 
 @pytest.fixture

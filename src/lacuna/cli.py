@@ -75,6 +75,7 @@ def plan() -> None:
 
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE))  # three quarters otherwise
     try:
         if command == "grpo" and "--replay" in arguments[:-1]:  # a replay begins with the config of its run
             arguments = ["@", f"{arguments[arguments.index('--replay') + 1]}/config.toml", *arguments]
@@ -131,9 +132,7 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def prepare_process() -> None:
-    """Let XLA have most of an accelerator's memory, not three quarters; and start again, once, with huge pages in
-    malloc, as XLA on a CPU faults its temporaries in anew at every step."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE))
+    """Start again, once, with huge pages in malloc, as XLA on a CPU faults its temporaries in anew at every step."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb=" in tunables or "pytest" in sys.modules:
         return

@@ -77,19 +77,12 @@ SLICES = {
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
 }
 GPU_TARGETS = {
-    "rtx4090": {
-        "cores": 128,
-        "major": 8,
-        "shared": 102400,
-        "block": 101376,
-        "cache": 75497472,
-        "clock": 2.52,
-        "minor": 9,
-    },
     "a100": {"cores": 108, "major": 8, "shared": 167936, "block": 166912, "cache": 41943040, "clock": 1.41},
     "h100": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
     "h200": {"cores": 132, "major": 9, "shared": 233472, "block": 232448, "cache": 52428800, "clock": 1.98},
+    "rtx4090": {"cores": 128, "major": 8, "shared": 102400, "block": 101376, "cache": 75497472, "clock": 2.52},
 }
+MINOR = {"rtx4090": 9}  # of the compute capability
 GPU_TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -128,7 +121,7 @@ def read_topology(name: str) -> Topology:
         if not size.isdecimal() or not int(size) or (int(size) > chip.per_node and int(size) % chip.per_node):
             raise UserError(f"topology {name!r}: give 1 to {chip.per_node} GPUs, or whole nodes of {chip.per_node}")
         nodes, count = max(int(size) // chip.per_node, 1), min(int(size), chip.per_node)
-        figures = {"minor": 0, "fpus": 64 if kind == "a100" else 128} | GPU_TARGETS[kind]
+        figures = GPU_TARGETS[kind] | {"minor": MINOR.get(kind, 0), "fpus": 64 if kind == "a100" else 128}
         target = GPU_TARGET.format(**figures, kind=chip.kind, memory=chip.memory, bandwidth=chip.bandwidth)
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         arguments = {"topology_name": "", "topology": f"1x{nodes}x{count}", "target_config": target}
@@ -155,8 +148,8 @@ def heard_of(topology: Topology) -> Generator[None]:
     if topology.chip.platform != "cuda":
         yield
         return
-    figures = GPU_TARGETS[topology.name.partition(":")[0]]
-    capability = figures["major"] + figures.get("minor", 0) / 10
+    kind = topology.name.lower().partition(":")[0]
+    capability = GPU_TARGETS[kind]["major"] + MINOR.get(kind, 0) / 10
     answers = {
         "check_compute_capability": lambda least: float(least) <= capability,
         "is_cuda_compute_capability_equal": lambda exact: float(exact) == capability,
@@ -321,7 +314,7 @@ def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan
     flops, moved = program.flops / device_count, moved_bytes(computations)
     seconds = {True: 0.0, False: 0.0}
     for each in talk:
-        seconds[each.is_overlapped] += each.bytes / (chip.link if each.group <= chip.per_node else chip.network)
+        seconds[each.is_overlapped] += each.bytes / (chip.link if each.reach <= chip.per_node else chip.network)
     compute, memory = flops / peak(chip), moved / chip.bandwidth
     stats = program.compiled.memory_analysis()
     return ProgramPlan(

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 ENTRY = "ENTRY"
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 MOVES_NOTHING = {
@@ -37,11 +39,12 @@ Computation = dict[str, Instruction]  # by name, in the order in which they run
 
 
 class Collective(NamedTuple):
-    """A kind of communication in one program run: how often, bytes that each device sends over all of them, the size of
-    its groups of devices, and whether it runs beside computation."""
+    """A kind of communication in one program run: how often, bytes that each device sends in all of them, how many
+    devices a group has, among how many neighbours they lie, and whether it runs beside computation."""
 
     kind: str
     group: int
+    reach: int
     is_overlapped: bool
     count: int
     bytes: float
@@ -168,16 +171,16 @@ def fusion_bytes(fusion: Instruction, inside: Computation) -> float:
 
 def collectives(computations: dict[str, Computation], device_count: int) -> list[Collective]:
     """The communication of one run."""
-    found: dict[tuple[str, int, bool], list[float]] = defaultdict(lambda: [0, 0.0])
+    found: dict[tuple[str, int, int, bool], list[float]] = defaultdict(lambda: [0, 0.0])
     for name, times in runs_of(computations).items():
         for each, is_overlapped in communicating(computations, name):
             kind = next(kind for kind in COLLECTIVES if each.kind.startswith(kind))
-            group = group_size(each.text, device_count)
-            if group == 1:
+            group = first_group(each.text, device_count)
+            if len(group) == 1:
                 continue
-            here = found[kind, group, is_overlapped]
+            here = found[kind, len(group), max(group) - min(group) + 1, is_overlapped]
             here[0] += times
-            here[1] += times * sent_bytes(kind, each, group)
+            here[1] += times * sent_bytes(kind, each, len(group))
     return [Collective(*key, int(count), size) for key, (count, size) in sorted(found.items())]
 
 
@@ -205,16 +208,20 @@ def is_beside_work(order: list[Instruction], start: int) -> bool:
     return False
 
 
-def group_size(text: str, device_count: int) -> int:
-    """Devices in each group of a collective."""
+def first_group(text: str, device_count: int) -> list[int]:
+    """The devices of a collective's first group, by their place in the mesh; every group has the like."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return len(listed[1].split(","))
-    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(counted[1])
+        return [int(device) for device in listed[1].split(",")]
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sizes = [int(size) for size in counted[2].split(",")]
+        order = [int(axis) for axis in counted[3].split(",")] if counted[3] else range(len(sizes))
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[: int(counted[1])].tolist()
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", named[2]))
-    return device_count
+        axes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        inside = re.findall(r"'(\w+)'", named[2])
+        devices = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        return devices[tuple(slice(None) if axis in inside else 0 for axis in axes)].ravel().tolist()
+    return list(range(device_count))
 
 
 def sent_bytes(kind: str, instruction: Instruction, group: int) -> float:
