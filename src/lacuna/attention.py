@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused_attention  # packed rows have no public name yet
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,6 +28,7 @@ Segment = Int[Array, "batch token"]
 XLA_BLOCK = {"cpu": 128}  # tokens; a block of 512 takes up to twice as long there
 SPLASH_BLOCKS = (512, 256, 128)
 MOST_DOCUMENTS = 64  # in a row for cuDNN's kernel, which keeps a float for each token, head and possible document
+RESIDUAL = "attention"  # names what attention leaves for its backward pass
 HIDDEN = -1e30  # finite, so that a block without a visible key makes no NaN
 
 
@@ -145,7 +147,8 @@ def _cudnn_forward(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Se
         statistics = jnp.zeros((batch * MOST_DOCUMENTS, kv_heads * group, length), jnp.float32)
         return xla_attention(query, key, value, segment), statistics
 
-    mixed, statistics = jax.lax.cond(_has_room(segment), packed, in_blocks, query, key, value)
+    kept = jax.lax.cond(_has_room(segment), packed, in_blocks, query, key, value)
+    mixed, statistics = checkpoint_name(kept, RESIDUAL)
     return mixed, (query, key, value, segment, mixed, statistics)
 
 
@@ -214,6 +217,7 @@ def splash_attention(
             block_q_dq=block,
             block_kv_dq=block,
         ),  # fmt: skip
+        residual_checkpoint_name=RESIDUAL,
         interpret=interpret,
     )
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
@@ -298,7 +302,8 @@ def _blockwise_forward(query: Array, key: Array, value: Array, segment: Array, b
 
     numbers = jnp.arange(len(keys), dtype=jnp.int32)
     blocks = numbers, _first_blocks(segment, block), _blocks(query, block)
-    _, (mixed, normalizer) = jax.lax.scan(attend, None, blocks)
+    _, kept = jax.lax.scan(attend, None, blocks)
+    mixed, normalizer = checkpoint_name(kept, RESIDUAL)
     return _rows(mixed, query), (query, key, value, segment, mixed, normalizer)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from lacuna.attention import attention
+from lacuna.attention import RESIDUAL, attention
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, shard_rows
 
@@ -420,7 +420,8 @@ def forward(
 ) -> Float[Array, "batch token embed"]:
     """Embedded rows to final normed hidden states; `params` are in the dtype of compute.
 
-    `rematerialisation` says what the backward pass computes again: nothing, all but matrix products, or whole layers.
+    `rematerialisation` says what the backward pass computes again: nothing, all but matrix products and attention, or
+    whole layers. What is computed again without them costs less than to write it out and read it.
     """
     angle = position[..., None] * rotary_frequencies(config)
 
@@ -430,10 +431,11 @@ def forward(
     body = partial(layer_forward, angle=angle, attend=attend, config=config)
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
-        policy = (
-            policies.nothing_saveable if rematerialisation == "layer" else policies.dots_with_no_batch_dims_saveable
+        matmuls = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUAL)
         )
-        body = jax.checkpoint(body, policy=policy)
+        policy = policies.nothing_saveable if rematerialisation == "layer" else matmuls
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan's passes can't be merged
     x, _ = jax.lax.scan(body, x, params["layers"])
     return rms_norm(x, params["final_norm"], config.norm_epsilon)
 

@@ -216,7 +216,7 @@ def attention_flops(page: TrainingConfig, model: ModelConfig, row_count: int) ->
     backward, as the scores are made again, and the forward ones once more where layers are recomputed."""
     width = model.kv_heads * model.group * model.head
     counted = step_flops(0, width, model.layers, 0, row_count * page.sequence_length**2)
-    return counted * (7 if page.rematerialisation == "none" else 9) / 6
+    return counted * (9 if page.rematerialisation == "layer" else 7) / 6
 
 
 def programs_of(page: TrainingConfig, model: ModelConfig, mesh: Mesh) -> list[Program]:
