@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from lacuna.attention import RESIDUAL, attention
 from lacuna.config import UserError
@@ -537,15 +537,19 @@ def logits_of(
     return jnp.where(jnp.arange(head.shape[0]) < vocabulary_size, logits, -jnp.inf)
 
 
-def _split_tokens(chunk: int, *arrays: Array) -> Any:
-    """Arrays [batch, token, …] as [chunks, batch, chunk, …], zero-padded at the end."""
+def _split_tokens(chunk: int, x: Shaped[Array, "batch token *more"]) -> Shaped[Array, "chunk batch chunk_token *more"]:
+    """Chunks of that many tokens of each row, zero-padded at the end."""
+    count = -(-x.shape[1] // chunk)
+    x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    def split(x: Array) -> Array:
-        count = -(-x.shape[1] // chunk)
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    return tuple(split(x) for x in arrays)
+def _joined_tokens(
+    length: int, x: Shaped[Array, "chunk batch chunk_token *more"]
+) -> Shaped[Array, "batch token *more"]:
+    """Rows of `length` tokens from their chunks."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _chunk_length(hidden: Array) -> int:
@@ -553,15 +557,6 @@ def _chunk_length(hidden: Array) -> int:
     shape = jax.sharding.get_abstract_mesh().shape
     rows_of_a_device = max(hidden.shape[0] // math.prod(shape.get(axis, 1) for axis in ROW_AXES), 1)
     return min(hidden.shape[1], max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device))
-
-
-def _negative_log_likelihood(
-    logits: Float[Array, "batch token vocab"], target: Int[Array, "batch token"]
-) -> tuple[Float[Array, "batch token"], Float[Array, "batch token 1"], Bool[Array, "batch token vocab"]]:
-    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    is_target = target[..., None] == jnp.arange(logits.shape[-1])
-    picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    return normalizer[..., 0] - picked, normalizer, is_target
 
 
 class TokenStatistics(NamedTuple):
@@ -573,6 +568,18 @@ class TokenStatistics(NamedTuple):
     entropy: Float[Array, "batch token"]
 
 
+def _chunk_statistics(
+    logits: Float[Array, "batch token vocab"], target: Int[Array, "batch token"]
+) -> tuple[TokenStatistics, Float[Array, "batch token vocab"], Bool[Array, "batch token vocab"]]:
+    """Statistics of the targets, the distributions, and which logits are the targets' own."""
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    is_target = target[..., None] == jnp.arange(logits.shape[-1])
+    loss = normalizer - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    probability = jnp.exp(logits - normalizer[..., None])
+    entropy = normalizer - jnp.sum(probability * jnp.where(probability > 0, logits, 0), axis=-1)
+    return TokenStatistics(loss, jnp.argmax(logits, axis=-1) == target, entropy), probability, is_target
+
+
 def token_statistics(
     hidden: Float[Array, "batch token embed"],
     head: Float[Array, "vocab embed"],
@@ -582,19 +589,14 @@ def token_statistics(
     """Statistics of each target, chunk by chunk; those that nobody uses cost nothing."""
 
     def chunk_statistics(chunk: tuple[Array, Array]) -> TokenStatistics:
-        logits = logits_of(chunk[0], head, vocabulary_size)
-        loss, normalizer, _ = _negative_log_likelihood(logits, chunk[1])
-        probability = jnp.exp(logits - normalizer)
-        entropy = normalizer[..., 0] - jnp.sum(probability * jnp.where(probability > 0, logits, 0), axis=-1)
-        return TokenStatistics(loss, jnp.argmax(logits, axis=-1) == chunk[1], entropy)
+        return _chunk_statistics(logits_of(chunk[0], head, vocabulary_size), chunk[1])[0]
 
     head = head.astype(hidden.dtype)
-    chunks = _split_tokens(_chunk_length(hidden), hidden, target)
-    joined = (jnp.moveaxis(x, 0, 1).reshape(hidden.shape[0], -1) for x in jax.lax.map(chunk_statistics, chunks))
-    return TokenStatistics(*(x[:, : hidden.shape[1]] for x in joined))
+    chunks = jax.tree.map(partial(_split_tokens, _chunk_length(hidden)), (hidden, target))
+    found = jax.lax.map(chunk_statistics, chunks)
+    return jax.tree.map(partial(_joined_tokens, hidden.shape[1]), found)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed_cross_entropy(
     hidden: Float[Array, "batch token embed"],
     head: Float[Array, "vocab embed"],
@@ -602,46 +604,61 @@ def summed_cross_entropy(
     weight: Float[Array, "batch token"],
     vocabulary_size: int,
 ) -> Float[Array, ""]:
-    """Weighted sum of the targets' negative log-likelihoods, in nats.
+    """Weighted sum of the targets' negative log-likelihoods, in nats."""
+    return summed_token_loss(hidden, head, target, weight, _weighted, vocabulary_size)[0]
+
+
+def _weighted(log_probability: Float[Array, "batch token"], weight: Float[Array, "batch token"]) -> Float[Array, ""]:
+    return -jnp.sum(log_probability * weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_token_loss(
+    hidden: Float[Array, "batch token embed"],
+    head: Float[Array, "vocab embed"],
+    target: Int[Array, "batch token"],
+    fields: PyTree[Array],
+    loss_of: Callable[[Float[Array, "batch token"], Any], Float[Array, ""]],
+    vocabulary_size: int,
+) -> tuple[Float[Array, ""], TokenStatistics]:
+    """A loss that is a sum over targets, `loss_of` their log-probabilities and `fields`, and the targets' statistics.
 
     Works through the tokens in chunks; differentiated, it makes the gradient of each chunk while its logits are at
-    hand, so logits are computed once and the array [batch, token, vocab] never exists.
+    hand, so logits are computed once and the array [batch, token, vocab] never exists. The statistics have no gradient.
     """
-    return jnp.sum(token_statistics(hidden, head, target, vocabulary_size).loss * weight)
+    statistics = token_statistics(hidden, head, target, vocabulary_size)
+    return loss_of(-statistics.loss, fields), statistics
 
 
-def _cross_entropy_forward(
-    hidden: Array, head: Array, target: Array, weight: Array, vocabulary_size: int
-) -> tuple[Array, tuple[Array, Array]]:
-    chunks = _split_tokens(_chunk_length(hidden), hidden, target, weight)
+def _token_loss_forward(
+    hidden: Array, head: Array, target: Array, fields: PyTree[Array], loss_of: Callable, vocabulary_size: int
+) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
+    length = _chunk_length(hidden)
+    chunks = jax.tree.map(partial(_split_tokens, length), (hidden, target, fields))
     compute_head = head.astype(hidden.dtype)
 
-    def step(total: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        hidden, target, weight = chunk
+    def step(total: tuple[Array, Array], chunk: tuple[Array, Array, PyTree]) -> tuple[tuple[Array, Array], Any]:
+        hidden, target, fields = chunk
         logits = logits_of(hidden, compute_head, vocabulary_size)
-        loss, normalizer, is_target = _negative_log_likelihood(logits, target)
-        logit_gradient = (jnp.exp(logits - normalizer) - is_target) * weight[..., None]
+        statistics, probability, is_target = _chunk_statistics(logits, target)
+        loss, slope = jax.value_and_grad(loss_of)(-statistics.loss, fields)
+        logit_gradient = (is_target - probability) * slope[..., None]
         logit_gradient = jax.lax.optimization_barrier(logit_gradient.astype(hidden.dtype))
         head_gradient = jnp.einsum("btv,bte->ve", logit_gradient, hidden, preferred_element_type=jnp.float32)
         hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, compute_head)
-        return (total[0] + jnp.sum(loss * weight), total[1] + head_gradient), hidden_gradient
+        return (total[0] + loss, total[1] + head_gradient), (hidden_gradient, statistics)
 
     zero = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
-    (loss, head_gradient), hidden_gradient = jax.lax.scan(step, zero, chunks)
-    hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    return loss, (hidden_gradient[:, : hidden.shape[1]], head_gradient.astype(head.dtype))
+    (loss, head_gradient), kept = jax.lax.scan(step, zero, chunks)
+    hidden_gradient, statistics = jax.tree.map(partial(_joined_tokens, hidden.shape[1]), kept)
+    return (loss, statistics), (hidden_gradient, head_gradient.astype(head.dtype))
 
 
-def _cross_entropy_backward(
-    vocabulary_size: int, residual: tuple[Array, Array], gradient: Array
+def _token_loss_backward(
+    loss_of: Callable, vocabulary_size: int, residual: tuple[Array, Array], gradient: tuple[Array, TokenStatistics]
 ) -> tuple[Array, Array, None, None]:
-    hidden_gradient, head_gradient = residual
-    return (
-        (hidden_gradient * gradient).astype(hidden_gradient.dtype),
-        (head_gradient * gradient).astype(head_gradient.dtype),
-        None,
-        None,
-    )
+    hidden_gradient, head_gradient = ((part * gradient[0]).astype(part.dtype) for part in residual)
+    return hidden_gradient, head_gradient, None, None
 
 
-summed_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+summed_token_loss.defvjp(_token_loss_forward, _token_loss_backward)

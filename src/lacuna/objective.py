@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from lacuna.config import GrpoConfig
 from lacuna.data import first_fit
-from lacuna.model import ModelConfig, cast, embed, forward, head_of, summed_cross_entropy, token_statistics
+from lacuna.model import ModelConfig, cast, embed, forward, head_of, summed_token_loss, token_statistics
 
 STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 
@@ -185,18 +185,16 @@ def hidden_states(params: PyTree[Array], batch: RolloutBatch, model: ModelConfig
 
 def objective_of_params(
     params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
-) -> tuple[Float[Array, ""], tuple[Float[Array, ""], dict[str, Array]]]:
-    """A value with the objective's gradient, beside the objective and what is logged.
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The objective, and what is logged."""
 
-    The objective's slope by each log-probability makes it a weighted cross-entropy, whose gradient needs no logits of
-    the whole batch in memory.
-    """
+    def loss_of(log_probability: Array, part: RolloutBatch) -> Array:
+        return objective(log_probability, part, page)[0]
+
     hidden, head = hidden_states(params, batch, model, page), head_of(params, model)
-    found = token_statistics(*jax.lax.stop_gradient((hidden, head)), batch.target, model.vocabulary_size)
-    value = jax.value_and_grad(partial(objective, batch=batch, page=page), has_aux=True)
-    (loss, facts), slope = value(-found.loss)
-    facts["entropy"] = jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))
-    return summed_cross_entropy(hidden, head, batch.target, -slope, model.vocabulary_size), (loss, facts)
+    loss, found = summed_token_loss(hidden, head, batch.target, batch, loss_of, model.vocabulary_size)
+    facts = objective(-found.loss, batch, page)[1]
+    return loss, facts | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}
 
 
 @partial(jax.jit, static_argnames=("model", "page"))
@@ -213,7 +211,7 @@ def add_gradient(
     total: PyTree[Array], compute: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig
 ) -> PyTree[Array]:
     """Gradient, loss and facts of one more micro-batch, added up in float32."""
-    gradient, (loss, facts) = jax.grad(objective_of_params, has_aux=True)(compute, batch, model, page)
+    (loss, facts), gradient = jax.value_and_grad(objective_of_params, has_aux=True)(compute, batch, model, page)
     most = jnp.maximum(total[2].pop("logprob_difference_max"), facts.pop("logprob_difference_max"))
     sums = jax.tree.map(jnp.add, total, (gradient, loss, facts))
     return sums[0], sums[1], sums[2] | {"logprob_difference_max": most}
