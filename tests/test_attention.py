@@ -87,6 +87,31 @@ def test_xla_is_the_formula(rows: str, kv_heads: int, group: int, head: int, dty
     check(attention.xla_attention, segment, draw(segment, kv_heads, group, head, dtype))
 
 
+def test_documents_that_go_on_from_another_are_as_if_that_stood_before_each() -> None:
+    """Two prompts of 70 and 20 tokens with completions of theirs in one row, and a document alone."""
+    lengths, behind = [70, 90, 33, 140, 20, 5, 15, 60], [0, 1, 2, 3, 0, 1, 2, 0]
+    shared = segments(450, [lengths])
+    begin, back = np.cumsum([0, *lengths]), np.zeros((1, 450), np.int32)
+    back[0, : begin[-1]] = np.repeat(behind, lengths)
+    query, key, value, gradient = draw(shared, 2, 2, 64, "float32")
+    mixed, pull = jax.vjp(
+        partial(attention.xla_attention, segment=jnp.asarray(shared), behind=jnp.asarray(back)), query, key, value
+    )
+    wanted = [np.zeros(x.shape) for x in (query, query, key, value)]
+    for number, (length, distance) in enumerate(zip(lengths, behind, strict=True)):
+        own = np.arange(begin[number], begin[number] + length)
+        prompt = np.arange(begin[number - distance], begin[number - distance + 1]) if distance else own[:0]
+        place = np.concatenate([prompt, own])
+        arrays = [x[:, place] for x in (query, key, value)]
+        alone = formula(np.ones((1, len(place)), np.int32), *arrays, gradient[:, place].at[:, : len(prompt)].set(0))
+        wanted[0][:, own] = alone[0][:, len(prompt) :]
+        for sums, part in zip(wanted[1:], alone[1:], strict=True):
+            sums[:, place] += part
+    for ours, expected in zip((mixed, *pull(gradient)), wanted, strict=True):
+        rows = slice(0, begin[-1])
+        np.testing.assert_allclose(ours[:, rows], expected[:, rows], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(("rows", "kv_heads", "group", "head", "dtype"), [
     ("ragged", 1, 2, 64, "float32"), ("blocks", 2, 1, 128, "bfloat16"),
 ])  # fmt: skip

@@ -142,14 +142,15 @@ def test_advantages_are_zero_without_variance_and_centred_else() -> None:
 
 
 def random_samples(vocabulary: int) -> list[Sample]:
-    """Eight completions of four prompts, of many lengths."""
+    """Twelve completions of four prompts, of many lengths; one prompt is a single token."""
     random = np.random.default_rng(1)
+    prompts = [tuple(random.integers(1, vocabulary, length).tolist()) for length in (3, 4, 1, 6)]
     samples = []
-    for number in range(8):
-        prompt, length = random.integers(1, vocabulary, 3 + number // 2), int(random.integers(2, 9))
+    for number in range(12):
+        length = int(random.integers(2, 9))
         samples.append(
             Sample(
-                step=1, place=number // 2, index=number % 2, origin="", prompt_tokens=tuple(prompt.tolist()),
+                step=1, place=number // 3, index=number % 3, origin="", prompt_tokens=prompts[number // 3],
                 tokens=tuple(random.integers(1, vocabulary, length).tolist()), text="",
                 log_probabilities=(), sampled_log_probabilities=tuple((-3 * random.random(length)).tolist()),
                 is_truncated=False, rewards={}, reward=float(number), advantage=float(random.normal()),
@@ -158,10 +159,12 @@ def random_samples(vocabulary: int) -> list[Sample]:
     return samples
 
 
-def gradient_of(samples: list[Sample], config: GrpoConfig, rows_at_once: int) -> tuple[Any, float]:
+def gradient_of(
+    samples: list[Sample], config: GrpoConfig, rows_at_once: int, shares_prompts: bool = False
+) -> tuple[Any, float]:
     """Gradient and loss of samples in micro-batches, by the functions of the update."""
     model, params = load(REFERENCE / "qwen3")
-    batch = objective.packed_rows(samples, config, rows_at_once)
+    batch = objective.packed_rows(samples, config, rows_at_once, shares_prompts)
     total = objective.zeros(params)
     for number in range(batch.token.shape[0]):
         part = jax.tree.map(lambda leaf, number=number: jnp.asarray(leaf[number]), batch)
@@ -169,12 +172,16 @@ def gradient_of(samples: list[Sample], config: GrpoConfig, rows_at_once: int) ->
     return total[0], float(total[1])
 
 
+@pytest.mark.parametrize("shares_prompts", [False, True])
 @pytest.mark.parametrize(("length", "rows_at_once"), [(64, 4), (16, 3), (16, 1)])
-def test_packing_and_micro_batches_change_nothing(length: int, rows_at_once: int) -> None:
+def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
+    length: int, rows_at_once: int, shares_prompts: bool
+) -> None:
     samples = random_samples(150)
     config = page(sequence_length=64, loss_normalisation="sequence", temperature=0.8)
     expected, loss = gradient_of(samples, config, 1)
-    found, same = gradient_of(samples, config.model_copy(update={"sequence_length": length}), rows_at_once)
+    config = config.model_copy(update={"sequence_length": length})
+    found, same = gradient_of(samples, config, rows_at_once, shares_prompts)
     np.testing.assert_allclose(same, loss, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)

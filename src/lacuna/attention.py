@@ -8,7 +8,7 @@ No score array of a whole row exists in any of them, and none attends from one d
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,19 +65,23 @@ def is_hopper(capability: str) -> bool:
     return capability.replace(".", "", 1).isdecimal() and float(capability) >= 9.0
 
 
-def attention(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, backend: str) -> Query:
+def attention(
+    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, backend: str, behind: Segment | None = None
+) -> Query:
     """Causal grouped-query attention confined to each packed document; padding is a document of its own.
 
-    The tokens of a document stand together. Each device works on its rows and heads alone.
+    The tokens of a document stand together. With the backend xla a document may go on from another, whose tokens it
+    attends to as well: `behind` says how many documents further back that one stands, 0 where there is none. Each
+    device works on its rows and heads alone.
     """
-    local = {"cudnn": cudnn_attention, "splash": splash_attention, "xla": xla_attention}[backend]
+    local: Any = {"cudnn": cudnn_attention, "splash": splash_attention, "xla": xla_attention}[backend]
+    given = (query, key, value, segment) if behind is None else (query, key, value, segment, behind)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(query, key, value, segment)
+        return local(*given)
     heads, rows = PartitionSpec(ROW_AXES, None, AXIS_RULES["kv_head"]), PartitionSpec(ROW_AXES)
-    return jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
-        query, key, value, segment
-    )
+    specs = (heads, heads, heads, rows, rows)[: len(given)]
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*given)
 
 
 def begins(segment: Segment) -> Bool[Array, "batch token"]:
@@ -228,17 +232,27 @@ def splash_attention(
 # XLA
 
 
-def xla_attention(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment) -> Query:
-    """Block by block, from the first block of keys that any row's documents ask for to that of the queries."""
+def xla_attention(
+    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, behind: Segment | None = None
+) -> Query:
+    """Block by block, with those blocks of keys that any row's documents ask for."""
     length = query.shape[1]
     block = min(XLA_BLOCK.get(platform(), 512), length)
-    return blockwise(*padded(-(-length // block) * block, query, key, value, segment), block)[:, :length]
+    query, key, value, segment = padded(-(-length // block) * block, query, key, value, segment)
+    document = jnp.cumsum(begins(segment), axis=1, dtype=jnp.int32)
+    before = None if behind is None else document - jnp.pad(behind, [(0, 0), (0, document.shape[1] - length)])
+    return blockwise(query, key, value, document, before, block)[:, :length]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, block: int) -> Query:
-    """Attention with a running softmax (cf. Dao et al. 2022); the backward pass makes the scores again."""
-    return _blockwise_forward(query, key, value, segment, block)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def blockwise(
+    query: Query, key: KeyOrValue, value: KeyOrValue, document: Segment, before: Segment | None, block: int
+) -> Query:
+    """Attention with a running softmax (cf. Dao et al. 2022); the backward pass makes the scores again.
+
+    `document` numbers each row's documents in their order, `before` is the document that a token's own goes on from.
+    """
+    return _blockwise_forward(query, key, value, document, before, block)[0]
 
 
 def _blocks(x: Array, block: int) -> Float[Array, "block batch kv_head query head"]:
@@ -256,38 +270,51 @@ def _rows(x: Float[Array, "block batch kv_head query head"], like: Array) -> Arr
     return jnp.moveaxis(x, (0, 2), (1, 3)).reshape(like.shape).astype(like.dtype)
 
 
-def _first_blocks(segment: Segment, block: int) -> Int[Array, " block"]:
-    """The first block of keys that each block of queries needs."""
-    first = jax.lax.cummax(jnp.where(begins(segment), jnp.arange(segment.shape[1]), 0), axis=1)
-    return jnp.min(first[:, ::block], axis=0) // block
+def _needed_blocks(
+    document: Segment, before: Segment | None, block: int
+) -> tuple[Int[Array, "block key_block"], Int[Array, " block"]]:
+    """The blocks of keys that each block of queries needs, ahead of those that it does not, and how many they are."""
+    parts = document.reshape(len(document), -1, block)
+    first, last = parts[..., 0], parts[..., -1]
+
+    def lie_in(wanted: Segment) -> Bool[Array, "batch token key_block"]:
+        return (first[:, None] <= wanted[..., None]) & (wanted[..., None] <= last[:, None])
+
+    asked = lie_in(document) if before is None else lie_in(document) | lie_in(before)
+    asked = jnp.any(asked.reshape(*parts.shape, -1), axis=(0, 2))
+    asked &= jnp.tri(len(asked), dtype=bool)
+    return jnp.argsort(~asked, axis=1, stable=True).astype(jnp.int32), jnp.sum(asked, axis=1, dtype=jnp.int32)
 
 
-def _scores(
-    query: Float[Array, "batch kv_head query head"],
-    key: Float[Array, "batch kv_head source head"],
-    segment: Segment,
-    number: Int[Array, ""],
-    at: Int[Array, ""],
-) -> Float[Array, "batch kv_head query source"]:
-    """Scaled scores of the queries of block `number` on the keys of block `at`."""
+def _scores(query: Array, key: Array, document: Segment, before: Segment | None, number: Array, at: Array) -> Array:
+    """Scores [batch, kv_head, query, key] of block `number` of queries for block `at` of keys, some of them hidden."""
     block = key.shape[2]
-    here, there = (jax.lax.dynamic_slice_in_dim(segment, x * block, block, axis=1) for x in (number, at))
-    place = jnp.arange(block)
+
+    def part(x: Segment, number: Array) -> Int[Array, "batch block_token"]:
+        return jax.lax.dynamic_slice_in_dim(x, number * block, block, axis=1)
+
+    here, there, place = part(document, number)[:, :, None], part(document, at)[:, None], jnp.arange(block)
+    is_own = here == there
+    if before is not None:
+        is_own |= part(before, number)[:, :, None] == there
     is_past = (number * block + place)[:, None] >= at * block + place
-    visible = jnp.repeat((here[:, :, None] == there[:, None]) & is_past, query.shape[2] // block, axis=1)
+    visible = jnp.repeat(is_own & is_past, query.shape[2] // block, axis=1)
     scores = jnp.einsum("bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32)
     return jnp.where(visible[:, None], scores * query.shape[-1] ** -0.5, HIDDEN)
 
 
-def _blockwise_forward(query: Array, key: Array, value: Array, segment: Array, block: int) -> tuple[Array, tuple]:
+def _blockwise_forward(
+    query: Array, key: Array, value: Array, document: Array, before: Array | None, block: int
+) -> tuple[Array, tuple]:
     keys, values = _blocks(key, block), _blocks(value, block)
 
     def attend(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
-        number, first, query = xs
+        number, order, count, query = xs
 
-        def add(at: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def add(place: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             mixed, peak, total = running
-            scores = _scores(query, keys[at], segment, number, at)
+            at = order[place]
+            scores = _scores(query, keys[at], document, before, number, at)
             highest = jnp.maximum(peak, jnp.max(scores, axis=-1))
             weights, decay = jnp.exp(scores - highest[..., None]), jnp.exp(peak - highest)
             new = jnp.einsum(
@@ -297,29 +324,30 @@ def _blockwise_forward(query: Array, key: Array, value: Array, segment: Array, b
 
         zero = jnp.zeros(query.shape[:-1], jnp.float32)
         start = jnp.zeros(query.shape, jnp.float32), zero + HIDDEN, zero
-        mixed, peak, total = jax.lax.fori_loop(first, number + 1, add, start)
+        mixed, peak, total = jax.lax.fori_loop(0, count, add, start)
         return None, ((mixed / total[..., None]).astype(query.dtype), peak + jnp.log(total))
 
     numbers = jnp.arange(len(keys), dtype=jnp.int32)
-    blocks = numbers, _first_blocks(segment, block), _blocks(query, block)
+    blocks = numbers, *_needed_blocks(document, before, block), _blocks(query, block)
     _, kept = jax.lax.scan(attend, None, blocks)
     mixed, normalizer = checkpoint_name(kept, RESIDUAL)
-    return _rows(mixed, query), (query, key, value, segment, mixed, normalizer)
+    return _rows(mixed, query), (query, key, value, document, before, mixed, normalizer)
 
 
-def _blockwise_backward(block: int, residual: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-    query, key, value, segment, mixed, normalizer = residual
+def _blockwise_backward(block: int, residual: tuple, gradient: Array) -> tuple[Array, Array, Array, None, None]:
+    query, key, value, document, before, mixed, normalizer = residual
     keys, values = _blocks(key, block), _blocks(value, block)
     gradients = _blocks(gradient, block)
     agreement = jnp.sum(mixed.astype(jnp.float32) * gradients, axis=-1)
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def attend(sums: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        number, first, query, gradient, normalizer, agreement = xs
+        number, order, count, query, gradient, normalizer, agreement = xs
 
-        def add(at: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def add(place: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             of_query, of_keys, of_values = sums
-            weights = jnp.exp(_scores(query, keys[at], segment, number, at) - normalizer[..., None])
+            at = order[place]
+            weights = jnp.exp(_scores(query, keys[at], document, before, number, at) - normalizer[..., None])
             slope = einsum("bkth,bksh->bkts", gradient, values[at]) - agreement[..., None]
             slope = (weights * slope * query.shape[-1] ** -0.5).astype(query.dtype)
             of_key = einsum("bkts,bkth->bksh", slope, query)
@@ -328,14 +356,14 @@ def _blockwise_backward(block: int, residual: tuple, gradient: Array) -> tuple[A
             return of_query, of_keys.at[at].add(of_key), of_values.at[at].add(of_value)
 
         start = jnp.zeros(query.shape, jnp.float32), *sums
-        of_query, of_keys, of_values = jax.lax.fori_loop(first, number + 1, add, start)
+        of_query, of_keys, of_values = jax.lax.fori_loop(0, count, add, start)
         return (of_keys, of_values), of_query.astype(query.dtype)
 
     zero = jnp.zeros(keys.shape, jnp.float32)
     numbers = jnp.arange(len(keys), dtype=jnp.int32)
-    blocks = numbers, _first_blocks(segment, block), _blocks(query, block)
+    blocks = numbers, *_needed_blocks(document, before, block), _blocks(query, block)
     sums, of_query = jax.lax.scan(attend, (zero, zero), (*blocks, gradients, normalizer, agreement))
-    return _rows(of_query, query), _rows(sums[0], key), _rows(sums[1], value), None
+    return _rows(of_query, query), _rows(sums[0], key), _rows(sums[1], value), None, None
 
 
 blockwise.defvjp(_blockwise_forward, _blockwise_backward)

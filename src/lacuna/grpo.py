@@ -94,7 +94,7 @@ def update(
     parts = []
     for share in np.array_split(np.arange(len(groups)), page.updates_per_rollout):
         kept = kept_samples([groups[number] for number in share], page)
-        parts.append(packed_rows(kept, page, rows_at_once) if kept else None)
+        parts.append(packed_rows(kept, page, rows_at_once, model.attention == "xla") if kept else None)
     batches = [put_micro_batches(part, mesh) if part else [] for part in parts]
 
     def filled(params: PyTree[Array], name: str) -> None:

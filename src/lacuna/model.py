@@ -417,16 +417,18 @@ def forward(
     position: Int[Array, "batch token"],
     config: ModelConfig,
     rematerialisation: str = "none",
+    behind: Int[Array, "batch token"] | None = None,
 ) -> Float[Array, "batch token embed"]:
     """Embedded rows to final normed hidden states; `params` are in the dtype of compute.
 
     `rematerialisation` says what the backward pass computes again: nothing, all but matrix products and attention, or
-    whole layers. What is computed again without them costs less than to write it out and read it.
+    whole layers. What is computed again without them costs less than to write it out and read it. `behind` is as in
+    `attention`.
     """
     angle = position[..., None] * rotary_frequencies(config)
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return attention(query, key, value, segment, config.attention), None
+        return attention(query, key, value, segment, config.attention, behind), None
 
     body = partial(layer_forward, angle=angle, attend=attend, config=config)
     if rematerialisation != "none":
@@ -553,10 +555,12 @@ def _joined_tokens(
 
 
 def _chunk_length(hidden: Array) -> int:
-    """Tokens of each row in a chunk, such that each device has LOSS_CHUNK of them in its part of the rows."""
+    """Tokens of each row in a chunk, such that no device has more than LOSS_CHUNK of them in its part of the rows."""
     shape = jax.sharding.get_abstract_mesh().shape
     rows_of_a_device = max(hidden.shape[0] // math.prod(shape.get(axis, 1) for axis in ROW_AXES), 1)
-    return min(hidden.shape[1], max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device))
+    most = max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device)
+    chunks = -(-hidden.shape[1] // most)
+    return -(-hidden.shape[1] // chunks)
 
 
 class TokenStatistics(NamedTuple):

@@ -3,7 +3,7 @@
 The loss is a plain sum over tokens, each with a weight made before, so neither packing nor micro-batches change it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,11 +38,6 @@ class Sample:
     rewards: dict[str, float]
     reward: float
     advantage: float
-
-    @property
-    def slots(self) -> int:
-        """Slots of a row that the sample takes, as each holds a token and its successor."""
-        return len(self.prompt_tokens) + len(self.tokens) - 1
 
 
 Group = Sequence[Sample]
@@ -80,59 +75,95 @@ def has_variance(group: Group) -> bool:
     return any(sample.reward != group[0].reward for sample in group)
 
 
-def token_weights(kept: Sequence[Sample], page: GrpoConfig) -> list[float]:
-    """What a token of each sample counts in the loss, which is a plain sum then: each token the same (DAPO, Yu et al.
+def token_weights(kept: Sequence[Sample], page: GrpoConfig) -> Callable[[Sample], float]:
+    """What a token of a sample counts in the loss, which is a plain sum then: each token the same (DAPO, Yu et al.
     2025), each sample the same (GRPO, Shao et al. 2024), or each slot of the longest completion (Dr. GRPO)."""
     token_count = sum(len(sample.tokens) for sample in kept)
     match page.loss_normalisation:
         case "token":
-            return [1 / token_count for _ in kept]
+            return lambda _: 1 / token_count
         case "sequence":
-            return [1 / (len(kept) * len(sample.tokens)) for sample in kept]
+            return lambda sample: 1 / (len(kept) * len(sample.tokens))
         case "constant":
-            return [1 / (len(kept) * page.max_completion_tokens) for _ in kept]
+            return lambda _: 1 / (len(kept) * page.max_completion_tokens)
 
 
 class RolloutBatch(NamedTuple):
-    """Packed rows as in `data.Batch`; `weight` is what a token counts in the loss. `sampled` is the log-probability
-    under the distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and
-    of the starting policy."""
+    """Packed rows as in `data.Batch`, with `behind` as in `attention`; `weight` is what a token counts in the loss.
+    `sampled` is the log-probability under the distribution drawn from, `old` and `reference` are those of the policy
+    before this rollout's updates and of the starting policy."""
 
     token: Int[Array, "*rows token"]
     target: Int[Array, "*rows token"]
     weight: Float[Array, "*rows token"]
     segment: Int[Array, "*rows token"]
     position: Int[Array, "*rows token"]
+    behind: Int[Array, "*rows token"]
     advantage: Float[Array, "*rows token"]
     sampled: Float[Array, "*rows token"]
     old: Float[Array, "*rows token"]
     reference: Float[Array, "*rows token"]
 
 
-INTEGERS = ("token", "target", "segment", "position")
+INTEGERS = ("token", "target", "segment", "position", "behind")
 
 
-def packed_rows(kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int) -> RolloutBatch:
-    """The samples packed First-Fit-Decreasing into rows, as [micro_batch, row, token]."""
-    ordered = sorted(kept, key=lambda sample: -sample.slots)
-    row_of = first_fit(np.array([sample.slots for sample in ordered], np.int64), page.sequence_length)
+def packed_rows(
+    kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int, shares_prompts: bool = False
+) -> RolloutBatch:
+    """The samples packed First-Fit-Decreasing into rows, as [micro_batch, row, token].
+
+    Where prompts are shared, those of one prompt that stand in one row have it in common: it is there once, all but its
+    last token, and each sample goes on from it.
+    """
+    parts = [part for group in grouped(kept) for part in parts_of(group, page.sequence_length, shares_prompts)]
+    parts.sort(key=lambda part: -slots_of(part))
+    row_of = first_fit(np.array([slots_of(part) for part in parts], np.int64), page.sequence_length)
     micro_batches = -(-(int(row_of.max(initial=0)) + 1) // rows_at_once)
     shape = micro_batches * rows_at_once, page.sequence_length
     arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
     batch = RolloutBatch(*arrays)
-    ends, counts = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
-    for sample, row, weight in zip(ordered, row_of, token_weights(ordered, page), strict=True):
-        token = np.array((*sample.prompt_tokens, *sample.tokens), np.int32)
-        here = row, slice(ends[row], ends[row] + sample.slots)
-        there = row, slice(ends[row] + len(sample.prompt_tokens) - 1, ends[row] + sample.slots)
-        counts[row] += 1
-        ends[row] += sample.slots
-        batch.token[here], batch.target[here] = token[:-1], token[1:]
-        batch.segment[here], batch.position[here] = counts[row], np.arange(sample.slots)
-        batch.weight[there] = weight
-        batch.advantage[there] = sample.advantage
-        batch.sampled[there] = sample.sampled_log_probabilities
+    ends, documents, weight_of = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64), token_weights(kept, page)
+    for part, row in zip(parts, row_of, strict=True):
+        *prompt, last = part[0].prompt_tokens
+        here = row, slice(ends[row], ends[row] + len(prompt))
+        batch.token[here], batch.target[here], batch.position[here] = (
+            prompt,
+            (*prompt[1:], last),
+            np.arange(len(prompt)),
+        )
+        batch.segment[here] = documents[row] + 1
+        ends[row] += len(prompt)
+        is_shared = len(part) > 1 and len(prompt) > 0
+        documents[row] += is_shared
+        for number, sample in enumerate(part, 1):
+            here = row, slice(ends[row], ends[row] + len(sample.tokens))
+            batch.token[here], batch.target[here] = (last, *sample.tokens[:-1]), sample.tokens
+            batch.position[here] = len(prompt) + np.arange(len(sample.tokens))
+            documents[row] += 1
+            batch.segment[here], batch.behind[here] = documents[row], number if is_shared else 0
+            batch.weight[here] = weight_of(sample)
+            batch.advantage[here] = sample.advantage
+            batch.sampled[here] = sample.sampled_log_probabilities
+            ends[row] += len(sample.tokens)
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, rows_at_once, -1), batch)
+
+
+def parts_of(group: Group, capacity: int, shares_prompts: bool) -> Iterator[Group]:
+    """The samples of a prompt that may stand in one row with it."""
+    if not shares_prompts:
+        yield from ([sample] for sample in group)
+        return
+    ordered = sorted(group, key=lambda sample: -len(sample.tokens))
+    room = capacity - len(group[0].prompt_tokens) + 1
+    place = first_fit(np.array([len(sample.tokens) for sample in ordered], np.int64), room)
+    for number in range(int(place.max()) + 1):
+        yield [sample for sample, at in zip(ordered, place, strict=True) if at == number]
+
+
+def slots_of(part: Group) -> int:
+    """Slots of a row that samples of one prompt take together, as each slot holds a token and its successor."""
+    return len(part[0].prompt_tokens) - 1 + sum(len(sample.tokens) for sample in part)
 
 
 # The objective
@@ -179,7 +210,8 @@ def objective(
 def hidden_states(params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig) -> Array:
     """Hidden states whose logits are those over the temperature."""
     x = embed(params, batch.token)
-    hidden = forward(params, x, batch.segment, batch.position, model, page.rematerialisation)
+    behind = batch.behind if model.attention == "xla" else None
+    hidden = forward(params, x, batch.segment, batch.position, model, page.rematerialisation, behind)
     return hidden if page.temperature == 1 else hidden / page.temperature
 
 
