@@ -336,13 +336,19 @@ def rms_norm(
     return (normalized * scale).astype(x.dtype)
 
 
-def rotate(
-    x: Float[Array, "batch token *heads head"], angle: Float[Array, "batch token half"]
-) -> Float[Array, "batch token *heads head"]:
+Rotation = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"]]
+
+
+def rotation_at(position: Int[Array, "batch token"], config: ModelConfig) -> Rotation:
+    """Cosine and sine for each position and pair of channels."""
+    angle = position[..., None] * rotary_frequencies(config)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "batch token *heads head"], rotation: Rotation) -> Float[Array, "batch token *heads head"]:
     """Rotary position embedding in the half-split layout of Llama and Qwen checkpoints, computed in float32."""
-    angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (jnp.expand_dims(part, range(2, x.ndim - 1)) for part in rotation)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
@@ -382,7 +388,7 @@ matrix_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matrix_produ
 def layer_forward(
     x: Float[Array, "batch token embed"],
     layer: PyTree[Array],
-    angle: Float[Array, "batch token half"],
+    rotation: Rotation,
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     config: ModelConfig,
 ) -> tuple[Float[Array, "batch token embed"], Any]:
@@ -397,7 +403,7 @@ def layer_forward(
     if config.has_query_key_norm:
         query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
         key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
-    mixed, kept = attend(rotate(query, angle), rotate(key, angle), value)
+    mixed, kept = attend(rotate(query, rotation), rotate(key, rotation), value)
     mixed = linear(mixed, layer["output"])
     x = shard_rows(x + (mixed + layer["output_bias"] if config.has_output_bias else mixed))
     normed = rms_norm(x, layer["feedforward_norm"], config.norm_epsilon)
@@ -425,12 +431,11 @@ def forward(
     whole layers. What is computed again without them costs less than to write it out and read it. `behind` is as in
     `attention`.
     """
-    angle = position[..., None] * rotary_frequencies(config)
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
         return attention(query, key, value, segment, config.attention, behind), None
 
-    body = partial(layer_forward, angle=angle, attend=attend, config=config)
+    body = partial(layer_forward, rotation=rotation_at(position, config), attend=attend, config=config)
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
         matmuls = policies.save_from_both_policies(
@@ -464,7 +469,7 @@ def empty_cache(config: ModelConfig, slots: int, pages: int, dtype: DTypeLike) -
 
 def prefill(params: PyTree[Array], token: Int[Array, "batch token"], config: ModelConfig) -> Cache:
     """The cache of prompts that fill whole pages; what stands behind a shorter one is never read."""
-    angle = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)[..., None] * rotary_frequencies(config)
+    rotation = rotation_at(jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape), config)
     segment = jnp.ones_like(token)
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -474,7 +479,7 @@ def prefill(params: PyTree[Array], token: Int[Array, "batch token"], config: Mod
 
     x, cache = shard_rows(params["embedding"][token]), []
     for layer in params["layers"]:
-        x, kept = layer_forward(x, layer, angle, attend, config)
+        x, kept = layer_forward(x, layer, rotation, attend, config)
         cache.append(kept)
     return tuple(cache)
 
@@ -483,7 +488,7 @@ def decode_step(
     params: PyTree[Array], cache: Cache, token: Int[Array, " slot"], length: Int[Array, " slot"], config: ModelConfig
 ) -> tuple[Float[Array, "slot 1 embed"], Cache]:
     """Final normed hidden state behind one more token in each slot, and the cache of `length` tokens with it."""
-    angle = length[:, None, None] * rotary_frequencies(config)
+    rotation = rotation_at(length[:, None], config)
     # One slot is written twice: XLA would fuse a scatter of one row into its readers and copy the cache at each step.
     slot = jnp.arange(max(len(token), 2)) % len(token)
     page, offset = length[slot] // PAGE, length[slot] % PAGE
@@ -497,7 +502,7 @@ def decode_step(
             values = values.at[slot, :, page, offset].set(value[slot, 0])
             return cached_attention(query[:, 0], keys, values, length)[:, None], (keys, values)
 
-        x, kept = layer_forward(x, layer, angle, attend, config)
+        x, kept = layer_forward(x, layer, rotation, attend, config)
         grown.append(kept)
     return rms_norm(x, params["final_norm"], config.norm_epsilon), tuple(grown)
 
