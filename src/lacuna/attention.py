@@ -236,8 +236,8 @@ def xla_attention(
     query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, behind: Segment | None = None
 ) -> Query:
     """Block by block, with those blocks of keys that any row's documents ask for."""
-    length = query.shape[1]
-    block = min(XLA_BLOCK.get(platform(), 512), length)
+    length, block = query.shape[1], XLA_BLOCK.get(platform(), 512)
+    block = min(block if behind is None else block // 2, length)  # documents that go on from another tend to be short
     query, key, value, segment = padded(-(-length // block) * block, query, key, value, segment)
     document = jnp.cumsum(begins(segment), axis=1, dtype=jnp.int32)
     before = None if behind is None else document - jnp.pad(behind, [(0, 0), (0, document.shape[1] - length)])

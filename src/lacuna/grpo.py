@@ -50,6 +50,7 @@ from lacuna.objective import (
     kept_samples,
     log_probabilities,
     packed_rows,
+    shares_prompts,
     zeros,
 )
 from lacuna.predictions import Subject
@@ -94,7 +95,7 @@ def update(
     parts = []
     for share in np.array_split(np.arange(len(groups)), page.updates_per_rollout):
         kept = kept_samples([groups[number] for number in share], page)
-        parts.append(packed_rows(kept, page, rows_at_once, model.attention == "xla") if kept else None)
+        parts.append(packed_rows(kept, page, rows_at_once, shares_prompts(model)) if kept else None)
     batches = [put_micro_batches(part, mesh) if part else [] for part in parts]
 
     def filled(params: PyTree[Array], name: str) -> None:
@@ -267,6 +268,8 @@ def start_facts(page: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     yield f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}, compute in {page.compute_dtype}"
     yield choose_backend(page, mesh, inputs.model.head)[1]
+    once = "once for all of its completions in a row" if shares_prompts(inputs.model) else "anew for each completion"
+    yield f"in the update a prompt is computed {once}"
     completions = page.prompts_per_step * page.completions_per_prompt
     yield (
         f"a step: {page.prompts_per_step} problems × {page.completions_per_prompt} completions = {completions}, up to "

@@ -108,15 +108,18 @@ class RolloutBatch(NamedTuple):
 INTEGERS = ("token", "target", "segment", "position", "behind")
 
 
-def packed_rows(
-    kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int, shares_prompts: bool = False
-) -> RolloutBatch:
+def shares_prompts(model: ModelConfig) -> bool:
+    """Whether attention can let several completions go on from one prompt."""
+    return model.attention == "xla"
+
+
+def packed_rows(kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int, is_shared: bool = False) -> RolloutBatch:
     """The samples packed First-Fit-Decreasing into rows, as [micro_batch, row, token].
 
     Where prompts are shared, those of one prompt that stand in one row have it in common: it is there once, all but its
     last token, and each sample goes on from it.
     """
-    parts = [part for group in grouped(kept) for part in parts_of(group, page.sequence_length, shares_prompts)]
+    parts = [part for group in grouped(kept) for part in parts_of(group, page.sequence_length, is_shared)]
     parts.sort(key=lambda part: -slots_of(part))
     row_of = first_fit(np.array([slots_of(part) for part in parts], np.int64), page.sequence_length)
     micro_batches = -(-(int(row_of.max(initial=0)) + 1) // rows_at_once)
@@ -134,14 +137,14 @@ def packed_rows(
         )
         batch.segment[here] = documents[row] + 1
         ends[row] += len(prompt)
-        is_shared = len(part) > 1 and len(prompt) > 0
-        documents[row] += is_shared
+        goes_on = len(part) > 1 and len(prompt) > 0
+        documents[row] += goes_on
         for number, sample in enumerate(part, 1):
             here = row, slice(ends[row], ends[row] + len(sample.tokens))
             batch.token[here], batch.target[here] = (last, *sample.tokens[:-1]), sample.tokens
             batch.position[here] = len(prompt) + np.arange(len(sample.tokens))
             documents[row] += 1
-            batch.segment[here], batch.behind[here] = documents[row], number if is_shared else 0
+            batch.segment[here], batch.behind[here] = documents[row], number if goes_on else 0
             batch.weight[here] = weight_of(sample)
             batch.advantage[here] = sample.advantage
             batch.sampled[here] = sample.sampled_log_probabilities
@@ -149,9 +152,9 @@ def packed_rows(
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, rows_at_once, -1), batch)
 
 
-def parts_of(group: Group, capacity: int, shares_prompts: bool) -> Iterator[Group]:
+def parts_of(group: Group, capacity: int, is_shared: bool) -> Iterator[Group]:
     """The samples of a prompt that may stand in one row with it."""
-    if not shares_prompts:
+    if not is_shared:
         yield from ([sample] for sample in group)
         return
     ordered = sorted(group, key=lambda sample: -len(sample.tokens))
@@ -210,7 +213,7 @@ def objective(
 def hidden_states(params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, page: GrpoConfig) -> Array:
     """Hidden states whose logits are those over the temperature."""
     x = embed(params, batch.token)
-    behind = batch.behind if model.attention == "xla" else None
+    behind = batch.behind if shares_prompts(model) else None
     hidden = forward(params, x, batch.segment, batch.position, model, page.rematerialisation, behind)
     return hidden if page.temperature == 1 else hidden / page.temperature
 
