@@ -36,7 +36,8 @@ def after_prompt(
     cache = jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled)
     rows = []
     for step in range(following.shape[1]):
-        hidden, cache = model.decode_step(params, cache, following[:, step], length + step, config)
+        rotations = model.rotation_table(cache, config)
+        hidden, cache = model.decode_step(params, cache, following[:, step], length + step, rotations, config)
         rows.append(model.logits_of(hidden, model.head_of(params, config), config.vocabulary_size)[:, 0])
     return jnp.stack(rows, axis=1)
 

@@ -12,7 +12,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna.config import SamplingKeys, UserError
-from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, head_of, logits_of, prefill
+from lacuna.model import (
+    PAGE,
+    Cache,
+    ModelConfig,
+    decode_step,
+    empty_cache,
+    head_of,
+    logits_of,
+    prefill,
+    rotation_table,
+)
 from lacuna.sampler import Request, Sampler, check_request, page_bucket, prompt_pages
 from lacuna.sampling import Forest, Trie, edges_of, forest_of, is_leaf
 
@@ -118,9 +128,12 @@ def search(
         history=jnp.full((*shape, max_tokens), -1, jnp.int32),
     )
 
+    rotations = rotation_table(start.cache, config)
+
     def step(carry: tuple[Array, Beams]) -> tuple[Array, Beams]:
         number, beams = carry
-        hidden, cache = decode_step(params, beams.cache, beams.token.ravel(), beams.length.ravel(), config)
+        token, length = beams.token.ravel(), beams.length.ravel()
+        hidden, cache = decode_step(params, beams.cache, token, length, rotations, config)
         log_probability = jax.nn.log_softmax(logits_of(hidden, head_of(params, config), config.vocabulary_size)[:, 0])
         if forest is None:
             tokens = jnp.broadcast_to(jnp.arange(config.padded_vocabulary), log_probability.shape)

@@ -484,11 +484,22 @@ def prefill(params: PyTree[Array], token: Int[Array, "batch token"], config: Mod
     return tuple(cache)
 
 
+def rotation_table(cache: Cache, config: ModelConfig) -> Rotation:
+    """The rotation of every position that a cache has room for, to be made once for many steps: inside of them XLA
+    would make it anew for each layer, head and page."""
+    return rotation_at(jnp.arange(cache[0][0].shape[2] * PAGE)[:, None], config)
+
+
 def decode_step(
-    params: PyTree[Array], cache: Cache, token: Int[Array, " slot"], length: Int[Array, " slot"], config: ModelConfig
+    params: PyTree[Array],
+    cache: Cache,
+    token: Int[Array, " slot"],
+    length: Int[Array, " slot"],
+    rotations: Rotation,
+    config: ModelConfig,
 ) -> tuple[Float[Array, "slot 1 embed"], Cache]:
     """Final normed hidden state behind one more token in each slot, and the cache of `length` tokens with it."""
-    rotation = rotation_at(length[:, None], config)
+    rotation = rotations[0][length], rotations[1][length]
     # One slot is written twice: XLA would fuse a scatter of one row into its readers and copy the cache at each step.
     slot = jnp.arange(max(len(token), 2)) % len(token)
     page, offset = length[slot] // PAGE, length[slot] % PAGE

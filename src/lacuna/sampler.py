@@ -28,6 +28,7 @@ from lacuna.model import (
     PAGE,
     Cache,
     ModelConfig,
+    Rotation,
     check_sequence_length,
     decode_step,
     decoding_params,
@@ -35,6 +36,7 @@ from lacuna.model import (
     head_of,
     logits_of,
     prefill,
+    rotation_table,
 )
 from lacuna.runs import newest_run
 from lacuna.sampling import (
@@ -246,9 +248,10 @@ def decode_block(
 
     def step(carry: Carry) -> Carry:
         number, slots, emitted = carry
-        slots, found = next_token(params, slots, forest, config)
+        slots, found = next_token(params, slots, forest, rotations, config)
         return number + 1, slots, jax.tree.map(lambda all, one: all.at[number].set(one), emitted, found)
 
+    rotations = rotation_table(slots.cache, config)
     carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, *tops, whole - 1)
     _, slots, emitted = jax.lax.while_loop(goes_on, step, carry)
     if not jax.sharding.get_abstract_mesh().empty:
@@ -256,10 +259,12 @@ def decode_block(
     return sharded(slots), emitted
 
 
-def next_token(params: PyTree[Array], slots: Slots, forest: Forest, config: ModelConfig) -> tuple[Slots, Emitted]:
+def next_token(
+    params: PyTree[Array], slots: Slots, forest: Forest, rotations: Rotation, config: ModelConfig
+) -> tuple[Slots, Emitted]:
     """One more token in each active slot, by its own rules."""
     rules, row = slots.rules, jnp.arange(len(slots.token))
-    hidden, cache = decode_step(params, slots.cache, slots.token, slots.length, config)
+    hidden, cache = decode_step(params, slots.cache, slots.token, slots.length, rotations, config)
     logits = logits_of(hidden, head_of(params, config), config.vocabulary_size)[:, 0]
 
     def any_active(condition: Bool[Array, " slot"]) -> Bool[Array, ""]:
