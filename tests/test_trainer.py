@@ -399,6 +399,17 @@ def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
     assert len(programs) == 1
 
 
+def test_nothing_is_compiled_after_the_first_steps_evaluation_and_save(
+    small: Path, compiled: list[tuple[int, str]]
+) -> None:
+    page = chat_run(small, eval_every=3, save_every=2, keep=9)
+    trainer.run(page)
+    assert len(records(page)) >= 9 and len(checkpoint.saved_steps(page.run_directory)) >= 4
+    assert any(step == 0 for step, _ in compiled)
+    assert [each for each in compiled if each[0] > 3] == []
+    assert f"compiled programs are kept in {page.cache_dir}" in (page.run_directory / "run.log").read_text()
+
+
 def test_training_lowers_the_loss(small: Path) -> None:
     page = chat_run(small, epochs=12, learning_rate=1e-2)
     trainer.run(page)
