@@ -10,7 +10,9 @@
 
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
 reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
-the same process, right behind it, and so is the compiled step alone, repeated on one batch. `save` runs the same, saves
+the same process, right behind it, and so is the compiled step alone, repeated on one batch. `input_seconds` is what a
+batch takes to prepare, which happens while the step before runs; `input_wait_share` is the most that the steps may have
+waited for it, all of the preparation where that step had ended first. `save` runs the same, saves
 every fifth step, and tells how long each save held the loop up, beside the time to write the checkpoint whole.
 
 `generate` decodes greedily: batches of 1 and 32 prompts of 64 tokens, 128 new tokens each, then 64 requests of 16 to
@@ -37,6 +39,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 from lacuna.cli import prepare_process
 from lacuna.config import GrpoConfig, PretrainConfig, RowsConfig, SftConfig, parse
@@ -120,7 +123,17 @@ def train(page: RowsConfig, started: float) -> dict[str, Any]:
     from lacuna import metrics, trainer
 
     before = time.time() - started
-    ended = trainer.run(page)
+    prepare, inputs = trainer.Loop.prepare, []
+
+    def watched(loop: trainer.Loop, index: int) -> Any:
+        began = time.perf_counter()
+        prepared = prepare(loop, index)
+        running: list[Any] = [facts["loss"] for _, facts in loop.pending]
+        inputs.append((time.perf_counter() - began, all(loss.is_ready() for loss in running)))
+        return prepared
+
+    with patch.object(trainer.Loop, "prepare", watched):
+        ended = trainer.run(page)
     assert ended
     loop, state = ended
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
@@ -149,6 +162,9 @@ def train(page: RowsConfig, started: float) -> dict[str, Any]:
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed),
         "target_tokens_per_second": statistics.median(record["target_tokens_per_second"] for record in timed),
         "tok_s": sum(r["tokens"] for r in timed) / sum(r["step_seconds"] for r in timed),
+        "input_seconds": statistics.median(seconds for seconds, _ in inputs),
+        "input_wait_share": sum(seconds for seconds, is_late in inputs[1:] if is_late)
+        / sum(record["step_seconds"] for record in records),
         "packing_efficiency": statistics.mean(record["packing_efficiency"] for record in timed),
         "model_flops_per_second": flops / step_seconds,
         "share_of_matrix_rate": flops / step_seconds / matrix_rate,
