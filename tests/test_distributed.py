@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import pytest
+from conftest import mesh_of
 
 from lacuna import distributed
 from lacuna.config import UserError
@@ -60,3 +61,16 @@ def test_the_watchdog_ends_what_stands_still_but_not_what_moves_or_compiles(
     with distributed.watchdog(lambda: 1, tmp_path / "log"):
         time.sleep(0.8)
     assert ended and set(ended) == {124} and "Thread 0x" in (tmp_path / "log").read_text()
+
+
+def test_compiler_options_are_for_several_gpus_and_give_way_to_xla_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "xla_gpu_experimental_parallel_collective_overlap_limit"
+    with jax.set_mesh(mesh_of(1, 8, 1)):
+        assert distributed.compiler_options() == {}
+        monkeypatch.setattr(distributed, "platform", lambda: "gpu")
+        assert distributed.compiler_options() == {name: 2}
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_other=1 --{name}=1")
+        assert distributed.compiler_options() == {}
+    monkeypatch.delenv("XLA_FLAGS")
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        assert distributed.compiler_options() == {}

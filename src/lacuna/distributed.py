@@ -32,6 +32,7 @@ from lacuna.config import DeviceKeys, UserError
 
 ROW_AXES = ("data", "fsdp")
 AXIS_RULES: dict[str, str] = {"embed": "fsdp", "vocab": "tensor", "kv_head": "tensor", "feedforward": "tensor"}
+GPU_OPTIONS = {"xla_gpu_experimental_parallel_collective_overlap_limit": 2}  # gathers begin while a scatter runs
 HEARTBEAT_SECONDS = 20.0
 PULSE_SECONDS = 1.0
 AGREEMENT_SECONDS = 7 * 24 * 3600.0
@@ -337,6 +338,14 @@ def platform() -> str:
     """What the devices of the mesh in force are: cpu, gpu or tpu; this machine's, if there is none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def compiler_options() -> dict[str, Any]:
+    """What XLA is asked for beside its defaults, where the mesh in force has several GPUs; XLA_FLAGS has precedence."""
+    if platform() != "gpu" or jax.sharding.get_abstract_mesh().size < 2:
+        return {}
+    given = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in GPU_OPTIONS.items() if name not in given}
 
 
 def shard_rows(x: Array) -> Array:

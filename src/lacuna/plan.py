@@ -34,7 +34,7 @@ from lacuna.config import (
     accumulation_steps,
 )
 from lacuna.data import Batch
-from lacuna.distributed import ROW_AXES, make_mesh, row_shards
+from lacuna.distributed import ROW_AXES, compiler_options, make_mesh, row_shards
 from lacuna.metrics import byte_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, parameter_counts
 from lacuna.objective import INTEGERS, RolloutBatch, add_gradient, zeros
@@ -201,12 +201,19 @@ def placed(tree: PyTree, shardings: Any) -> Any:
     )
 
 
-def compiled(name: str, function: Any, *arguments: Any, beside: float = 0.0, attention: float | None = None) -> Program:
+def compiled(
+    name: str,
+    function: Any,
+    *arguments: Any,
+    beside: float = 0.0,
+    attention: float | None = None,
+    options: dict[str, Any] | None = None,
+) -> Program:
     """A jitted function for arguments given as shapes; `attention` are the FLOPs of attention, if that is done in
     kernels or loops, whose FLOPs no program tells."""
     began = time.perf_counter()
     traced = function.trace(*arguments)
-    program = traced.lower().compile()
+    program = traced.lower().compile(options)
     counted = matmul_flops(traced.jaxpr.jaxpr, rounds=1 if attention is None else 0)
     return Program(name, program, counted + (attention or 0.0), time.perf_counter() - began, beside)
 
@@ -238,7 +245,8 @@ def rows_program(page: RowsConfig, model: ModelConfig, mesh: Mesh, state: TrainS
     rows = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
     batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in Batch._fields]
     step = jax.jit(partial(trainer.train_step, model=model, page=page), donate_argnames="state")
-    return compiled("step", step, state, Batch(*batch), recipe, attention=attention_flops(page, model, page.batch_size))
+    attention, options = attention_flops(page, model, page.batch_size), compiler_options()
+    return compiled("step", step, state, Batch(*batch), recipe, attention=attention, options=options)
 
 
 def kind_of(name: str) -> Any:
@@ -376,6 +384,10 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
     counts = parameter_counts(model)
     print(f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, compute in {page.compute_dtype}")
     print(choose_backend(page, mesh, model.head)[1])
+    if isinstance(page, RowsConfig):
+        with jax.set_mesh(mesh):
+            for option, value in compiler_options().items():
+                print(f"the step is compiled with {option} = {value}; XLA_FLAGS chooses another")
     programs = programs_of(page, model, mesh)
     plans = [program_plan(each, chip, count) for each in programs]
     weight_bytes, state_bytes = device_bytes(state.params), device_bytes(state)

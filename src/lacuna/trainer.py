@@ -35,6 +35,7 @@ from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dat
 from lacuna.distributed import (
     Stop,
     check_same,
+    compiler_options,
     enable_compilation_cache,
     from_first,
     is_first,
@@ -433,6 +434,8 @@ def start_facts(page: RowsConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     kind = mesh.devices.flat[0].device_kind
     yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {page.compute_dtype}"
     yield choose_backend(page, mesh, model.head)[1]
+    for option, value in compiler_options().items():
+        yield f"the step is compiled with {option} = {value}; XLA_FLAGS chooses another"
     yield (
         f"batch: {page.batch_size} rows × {page.sequence_length} tokens = {page.micro_batch_size} a forward pass × "
         f"{shards} data-parallel devices × {accumulation} accumulated; {steps:,} steps"
@@ -549,7 +552,7 @@ class Loop:
             began = time.perf_counter()
             step = jax.jit(partial(train_step, model=self.inputs.model, page=self.page), donate_argnames="state")
             with self.untimed():
-                self.programs[length] = step.lower(state, batch, self.recipe).compile()
+                self.programs[length] = step.lower(state, batch, self.recipe).compile(compiler_options())
             seconds = time.perf_counter() - began
             self.compile_seconds += seconds
             self.clock += seconds
