@@ -5,19 +5,24 @@
     uv run python scripts/bench.py train sft --model-name MODEL --from-scratch --data.0.path chat.jsonl --steps 20
     uv run python scripts/bench.py save sft @ configs/sft_tiny.toml --steps 20
     uv run python scripts/bench.py generate MODEL float32
+    uv run python scripts/bench.py generate MODEL bfloat16 1 32 256
     uv run python scripts/bench.py grpo @ configs/grpo_tiny.toml --steps 10 --reward scripts/bench.py:distinct:1
     uv run python scripts/bench.py serve --model-name MODEL --compute-dtype float32
 
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
 reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
-the same process, right behind it, and so is the compiled step alone, repeated on one batch. `save` runs the same, saves
-every fifth step, and tells how long each save held the loop up, beside the time to write the checkpoint whole.
+the same process, right behind it, and so is the compiled step alone, repeated on one batch. `input_seconds` is what a
+batch takes to prepare, which happens while the step before runs; `input_wait_share` is the most that the steps may have
+waited for it, all of the preparation where that step had ended first. `step` is `train` without what is written at the
+end, for models whose state would fill the disk. `save` runs the same, saves every fifth step, and tells how long each
+save held the loop up, beside the time to write the checkpoint whole.
 
 `generate` decodes greedily: batches of 1 and 32 prompts of 64 tokens, 128 new tokens each, then 64 requests of 16 to
-256 new tokens through 32 slots. A decode step is compared with the time in which the memory could deliver the weights
-and the tokens in the cache, at the faster of the two rates (copying, matrix times vector) found before and after.
+256 new tokens through 32 slots; or only batches of the sizes given. A directory without weights has random ones. A
+decode step is compared with the time in which the memory could deliver the weights and the tokens in the cache, at the
+faster of the two rates (copying, matrix times vector) found before and after.
 
-`grpo` runs the command in a scratch directory and parts each step into rollout and update.
+`grpo` runs the command in a scratch directory, saving nothing, and parts each step into rollout and update.
 
 `serve` takes any config and option of the command, starts it, asks 64 questions one by one, and then has 64 clients ask
 them for a minute, all at once and each the next as soon as it has its answer; every answer is compared with the first.
@@ -35,8 +40,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 from lacuna.cli import prepare_process
 from lacuna.config import GrpoConfig, PretrainConfig, RowsConfig, SftConfig, parse
@@ -48,23 +55,27 @@ CLIENTS, LOAD_SECONDS = 64, 60.0
 
 
 def main() -> None:
-    """The subcommands peak, train, save, generate, grpo and serve."""
+    """The subcommands peak, train, step, save, generate, grpo and serve."""
     started = time.time() - process_age()
     match sys.argv[1:]:
         case ["peak"]:
             prepare_process()
             print(json.dumps({"label": "peak"} | peak()))
-        case ["train" | "save" as label, "pretrain" | "sft" as command, *arguments]:
+        case ["train" | "step" | "save" as label, "pretrain" | "sft" as command, *arguments]:
             prepare_process()
             with tempfile.TemporaryDirectory(dir=".") as scratch:
                 every = str(SAVE_EVERY) if label == "save" else "0"
                 fixed = ["--output-dir", scratch, "--run-name", "bench", "--save-every", every]
                 pages: dict[str, type[RowsConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
                 page = parse(pages[command], [*arguments, *fixed], f"bench {label} {command}")
-                print(json.dumps({"label": label} | (save(page) if label == "save" else train(page, started))))
-        case ["generate", model_name, ("float32" | "bfloat16") as dtype]:
+                print(
+                    json.dumps(
+                        {"label": label} | (save(page) if label == "save" else train(page, started, label == "train"))
+                    )
+                )
+        case ["generate", model_name, ("float32" | "bfloat16") as dtype, *sizes]:
             prepare_process()
-            print(json.dumps({"label": "generate"} | generate(model_name, dtype)))
+            print(json.dumps({"label": "generate"} | generate(model_name, dtype, [int(size) for size in sizes])))
         case ["grpo", *arguments]:
             prepare_process()
             with tempfile.TemporaryDirectory(dir=".") as scratch:
@@ -113,14 +124,24 @@ def peak(size: int = 2048, repeats: int = 7) -> dict[str, Any]:
     return found
 
 
-def train(page: RowsConfig, started: float) -> dict[str, Any]:
+def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     """Figures of a training run of `page`."""
     import jax
 
     from lacuna import metrics, trainer
 
     before = time.time() - started
-    ended = trainer.run(page)
+    prepare, inputs = trainer.Loop.prepare, []
+
+    def watched(loop: trainer.Loop, index: int) -> Any:
+        began = time.perf_counter()
+        prepared = prepare(loop, index)
+        running: list[Any] = [facts["loss"] for _, facts in loop.pending]
+        inputs.append((time.perf_counter() - began, all(loss.is_ready() for loss in running)))
+        return prepared
+
+    with patch.object(trainer.Loop, "prepare", watched), nullcontext() if is_saved else unsaved(trainer.Loop):
+        ended = trainer.run(page)
     assert ended
     loop, state = ended
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
@@ -149,18 +170,27 @@ def train(page: RowsConfig, started: float) -> dict[str, Any]:
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed),
         "target_tokens_per_second": statistics.median(record["target_tokens_per_second"] for record in timed),
         "tok_s": sum(r["tokens"] for r in timed) / sum(r["step_seconds"] for r in timed),
+        "input_seconds": statistics.median(seconds for seconds, _ in inputs),
+        "input_wait_share": sum(seconds for seconds, is_late in inputs[1:] if is_late)
+        / sum(record["step_seconds"] for record in records),
         "packing_efficiency": statistics.mean(record["packing_efficiency"] for record in timed),
         "model_flops_per_second": flops / step_seconds,
         "share_of_matrix_rate": flops / step_seconds / matrix_rate,
         "matrix_rate_flops": matrix_rate,
+        "mfu": records[-1]["mfu"] and statistics.median(record["mfu"] for record in timed),
         "program_seconds": alone_seconds,
         "share_outside_program": alone_seconds and 1 - alone_seconds / step_seconds,
         "compile_seconds": loop.compile_seconds,
         "first_step_ends_seconds": before + (loop.first_step_seconds or 0),
-        "memory_bytes": metrics.memory_bytes(),
+        "memory_bytes": records[-1]["memory_bytes"],
         "device_kind": rates["device_kind"],
         "versions": metrics.versions(),
     }
+
+
+def unsaved(loop: type) -> AbstractContextManager[Any]:
+    """A loop of training that writes neither checkpoint nor model."""
+    return patch.multiple(loop, save=lambda *_: None, end=lambda *_: None)
 
 
 def save(page: RowsConfig) -> dict[str, Any]:
@@ -204,18 +234,21 @@ def read_rate() -> float:
     return matrix.nbytes / seconds_of(lambda: product(matrix, vector).block_until_ready(), 15)
 
 
-def generate(model_name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list[int]) -> dict[str, Any]:
     """Figures of the sampler for each batch, and of continuous batching."""
     import jax
     import numpy as np
 
-    from lacuna import metrics, sampler, weights
+    from lacuna import metrics, model, sampler, weights
     from lacuna.config import ModelKeys, SamplingKeys
     from lacuna.distributed import make_mesh
 
     mesh = make_mesh(1, 0, 1)
-    source, config, tokenizer = weights.open_model(ModelKeys(model_name=model_name, compute_dtype=dtype), mesh)
-    params = weights.load_params(source, config, mesh)
+    page = ModelKeys(model_name=model_name, compute_dtype=dtype)
+    is_random = Path(model_name).is_dir() and not any(Path(model_name).rglob("*.safetensors"))
+    source, config, tokenizer = weights.open_model(page, mesh, with_weights=not is_random)
+    random_params = jax.jit(lambda key: model.initial_params(key, config))
+    params = random_params(jax.random.key(0)) if is_random else weights.load_params(source, config, mesh)
     random = np.random.default_rng(0)
     rates = [max(read_rate(), peak()["copy_bytes_per_second"])]
 
@@ -253,11 +286,13 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str
             "cache_bytes": cache_bytes,
         }
 
-    found = {f"batch_{slots}": batch(slots, [NEW_TOKENS] * slots) for slots in (1, 32)}
-    mixed = np.linspace(16, 256, 64).round().astype(int)
-    found["continuous"] = batch(32, random.permutation(mixed).tolist())
+    found = {f"batch_{slots}": batch(slots, [NEW_TOKENS] * slots) for slots in sizes or (1, 32)}
+    alone = list(found.values())
+    if not sizes:
+        mixed = np.linspace(16, 256, 64).round().astype(int)
+        found["continuous"] = batch(32, random.permutation(mixed).tolist())
     rates.append(max(read_rate(), peak()["copy_bytes_per_second"]))
-    for figures in (found["batch_1"], found["batch_32"]):
+    for figures in alone:
         bound = (figures["weight_bytes"] + figures["cache_bytes"]) / max(rates)
         figures["bound_seconds"], figures["share_of_bound"] = bound, bound / figures["step_seconds"]
     return {
@@ -319,7 +354,8 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
     """Figures of a grpo run: completion tokens a second of the rollout, of the update, and of the whole step."""
     from lacuna import grpo, metrics
 
-    grpo.run(page)
+    with unsaved(grpo.Loop):
+        grpo.run(page)
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]
     sums = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
 from lacuna.config import PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
+from lacuna.metrics import RunLog  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -96,3 +98,24 @@ def outcome(page: TrainingConfig) -> tuple[list[Any], bytes]:
     keys = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "target_tokens", "epoch", "eval_loss")
     exported = (page.run_directory / "model" / "model.safetensors").read_bytes()
     return [[record.get(key) for key in keys] for record in records(page)], exported
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
+    """Whatever is compiled during a test, each with the last step that was logged before."""
+    found, step, log = [], 0, RunLog.step
+
+    def heard(event: str, duration_secs: float, **facts: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append((step, str(facts.get("fun_name"))))
+
+    def logged(self: RunLog, record: dict[str, Any]) -> None:
+        nonlocal step
+        step = record["step"]
+        log(self, record)
+
+    jax.clear_caches()
+    monkeypatch.setattr(RunLog, "step", logged)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(heard)

@@ -19,6 +19,7 @@ from lacuna.model import embed, forward, head_of
 from lacuna.objective import Sample
 from lacuna.problems import Problem
 from lacuna.rewards import load_rewards, rewards_of
+from lacuna.trainer import state_shardings
 
 REWARDS = '''
 def letters(prompt, completion, row):
@@ -185,6 +186,13 @@ def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
     np.testing.assert_allclose(same, loss, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+
+
+def test_sums_of_gradients_take_a_device_no_more_than_the_parameters_do() -> None:
+    model, params = load(REFERENCE / "qwen3")
+    params = jax.device_put(params, state_shardings(model, mesh_of(1, 8, 1)).params)
+    for param, total in zip(jax.tree.leaves(params), jax.tree.leaves(objective.zeros(params)[0]), strict=True):
+        assert total.addressable_shards[0].data.shape == param.addressable_shards[0].data.shape
 
 
 def test_the_gradient_is_that_of_the_whole_logits() -> None:
@@ -364,3 +372,15 @@ def test_what_does_not_fit_is_refused(small: Path, rewards_file: Path, one_devic
         grpo.run(run_page(small, rewards_file, sequence_length=24))
     with pytest.raises(UserError, match="prompts_per_step = 40 is more than the 30 problems"):
         grpo.run(run_page(small, rewards_file, prompts_per_step=40))
+
+
+def test_nothing_is_compiled_after_the_first_steps(
+    compiled: list[tuple[int, str]], small: Path, rewards_file: Path, one_device: None
+) -> None:
+    held_out = ({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},)
+    config = run_page(small, rewards_file, steps=8, eval_every=2, save_every=2, eval_data=held_out)
+    grpo.run(config)
+    assert (0, "jit(apply_gradient)") in compiled
+    assert {name for step, name in compiled if step > 0} <= {"jit(prefill)"}  # of prompts longer than those before
+    assert [each for each in compiled if each[0] > 3] == []
+    assert f"compiled programs are kept in {config.cache_dir}" in (config.run_directory / "run.log").read_text()

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from lacuna import checkpoint, trainer, weights
 from lacuna.config import ModelKeys, SamplingKeys, SftConfig, UserError
-from lacuna.data import Batch
+from lacuna.data import Batch, Dataset
 from lacuna.distributed import put_batch
+from lacuna.metrics import RunLog
 from lacuna.model import (
     ModelConfig,
     initial_params,
@@ -397,6 +398,47 @@ def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
         for recipe in (trainer.recipe_of(settings, 50), trainer.recipe_of(page(learning_rate=1.0, seed=7), 9))
     }
     assert len(programs) == 1
+
+
+def test_nothing_is_compiled_after_the_first_steps_evaluation_and_save(
+    small: Path, compiled: list[tuple[int, str]]
+) -> None:
+    page = chat_run(small, eval_every=3, save_every=2, keep=9)
+    trainer.run(page)
+    assert len(records(page)) >= 9 and len(checkpoint.saved_steps(page.run_directory)) >= 4
+    assert any(step == 0 for step, _ in compiled)
+    assert [each for each in compiled if each[0] > 3] == []
+    assert f"compiled programs are kept in {page.cache_dir}" in (page.run_directory / "run.log").read_text()
+
+
+def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, events, loops = text_run(small), [], []
+    prepare, source, log = trainer.Loop.prepare, Dataset.batch, RunLog.step
+
+    def watched(loop: trainer.Loop, index: int) -> Any:
+        loops.append(loop)
+        return prepare(loop, index)
+
+    def slow(dataset: Dataset, index: int, *arguments: Any) -> Batch:
+        """Takes until the step before has ended, which nobody waits for here."""
+        if index:
+            step = loops[-1].pending[-1][1]["loss"]
+            events.append(("begun", index, not step.is_ready()))
+            step.block_until_ready()
+        return source(dataset, index, *arguments)
+
+    def logged(self: RunLog, record: dict[str, Any]) -> None:
+        events.append(("logged", record["step"], True))
+        log(self, record)
+
+    monkeypatch.setattr(trainer.Loop, "prepare", watched)
+    monkeypatch.setattr(Dataset, "batch", slow)
+    monkeypatch.setattr(RunLog, "step", logged)
+    trainer.run(page)
+    begun = {index: at for at, (kind, index, _) in enumerate(events) if kind == "begun"}
+    fetched = {index: at for at, (kind, index, _) in enumerate(events) if kind == "logged"}
+    assert len(begun) == page.steps - 1 and all(begun[step] < fetched[step] for step in begun)
+    assert any(is_running for kind, _, is_running in events if kind == "begun")
 
 
 def test_training_lowers_the_loss(small: Path) -> None:

@@ -280,6 +280,8 @@ def start_facts(page: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     for line in inputs.problems.bad[:5]:
         yield f"left out: {line}"
     yield f"rewards: {', '.join(f'{reward.name} × {reward.weight:g}' for reward in inputs.rewards)}"
+    if page.compilation_cache:
+        yield f"compiled programs are kept in {page.cache_dir / 'programs'}"
 
 
 @dataclass

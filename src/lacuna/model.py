@@ -293,7 +293,7 @@ def initial_params(key: Key[Array, ""], config: ModelConfig) -> PyTree[Float[Arr
     def draw(path: tuple[Any, ...], row: Parameter) -> Float[Array, "..."]:
         shape = shape_of(row, config.sizes)
         if row.role in ("norm", "bias"):
-            return jnp.full(shape, 1.0 if row.role == "norm" else 0.0)
+            return (jnp.ones if row.role == "norm" else jnp.zeros)(shape)
         scale = config.initializer_range / (math.sqrt(2 * config.layers) if row.role == "residual" else 1)
         own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         if not row.axes.startswith("vocab"):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array, Float, Int, PyTree
 
 from lacuna.config import GrpoConfig
@@ -259,7 +260,8 @@ def compute_params(params: PyTree[Array], model: ModelConfig, dtype: str) -> PyT
 
 @jax.jit
 def zeros(params: PyTree[Array]) -> PyTree[Array]:
-    """The sums that micro-batches are added to."""
+    """The sums that micro-batches are added to, each lying where its parameter does."""
     names = ("clip_fraction", "importance_mean", "kl", "logprob_difference_max", "entropy")
     facts = {name: jnp.zeros(()) for name in names} | {"count": jnp.zeros((), jnp.int32)}
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params), jnp.zeros(()), facts
+    gradient = jax.tree.map(lambda leaf: shard_alike(leaf, jnp.zeros(leaf.shape))[1], params)
+    return gradient, jnp.zeros(()), facts
