@@ -46,7 +46,7 @@ from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 from lacuna.cli import prepare_process
-from lacuna.config import GrpoConfig, PretrainConfig, RowsConfig, SftConfig, parse
+from lacuna.config import GrpoConfig, ModelKeys, PretrainConfig, RowsConfig, ServeConfig, SftConfig, parse
 
 WARM_STEPS = 3
 SAVE_EVERY = 5
@@ -211,14 +211,16 @@ def save(page: RowsConfig) -> dict[str, Any]:
     loop.saver.save(state, trainer.saved_shapes(loop.inputs.model), facts, is_best=False)
     loop.saver.wait()
     whole = time.perf_counter() - began
+    size = sum(path.stat().st_size for path in loop.saver.newest.iterdir())
     return {
         "model": page.model_name,
         "saves": len(held_up),
-        "checkpoint_bytes": sum(path.stat().st_size for path in loop.saver.newest.iterdir()),
+        "checkpoint_bytes": size,
         "held_up_seconds": statistics.median(held_up),
         "held_up_seconds_range": [min(held_up), max(held_up)],
         "whole_save_seconds": whole,
         "held_up_share_of_save": statistics.median(held_up) / whole,
+        "share_of_copy_rate": size / whole / peak()["copy_bytes_per_second"],
         "step_seconds": statistics.median(others),
         "step_seconds_while_writing": statistics.median(during),
     }
@@ -375,8 +377,20 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
         "rollout_share": sums["rollout_seconds"] / sums["step_seconds"],
         "update_share": sums["update_seconds"] / sums["step_seconds"],
         "step_seconds": sums["step_seconds"] / len(timed),
+        "rollout_share_of_matrix_rate": weights_share(page, sums["completion_tokens"] / sums["rollout_seconds"]),
+        "update_share_of_matrix_rate": 3 * weights_share(page, sums["tokens"] / sums["update_seconds"]),
         "versions": metrics.versions(),
     }
+
+
+def weights_share(page: ModelKeys, tokens_per_second: float) -> float:
+    """What multiplying that many tokens with a model's weights, once, takes of this machine's matrix product rate."""
+    from lacuna.model import parameter_counts, read_model_config
+    from lacuna.weights import resolve_model
+
+    flops = 2 * parameter_counts(read_model_config(resolve_model(page.model_name, with_weights=False)))["matmul"]
+    rates = peak()
+    return flops * tokens_per_second / rates["float32_flops" if page.compute_dtype == "float32" else "bfloat16_flops"]
 
 
 def serve(arguments: list[str]) -> dict[str, Any]:
@@ -409,13 +423,15 @@ def serve(arguments: list[str]) -> dict[str, Any]:
             list(pool.map(client, range(CLIENTS)))
         seconds = time.perf_counter() - began
         process.terminate()
+    rate = sum(answer.tokens for answer in answers) / seconds
     return {
         "model": model,
         "clients": CLIENTS,
         "seconds": seconds,
         "answers": dict(outcomes),
         "answers_per_second": len(answers) / seconds,
-        "tokens_per_second": sum(answer.tokens for answer in answers) / seconds,
+        "tokens_per_second": rate,
+        "share_of_matrix_rate": weights_share(parse(ServeConfig, arguments, "bench serve"), rate),
         "first_text_seconds": percentiles([answer.first_seconds for answer in answers]),
         "answer_seconds": percentiles([answer.seconds for answer in answers]),
         "first_text_seconds_alone": statistics.median(answer.first_seconds for answer in alone),
