@@ -221,11 +221,12 @@ def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
     groups = objective.grouped(samples)
     groups[1] = [replace(sample, reward=1.0) for sample in groups[1]]
     kept = objective.kept_samples(groups, page())
-    assert [(sample.place, sample.index) for sample in kept] == [(0, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
-    assert len(objective.kept_samples(groups, page(mask_truncated=False))) == 6
-    assert len(objective.kept_samples(groups, page(kl_weight=0.1))) == 7
-    tokens = sum(len(sample.tokens) for sample in kept)
-    assert objective.token_weights(kept, page()) == [1 / tokens] * 5
+    expected = [(0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
+    assert [(sample.place, sample.index) for sample in kept] == expected
+    assert len(objective.kept_samples(groups, page(mask_truncated=False))) == 9
+    assert len(objective.kept_samples(groups, page(kl_weight=0.1))) == 11
+    tokens, weight_of = sum(len(sample.tokens) for sample in kept), objective.token_weights(kept, page())
+    assert {weight_of(sample) for sample in kept} == {1 / tokens}
 
 
 # Rewards
