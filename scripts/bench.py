@@ -364,7 +364,7 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
         key: sum(record[key] for record in timed)
         for key in ("completion_tokens", "tokens", "rollout_seconds", "update_seconds", "step_seconds")
     }
-    completions = page.prompts_per_step * page.completions_per_prompt
+    completions, once = page.prompts_per_step * page.completions_per_prompt, seconds_at_peak(page)
     return {
         "model": page.model_name,
         "completions": completions,
@@ -372,25 +372,28 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
         "steps_timed": len(timed),
         "completion_length": sums["completion_tokens"] / len(timed) / completions,
         "rollout_tokens_per_second": sums["completion_tokens"] / sums["rollout_seconds"],
-        "update_tokens_per_second": sums["tokens"] / sums["update_seconds"],
+        "update_tokens_per_second": sums["completion_tokens"] / sums["update_seconds"],
         "completion_tok_s": sums["completion_tokens"] / sums["step_seconds"],
         "rollout_share": sums["rollout_seconds"] / sums["step_seconds"],
         "update_share": sums["update_seconds"] / sums["step_seconds"],
         "step_seconds": sums["step_seconds"] / len(timed),
-        "rollout_share_of_matrix_rate": weights_share(page, sums["completion_tokens"] / sums["rollout_seconds"]),
-        "update_share_of_matrix_rate": 3 * weights_share(page, sums["tokens"] / sums["update_seconds"]),
+        "rollout_share_of_matrix_rate": once * sums["completion_tokens"] / sums["rollout_seconds"],
+        "update_share_of_matrix_rate": 3
+        * once
+        * sums["tokens"]
+        / sums["update_seconds"],  # forward, and backward twice
         "versions": metrics.versions(),
     }
 
 
-def weights_share(page: ModelKeys, tokens_per_second: float) -> float:
-    """What multiplying that many tokens with a model's weights, once, takes of this machine's matrix product rate."""
+def seconds_at_peak(page: ModelKeys) -> float:
+    """The least that multiplying a token with a model's weights takes, at this machine's matrix product rate."""
     from lacuna.model import parameter_counts, read_model_config
     from lacuna.weights import resolve_model
 
     flops = 2 * parameter_counts(read_model_config(resolve_model(page.model_name, with_weights=False)))["matmul"]
     rates = peak()
-    return flops * tokens_per_second / rates["float32_flops" if page.compute_dtype == "float32" else "bfloat16_flops"]
+    return flops / rates["float32_flops" if page.compute_dtype == "float32" else "bfloat16_flops"]
 
 
 def serve(arguments: list[str]) -> dict[str, Any]:
@@ -431,7 +434,7 @@ def serve(arguments: list[str]) -> dict[str, Any]:
         "answers": dict(outcomes),
         "answers_per_second": len(answers) / seconds,
         "tokens_per_second": rate,
-        "share_of_matrix_rate": weights_share(parse(ServeConfig, arguments, "bench serve"), rate),
+        "share_of_matrix_rate": rate * seconds_at_peak(parse(ServeConfig, arguments, "bench serve")),
         "first_text_seconds": percentiles([answer.first_seconds for answer in answers]),
         "answer_seconds": percentiles([answer.seconds for answer in answers]),
         "first_text_seconds_alone": statistics.median(answer.first_seconds for answer in alone),

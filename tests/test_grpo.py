@@ -75,7 +75,7 @@ def rows_of(
     inputs: dict[str, Any], config: GrpoConfig
 ) -> tuple[objective.RolloutBatch, jax.Array, list[tuple[int, int]]]:
     """The reference's inputs in packed rows, with the current log-probabilities, and where each token went."""
-    batch = objective.packed_rows(samples_of(inputs), config, 2)
+    batch = objective.packed_rows(samples_of(inputs), config, 2, is_shared=False)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
     current, places = np.zeros(flat.token.shape, np.float32), []
     for number, length in enumerate(inputs["lengths"]):
@@ -161,11 +161,11 @@ def random_samples(vocabulary: int) -> list[Sample]:
 
 
 def gradient_of(
-    samples: list[Sample], config: GrpoConfig, rows_at_once: int, shares_prompts: bool = False
+    samples: list[Sample], config: GrpoConfig, rows_at_once: int, is_shared: bool = False
 ) -> tuple[Any, float]:
     """Gradient and loss of samples in micro-batches, by the functions of the update."""
     model, params = load(REFERENCE / "qwen3")
-    batch = objective.packed_rows(samples, config, rows_at_once, shares_prompts)
+    batch = objective.packed_rows(samples, config, rows_at_once, is_shared)
     total = objective.zeros(params)
     for number in range(batch.token.shape[0]):
         part = jax.tree.map(lambda leaf, number=number: jnp.asarray(leaf[number]), batch)
@@ -173,16 +173,16 @@ def gradient_of(
     return total[0], float(total[1])
 
 
-@pytest.mark.parametrize("shares_prompts", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize(("length", "rows_at_once"), [(64, 4), (16, 3), (16, 1)])
 def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
-    length: int, rows_at_once: int, shares_prompts: bool
+    length: int, rows_at_once: int, is_shared: bool
 ) -> None:
     samples = random_samples(150)
     config = page(sequence_length=64, loss_normalisation="sequence", temperature=0.8)
     expected, loss = gradient_of(samples, config, 1)
     config = config.model_copy(update={"sequence_length": length})
-    found, same = gradient_of(samples, config, rows_at_once, shares_prompts)
+    found, same = gradient_of(samples, config, rows_at_once, is_shared)
     np.testing.assert_allclose(same, loss, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
@@ -198,7 +198,7 @@ def test_sums_of_gradients_take_a_device_no_more_than_the_parameters_do() -> Non
 def test_the_gradient_is_that_of_the_whole_logits() -> None:
     samples, config = random_samples(150), page(temperature=0.8, importance_limit=2.0)
     model, params = load(REFERENCE / "qwen3")
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), objective.packed_rows(samples, config, 4))
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), objective.packed_rows(samples, config, 4, is_shared=False))
 
     def plain(params: Any) -> jax.Array:
         hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)

@@ -4,7 +4,8 @@
 - splash: the TPU kernel that comes with JAX, with segment ids.
 - xla: block by block, everywhere.
 
-No score array of a whole row exists in any of them, and none attends from one document to another.
+No score array of a whole row exists in any of them, and none attends from one document to another, but where xla is
+told that documents go on from another, as grpo's completions do from their prompt.
 """
 
 from functools import partial
@@ -68,13 +69,14 @@ def is_hopper(capability: str) -> bool:
 def attention(
     query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, backend: str, behind: Segment | None = None
 ) -> Query:
-    """Causal grouped-query attention confined to each packed document; padding is a document of its own.
+    """Causal grouped-query attention confined to each packed document; padding, segment 0, sees padding alone.
 
     The tokens of a document stand together. With the backend xla a document may go on from another, whose tokens it
     attends to as well: `behind` says how many documents further back that one stands, 0 where there is none. Each
     device works on its rows and heads alone.
     """
     local: Any = {"cudnn": cudnn_attention, "splash": splash_attention, "xla": xla_attention}[backend]
+    assert behind is None or backend == "xla"
     given = (query, key, value, segment) if behind is None else (query, key, value, segment, behind)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -239,7 +241,7 @@ def xla_attention(
     length, block = query.shape[1], XLA_BLOCK.get(platform(), 512)
     block = min(block if behind is None else block // 2, length)  # documents that go on from another tend to be short
     query, key, value, segment = padded(-(-length // block) * block, query, key, value, segment)
-    document = jnp.cumsum(begins(segment), axis=1, dtype=jnp.int32)
+    document = jnp.cumsum(begins(segment) | (segment <= 0), axis=1, dtype=jnp.int32)  # padding asks for nothing
     before = None if behind is None else document - jnp.pad(behind, [(0, 0), (0, document.shape[1] - length)])
     return blockwise(query, key, value, document, before, block)[:, :length]
 
@@ -250,7 +252,8 @@ def blockwise(
 ) -> Query:
     """Attention with a running softmax (cf. Dao et al. 2022); the backward pass makes the scores again.
 
-    `document` numbers each row's documents in their order, `before` is the document that a token's own goes on from.
+    `document` numbers each row's documents in their order; `before` is the document that a token's own goes on from,
+    its own again where there is none.
     """
     return _blockwise_forward(query, key, value, document, before, block)[0]
 
@@ -276,13 +279,11 @@ def _needed_blocks(
     """The blocks of keys that each block of queries needs, ahead of those that it does not, and how many they are."""
     parts = document.reshape(len(document), -1, block)
     first, last = parts[..., 0], parts[..., -1]
-
-    def lie_in(wanted: Segment) -> Bool[Array, "batch token key_block"]:
-        return (first[:, None] <= wanted[..., None]) & (wanted[..., None] <= last[:, None])
-
-    asked = lie_in(document) if before is None else lie_in(document) | lie_in(before)
-    asked = jnp.any(asked.reshape(*parts.shape, -1), axis=(0, 2))
-    asked &= jnp.tri(len(asked), dtype=bool)
+    asked = last[:, None] >= first[..., None]
+    if before is not None:
+        wanted = before.reshape(*parts.shape, 1)
+        asked |= jnp.any((first[:, None, None] <= wanted) & (wanted <= last[:, None, None]), axis=2)
+    asked = jnp.any(asked, axis=0) & jnp.tri(parts.shape[1], dtype=bool)
     return jnp.argsort(~asked, axis=1, stable=True).astype(jnp.int32), jnp.sum(asked, axis=1, dtype=jnp.int32)
 
 

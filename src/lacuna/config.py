@@ -133,7 +133,8 @@ class OptimizationKeys(Page):
     weight_decay: float = Field(0.1, ge=0, description="Decay of matrices and embeddings, times the learning rate")
     clip_norm: float = Field(1.0, gt=0, description="Longest global gradient norm; a longer gradient is scaled to it")
     rematerialisation: Literal["none", "matmuls", "layer"] = Field(
-        "matmuls", description="What the backward pass computes again: nothing, all but matmuls, or whole layers"
+        "matmuls",
+        description="What the backward pass computes again: nothing, all but matmuls and attention, or layers",
     )
 
 

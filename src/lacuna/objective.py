@@ -90,9 +90,10 @@ def token_weights(kept: Sequence[Sample], page: GrpoConfig) -> Callable[[Sample]
 
 
 class RolloutBatch(NamedTuple):
-    """Packed rows as in `data.Batch`, with `behind` as in `attention`; `weight` is what a token counts in the loss.
-    `sampled` is the log-probability under the distribution drawn from, `old` and `reference` are those of the policy
-    before this rollout's updates and of the starting policy."""
+    """Packed rows as in `data.Batch`, with `behind` as in `attention`, whose documents have the positions behind those
+    they go on from. `weight` is what a token counts in the loss; `sampled` is the log-probability under the
+    distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and of the
+    starting policy."""
 
     token: Int[Array, "*rows token"]
     target: Int[Array, "*rows token"]
@@ -114,11 +115,11 @@ def shares_prompts(model: ModelConfig) -> bool:
     return model.attention == "xla"
 
 
-def packed_rows(kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int, is_shared: bool = False) -> RolloutBatch:
+def packed_rows(kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int, is_shared: bool) -> RolloutBatch:
     """The samples packed First-Fit-Decreasing into rows, as [micro_batch, row, token].
 
-    Where prompts are shared, those of one prompt that stand in one row have it in common: it is there once, all but its
-    last token, and each sample goes on from it.
+    Where prompts are shared, samples of one prompt that stand in one row have it in common: it is there once, all but
+    its last token, and each sample goes on from it.
     """
     parts = [part for group in grouped(kept) for part in parts_of(group, page.sequence_length, is_shared)]
     parts.sort(key=lambda part: -slots_of(part))
@@ -126,31 +127,27 @@ def packed_rows(kept: Sequence[Sample], page: GrpoConfig, rows_at_once: int, is_
     micro_batches = -(-(int(row_of.max(initial=0)) + 1) // rows_at_once)
     shape = micro_batches * rows_at_once, page.sequence_length
     arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
-    batch = RolloutBatch(*arrays)
-    ends, documents, weight_of = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64), token_weights(kept, page)
-    for part, row in zip(parts, row_of, strict=True):
-        *prompt, last = part[0].prompt_tokens
-        here = row, slice(ends[row], ends[row] + len(prompt))
-        batch.token[here], batch.target[here], batch.position[here] = (
-            prompt,
-            (*prompt[1:], last),
-            np.arange(len(prompt)),
-        )
-        batch.segment[here] = documents[row] + 1
-        ends[row] += len(prompt)
-        goes_on = len(part) > 1 and len(prompt) > 0
-        documents[row] += goes_on
-        for number, sample in enumerate(part, 1):
-            here = row, slice(ends[row], ends[row] + len(sample.tokens))
-            batch.token[here], batch.target[here] = (last, *sample.tokens[:-1]), sample.tokens
-            batch.position[here] = len(prompt) + np.arange(len(sample.tokens))
-            documents[row] += 1
-            batch.segment[here], batch.behind[here] = documents[row], number if goes_on else 0
-            batch.weight[here] = weight_of(sample)
-            batch.advantage[here] = sample.advantage
-            batch.sampled[here] = sample.sampled_log_probabilities
-            ends[row] += len(sample.tokens)
-    return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, rows_at_once, -1), batch)
+    rows, weight_of = RolloutBatch(*arrays), token_weights(kept, page)
+    for part, number in zip(parts, row_of, strict=True):
+        place(part, jax.tree.map(lambda leaf, number=number: leaf[number], rows), weight_of)
+    return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, rows_at_once, -1), rows)
+
+
+def place(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], float]) -> None:
+    """Write a prompt and its samples behind what a row holds; a lone sample is one document with its prompt."""
+    *prompt, last = part[0].prompt_tokens
+    document, end = int(row.segment.max()) + 1, int(np.count_nonzero(row.segment))
+    here = slice(end, end + len(prompt))
+    row.token[here], row.segment[here], row.position[here] = prompt, document, np.arange(len(prompt))
+    goes_on = len(part) > 1 and len(prompt) > 0
+    for number, sample in enumerate(part):
+        end, count = here.stop, len(sample.tokens)
+        here = slice(end, end + count)
+        row.token[here], row.target[here] = (last, *sample.tokens[:-1]), sample.tokens
+        row.segment[here], row.behind[here] = document + number + goes_on, (number + 1) * goes_on
+        row.position[here] = len(prompt) + np.arange(count)
+        row.weight[here], row.advantage[here] = weight_of(sample), sample.advantage
+        row.sampled[here] = sample.sampled_log_probabilities
 
 
 def parts_of(group: Group, capacity: int, is_shared: bool) -> Iterator[Group]:

@@ -241,6 +241,7 @@ def decode_block(
     whole, real = (jnp.zeros((BLOCK, count), kind) for kind in (jnp.int32, jnp.float32))
     tops = (jnp.zeros((BLOCK, count, top), kind) for kind in (jnp.int32, jnp.float32))
     first_count = jnp.sum(slots.is_active)
+    rotations = rotation_table(slots.cache, config)
 
     def goes_on(carry: Carry) -> Bool[Array, ""]:
         active_count = jnp.sum(carry[1].is_active)
@@ -251,7 +252,6 @@ def decode_block(
         slots, found = next_token(params, slots, forest, rotations, config)
         return number + 1, slots, jax.tree.map(lambda all, one: all.at[number].set(one), emitted, found)
 
-    rotations = rotation_table(slots.cache, config)
     carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, *tops, whole - 1)
     _, slots, emitted = jax.lax.while_loop(goes_on, step, carry)
     if not jax.sharding.get_abstract_mesh().empty:
