@@ -48,6 +48,7 @@ from lacuna.sampling import (
     edges_of,
     forest_of,
     is_leaf,
+    likeliest,
     penalise,
     power_of_two,
     restrict,
@@ -276,16 +277,16 @@ def next_token(
     )
     is_confined = any_active(slots.node >= 0)
     scores = jax.lax.cond(is_confined, lambda: confine(scores, forest, slots.node), lambda: scores)
-    likeliest = jnp.argmax(scores, axis=-1)
+    best = likeliest(scores)
 
     def sampled() -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
         kept = restrict(scores, rules)
-        token = jnp.where(rules.temperature > 0, draw(kept, rules.seed, rules.index, slots.made), likeliest)
+        token = jnp.where(rules.temperature > 0, draw(kept, rules.seed, rules.index, slots.made), best)
         probability = kept[row, token] - jax.nn.logsumexp(kept, axis=-1)
         return token, jnp.where(rules.temperature > 0, probability, 0)
 
     def greedy() -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
-        return likeliest, jnp.zeros(len(row))
+        return best, jnp.zeros(len(row))
 
     token, sampled_log_probability = jax.lax.cond(any_active(rules.temperature > 0), sampled, greedy)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
