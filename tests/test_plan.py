@@ -14,7 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lacuna import cli, plan
 from lacuna.config import DEVICE_MEMORY_SHARE, GrpoPlan, PretrainPlan, TrainingConfig, UserError
 from lacuna.plan import CHIPS, Program, TooLarge, Topology, heard_of, read_topology
-from lacuna.programs import collectives, first_group, matmul_flops, moved_bytes, read_program, runs_of, shape_bytes
+from lacuna.programs import (
+    Collective,
+    collectives,
+    first_group,
+    matmul_flops,
+    moved_bytes,
+    read_program,
+    runs_of,
+    shape_bytes,
+)
 from lacuna.weights import config_on
 
 ROWS = ["--model-name", str(TINY), "--from-scratch", "--run-name", "planned", "--data.0.path", "unread.jsonl"]
@@ -162,10 +171,20 @@ def test_collectives_are_counted_with_their_bytes(kind: str) -> None:
     ("text", "devices"),
     [("replica_groups={{0,8},{1,9}}", [0, 8]), ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
      ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]), ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
-     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", list(range(8)))],
+     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", list(range(8))),
+     ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}", [0, 1, 2, 3]),
+     ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, dimensions={0}", [0, 4])],
 )  # fmt: skip
 def test_who_talks_to_whom_is_read_in_every_notation(text: str, devices: list[int]) -> None:
     assert first_group(text, 16) == devices
+
+
+@pytest.mark.parametrize(
+    ("group", "reach", "bandwidth"), [(8, 8, 450e9), (64, 64, 400e9), (8, 57, 50e9), (32, 125, 100e9)]
+)
+def test_a_group_sends_through_the_network_cards_of_its_devices(group: int, reach: int, bandwidth: float) -> None:
+    talk = Collective("all-gather", group, reach, is_overlapped=False, count=1, bytes=1e9)
+    assert plan.reached_bandwidth(talk, CHIPS["h100"]) == bandwidth
 
 
 @pytest.fixture

@@ -328,7 +328,7 @@ def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan
     flops, moved = program.flops / device_count, moved_bytes(computations)
     seconds = {True: 0.0, False: 0.0}
     for each in talk:
-        seconds[each.is_overlapped] += each.bytes / (chip.link if each.reach <= chip.per_node else chip.network)
+        seconds[each.is_overlapped] += each.bytes / reached_bandwidth(each, chip)
     compute, memory = flops / peak(chip), moved / chip.bandwidth
     stats = program.compiled.memory_analysis()
     return ProgramPlan(
@@ -348,6 +348,14 @@ def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan
         kernels=sorted(set(KERNEL.findall(text))),
         compile_seconds=program.compile_seconds,
     )
+
+
+def reached_bandwidth(talk: Collective, chip: Chip) -> float:
+    """Bytes a second at which each device of a group can send: between nodes the ring is spread over the network cards
+    of all members in a node."""
+    if talk.reach <= chip.per_node:
+        return chip.link
+    return min(chip.link, chip.network * max(talk.group * chip.per_node // talk.reach, 1))
 
 
 def peak(chip: Chip) -> float:

@@ -243,15 +243,21 @@ def first_group(text: str, device_count: int) -> list[int]:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(device) for device in listed[1].split(",")]
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sizes = [int(size) for size in counted[2].split(",")]
-        order = [int(axis) for axis in counted[3].split(",")] if counted[3] else range(len(sizes))
-        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[: int(counted[1])].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        return in_order(counted[2], counted[3]).ravel()[: int(counted[1])].tolist()
+    ordered = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]" + ordered + r" ?\{([^}]*)\}", text):
         axes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        inside = re.findall(r"'(\w+)'", named[2])
-        devices = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        inside = re.findall(r"'(\w+)'", named[4])
+        devices = in_order(named[2] or str(math.prod(axes.values())), named[3]).reshape(tuple(axes.values()))
         return devices[tuple(slice(None) if axis in inside else 0 for axis in axes)].ravel().tolist()
     return list(range(device_count))
+
+
+def in_order(sizes: str, order: str | None) -> np.ndarray:
+    """Devices by their number, in the shape of these sizes, its axes in this order."""
+    shape = [int(size) for size in sizes.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else range(len(shape))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(axes)
 
 
 def sent_bytes(kind: str, instruction: Instruction, group: int) -> float:
