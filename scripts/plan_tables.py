@@ -27,30 +27,31 @@ class Row(NamedTuple):
 
 
 FITS = [
-    Row("Qwen2.5-7B-Instruct", "h200:8", 4096, 1, "none"),
-    Row("Qwen2.5-7B-Instruct", "h200:8", 4096, 2, "none"),
-    Row("Qwen2.5-1.5B-Instruct", "h100:1", 4096, 1, "none"),
-    Row("Qwen2.5-1.5B-Instruct", "h100:1", 4096, 2, "none"),
-    Row("Qwen2.5-1.5B-Instruct", "h100:1", 4096, 4, "matmuls"),
-    Row("Qwen3-0.6B", "rtx4090:1", 2048, 1, "matmuls"),
-    Row("Qwen3-0.6B", "rtx4090:1", 2048, 2, "layer"),
-    Row("Llama-3.1-8B-Instruct", "v5e:16", 2048, 1, "layer"),
-    Row("Llama-3.1-8B-Instruct", "v6e:8", 2048, 1, "layer"),
+    Row(model, topology, length, size, kind)
+    for model, topology, length, tried in (
+        ("Qwen2.5-7B-Instruct", "h200:8", 4096, {"none": (2, 4), "matmuls": (4, 8, 16), "layer": (64,)}),
+        ("Qwen2.5-1.5B-Instruct", "h100:1", 4096, {"none": (2, 4), "matmuls": (8, 16), "layer": (64,)}),
+        ("Qwen3-0.6B", "rtx4090:1", 2048, {"matmuls": (4, 8), "layer": (16,)}),
+        ("Llama-3.1-8B-Instruct", "v5e:16", 2048, {"matmuls": (1,), "layer": (1, 2, 4)}),
+        ("Llama-3.1-8B-Instruct", "v6e:8", 4096, {"matmuls": (1,), "layer": (1,)}),
+    )
+    for kind, sizes in tried.items()
+    for size in sizes
 ]
+IN_NODES = {64: ("--data-parallel", "8", "--fsdp", "8"), 256: ("--data-parallel", "32", "--fsdp", "8")}
 SCALE = [
-    Row("Qwen2.5-1.5B-Instruct", "h100:8", 4096, 2, "none"),
-    Row("Qwen2.5-1.5B-Instruct", "h100:64", 4096, 2, "none"),
-    Row("Qwen2.5-1.5B-Instruct", "h100:64", 4096, 2, "none", ("--data-parallel", "8", "--fsdp", "8")),
-    Row("Qwen2.5-1.5B-Instruct", "h100:256", 4096, 2, "none", ("--data-parallel", "32", "--fsdp", "8")),
-    Row("Qwen2.5-7B-Instruct", "h100:8", 4096, 1, "none"),
-    Row("Qwen2.5-7B-Instruct", "h100:64", 4096, 1, "none"),
-    Row("Qwen2.5-7B-Instruct", "h100:64", 4096, 1, "none", ("--data-parallel", "8", "--fsdp", "8")),
-    Row("Qwen2.5-7B-Instruct", "h100:256", 4096, 1, "none", ("--data-parallel", "32", "--fsdp", "8")),
-]
+    Row(model, f"h100:{devices}", 4096, size, "matmuls", more)
+    for model, size in {"Qwen2.5-1.5B-Instruct": 2, "Qwen2.5-7B-Instruct": 1}.items()
+    for devices in (8, 64, 256)
+    for more in ((), IN_NODES.get(devices))
+    if more is not None
+] + [Row("Qwen2.5-7B-Instruct", "h100:64", 4096, 4, "matmuls")]
 COLUMNS = (
-    "model", "devices", "mesh", "rows × tokens", "recomputed", "a device holds", "fits", "sent a device and step",
-    "least step", "tokens/s", "MFU at most",
+    "model", "devices", "mesh", "rows × tokens", "recomputed", "a device holds", "fits", "sends",
+    "through its network card", "compute", "sending, hidden + waited for", "least step", "tokens/s", "MFU at most",
+    "compiled in",
 )  # fmt: skip
+LIMIT_SECONDS = 720
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def planned(configs: Path, row: Row) -> dict[str, Any]:
-    """What plan writes down for one micro-batch a step on each device."""
+    """What plan writes down for one micro-batch a step on each device; nothing where it took too long."""
     devices = int(row.topology.partition(":")[2])
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [
@@ -77,21 +78,45 @@ def planned(configs: Path, row: Row) -> dict[str, Any]:
             "--data.0.path", "unread", "--no-search", *row.more,
         ]  # fmt: skip
         program = [sys.executable, "-c", "from lacuna.cli import main; main()", "plan", "pretrain", *map(str, command)]
-        subprocess.run(program, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = subprocess.DEVNULL
+        try:
+            subprocess.run(program, check=True, stdout=quiet, stderr=quiet, timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {}
         return json.loads(Path(file.name).read_text())
 
 
+def through_card(collective: dict[str, Any], per_node: int) -> float:
+    """Bytes that each device's network card sends; a ring between nodes is spread over those of all its devices."""
+    if collective["reach"] <= per_node:
+        return 0.0
+    return collective["bytes"] / max(collective["group"] * per_node // collective["reach"], 1)
+
+
 def cells(row: Row, facts: dict[str, Any]) -> Iterator[str]:
-    step = facts["programs"][0]
-    yield from (row.model, row.topology, " × ".join(str(size) for size in facts["mesh"].values()))
+    yield from (row.model, row.topology, " × ".join(str(size) for size in facts["mesh"].values()) if facts else "")
     yield f"{row.micro_batch_size} × {row.sequence_length}"
+    if not facts:
+        yield from (row.rematerialisation, f"not compiled in {LIMIT_SECONDS} s")
+        return
+    if not facts["programs"]:
+        yield from (row.rematerialisation, "more than the compiler has", "no")
+        return
+    step = facts["programs"][0]
     yield f"{row.rematerialisation} ({percent(facts['recomputed_share'])})"
     yield byte_size(step["bytes"])
     yield "yes" if facts["fits"] else "no"
-    yield byte_size(sum(each["bytes"] for each in step["collectives"]))
-    yield f"{step['seconds']:.3g} s"
-    yield short(facts["tokens_per_second"])
-    yield percent(facts["mfu"])
+    if step["moved_bytes"]:
+        yield byte_size(sum(each["bytes"] for each in step["collectives"]))
+        yield byte_size(sum(through_card(each, facts["chip"]["per_node"]) for each in step["collectives"]))
+        yield f"{step['compute_seconds']:.3g} s"
+        yield f"{step['overlapped_seconds']:.2g} + {step['exposed_seconds']:.2g} s"
+        yield f"{step['seconds']:.3g} s"
+        yield short(facts["tokens_per_second"])
+        yield percent(facts["mfu"])
+    else:  # the compiler's text could not be read
+        yield from ("not known", "not known", f"{step['compute_seconds']:.3g} s", *["not known"] * 4)
+    yield f"{step['compile_seconds']:.0f} s"
 
 
 if __name__ == "__main__":

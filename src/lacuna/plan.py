@@ -44,6 +44,8 @@ from lacuna.sampling import forest_of
 from lacuna.trainer import TrainState
 
 MOST_ROWS = 64  # the largest micro-batch that is tried
+# what saves memory, from the cheapest: rematerialisation, and of the completions generated at once 1 / that many
+SAVINGS = (("none", 1), ("matmuls", 1), ("matmuls", 2), ("layer", 1), ("layer", 2), ("layer", 4))
 KERNEL = re.compile(r'custom_call_target="([^"]*(?:fmha|tpu_custom_call|flash|splash)[^"]*)"')
 
 
@@ -167,6 +169,10 @@ def heard_of(topology: Topology) -> Generator[None]:
 # Programs
 
 
+class TooLarge(Exception):
+    """A compiler found no room for a program."""
+
+
 class Program(NamedTuple):
     """A compiled program and what else a device holds while it runs (bytes), besides its arguments."""
 
@@ -206,7 +212,12 @@ def compiled(name: str, function: Any, *arguments: Any, beside: float = 0.0, att
     kernels or loops, whose FLOPs no program tells."""
     began = time.perf_counter()
     traced = function.trace(*arguments)
-    program = traced.lower().compile()
+    try:
+        program = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # those of TPUs refuse what has no room
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLarge(f"{name}: {str(error).splitlines()[0]}") from error
     counted = matmul_flops(traced.jaxpr.jaxpr, rounds=1 if attention is None else 0)
     return Program(name, program, counted + (attention or 0.0), time.perf_counter() - began, beside)
 
@@ -251,7 +262,7 @@ def grpo_programs(
     """Prefill, decoding, the gradient of a micro-batch and the optimizer's step, which share the devices' memory."""
     shards = row_shards(mesh)
     rows, first = NamedSharding(mesh, PartitionSpec(ROW_AXES)), NamedSharding(mesh, PartitionSpec())
-    count = -(-min(page.slots, page.prompts_per_step * page.completions_per_prompt) // shards) * shards
+    count = -(-slots_of(page) // shards) * shards
     pages = -(-page.sequence_length // PAGE)
     slots = placed(jax.eval_shape(partial(empty_slots, model, count, pages, page.compute_dtype)), rows)
     heads = NamedSharding(mesh, PartitionSpec(ROW_AXES, "tensor"))
@@ -308,13 +319,16 @@ class ProgramPlan:
 
 def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan:
     """A program's figures on a chip."""
-    text = program.compiled.as_text()
+    try:
+        text = program.compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jaxlib 0.10.2 can't read all that the compiler for v6e writes
+        text = "ENTRY unread () {"
     computations = read_program(text)
     talk = collectives(computations, device_count)
     flops, moved = program.flops / device_count, moved_bytes(computations)
     seconds = {True: 0.0, False: 0.0}
     for each in talk:
-        seconds[each.is_overlapped] += each.bytes / (chip.link if each.reach <= chip.per_node else chip.network)
+        seconds[each.is_overlapped] += each.bytes / reached_bandwidth(each, chip)
     compute, memory = flops / peak(chip), moved / chip.bandwidth
     stats = program.compiled.memory_analysis()
     return ProgramPlan(
@@ -336,6 +350,14 @@ def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan
     )
 
 
+def reached_bandwidth(talk: Collective, chip: Chip) -> float:
+    """Bytes a second at which each device of a group can send: between nodes the ring is spread over the network cards
+    of all members in a node."""
+    if talk.reach <= chip.per_node:
+        return chip.link
+    return min(chip.link, chip.network * max(talk.group * chip.per_node // talk.reach, 1))
+
+
 def peak(chip: Chip) -> float:
     """Dense bfloat16 FLOP/s."""
     found = peak_flops(chip.kind)
@@ -344,7 +366,8 @@ def peak(chip: Chip) -> float:
 
 
 def fits(programs: list[Program], chip: Chip) -> bool:
-    return max(program.bytes for program in programs) <= DEVICE_MEMORY_SHARE * chip.memory
+    """Whether each of the programs has room; there are none where a compiler found no room."""
+    return 0 < max((program.bytes for program in programs), default=0) <= DEVICE_MEMORY_SHARE * chip.memory
 
 
 def run(page: TrainingConfig) -> None:
@@ -376,7 +399,11 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
     counts = parameter_counts(model)
     print(f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, compute in {page.compute_dtype}")
     print(choose_backend(page, mesh, model.head)[1])
-    programs = programs_of(page, model, mesh)
+    refusal = ""
+    try:
+        programs = programs_of(page, model, mesh)
+    except TooLarge as error:
+        programs, refusal = [], f"DOES NOT FIT: {error}"
     plans = [program_plan(each, chip, count) for each in programs]
     weight_bytes, state_bytes = device_bytes(state.params), device_bytes(state)
     print(
@@ -391,7 +418,7 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
         "optimizer_bytes": state_bytes - weight_bytes, "fits": fits(programs, chip),
         "programs": [asdict(each) | {"collectives": [talk._asdict() for talk in each.collectives]} for each in plans],
     }  # fmt: skip
-    if isinstance(page, RowsConfig):
+    if isinstance(page, RowsConfig) and plans:
         facts |= step_facts(page, model, plans[0], chip, count)
         print(
             f"a step of {page.batch_size} rows × {page.sequence_length} tokens, each row one document: model "
@@ -399,7 +426,7 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
             f"than {plans[0].seconds:.3g} s, which is {short(facts['tokens_per_second'])} tokens/s and "
             f"{percent(facts['mfu'])} MFU (an estimate from published figures)"
         )
-    print(verdict(programs, chip))
+    print(refusal or verdict(programs, chip))
     facts["advice"] = []
     for line in advice(page, model, topology, programs) if page.search else ():
         facts["advice"].append(line)
@@ -419,6 +446,8 @@ def program_lines(plan: ProgramPlan, chip: Chip) -> Iterator[str]:
         f"  compute {plan.compute_seconds:.3g} s ({short(plan.flops)}FLOP), memory {plan.memory_seconds:.3g} s "
         f"({byte_size(plan.moved_bytes)} moved), kernels called by name: {', '.join(plan.kernels) or 'none'}"
     )
+    if not plan.moved_bytes:
+        yield "  its text can't be read: bytes moved and sent are not known, the least time is that of its FLOPs"
     for each in plan.collectives:
         beside = "beside computation" if each.is_overlapped else "waited for"
         yield f"  {each.count} × {each.kind} among {each.group}: {byte_size(each.bytes)} a device, {beside}"
@@ -450,31 +479,56 @@ def advice(page: TrainingConfig, model: ModelConfig, topology: Topology, program
     chip, mesh = topology.chip, make_mesh(page.data_parallel, page.fsdp, page.tensor, topology.devices)
 
     def needed(**changes: Any) -> list[Program]:
-        return programs_of(page.model_copy(update=changes), model, mesh)
+        try:
+            return programs_of(page.model_copy(update=changes), model, mesh)
+        except TooLarge:
+            return []
 
-    rows = [size for size in sizes_of(page, mesh) if size > page.micro_batch_size]
+    sizes = sizes_of(page, mesh)
     if fits(programs, chip):
         largest = page.micro_batch_size
-        for size in rows:
+        for size in (size for size in sizes if size > page.micro_batch_size):
             if not fits(needed(micro_batch_size=size), chip):
                 yield f"largest micro_batch_size that fits: {largest} ({size} does not)"
                 return
             largest = size
         yield f"largest micro_batch_size that fits: {largest}, the largest that divides the batch"
         return
-    smaller = [size for size in reversed(sizes_of(page, mesh)) if size < page.micro_batch_size]
-    changes: list[dict[str, Any]] = [{"micro_batch_size": size} for size in smaller]
-    kinds = ("none", "matmuls", "layer")
-    for kind in kinds[kinds.index(page.rematerialisation) + 1 :]:
-        changes += [{"rematerialisation": kind}, {"rematerialisation": kind, "micro_batch_size": 1}]
-    if isinstance(page, GrpoConfig):
-        changes += [{"slots": page.slots // 2}, {"slots": page.slots // 4, "micro_batch_size": 1}]
-    for change in changes:
-        if fits(needed(**change), chip):
-            told = ", ".join(f"{key} = {value}" for key, value in change.items())
-            yield f"it fits with {told}"
-            return
+    for change in cheapest_first(page):
+        smaller = [size for size in sizes if size < page.micro_batch_size + bool(change)]
+        if smaller and fits(needed(**change, micro_batch_size=smaller[0]), chip):
+            for size in reversed(smaller):
+                if fits(found := needed(**change, micro_batch_size=size), chip):
+                    changed = page.model_copy(update=change | {"micro_batch_size": size})
+                    told = ", ".join(f"{key} = {getattr(changed, key)}" for key in ("micro_batch_size", *change))
+                    more = work(changed, found) / work(page, programs) - 1 if programs else 0.0
+                    told += f", which computes {percent(more)} more" if more > 0.005 else ""
+                    told += ", whose decoding reads the weights once for fewer tokens" if "slots" in change else ""
+                    yield f"it fits with {told}"
+                    return
     yield f"nothing that plan tries makes it fit on {topology.name}; try more devices, or a smaller model"
+
+
+def cheapest_first(page: TrainingConfig) -> Iterator[dict[str, Any]]:
+    """What can be changed besides the micro-batch, which goes with each of them; a smaller one makes no more work."""
+    kinds = [kind for kind, _ in SAVINGS]
+    for kind, parts in SAVINGS[kinds.index(page.rematerialisation) :]:
+        change = {"rematerialisation": kind} if kind != page.rematerialisation else {}
+        if parts == 1:
+            yield change
+        elif isinstance(page, GrpoConfig) and slots_of(page) >= parts:
+            yield change | {"slots": slots_of(page) // parts}
+
+
+def slots_of(page: GrpoConfig) -> int:
+    """Completions that are generated at once."""
+    return min(page.slots, page.prompts_per_step * page.completions_per_prompt)
+
+
+def work(page: TrainingConfig, programs: list[Program]) -> float:
+    """FLOPs of a step, or of a row of grpo's update."""
+    flops = {each.name: each.flops for each in programs}
+    return flops["step"] if "step" in flops else flops["update"] / page.micro_batch_size
 
 
 def sizes_of(page: TrainingConfig, mesh: Mesh) -> list[int]:

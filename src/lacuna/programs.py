@@ -18,6 +18,7 @@ IN_PLACE = ("dynamic-update-slice", "scatter")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)$")
 SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
+ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^{}]*S\([1-9]\d*\)\}")  # a TPU's own memories beside its large one
 CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 
 
@@ -33,6 +34,15 @@ class Instruction(NamedTuple):
     @property
     def bytes(self) -> float:
         return shape_bytes(self.shape)
+
+    @property
+    def stored_bytes(self) -> float:
+        """Of its result, what lies in the device's memory."""
+        return shape_bytes(ON_CHIP.sub("", self.shape))
+
+    @property
+    def is_communication(self) -> bool:
+        return self.kind.startswith(COLLECTIVES) and not self.kind.endswith("-done")
 
 
 Computation = dict[str, Instruction]  # by name, in the order in which they run
@@ -84,7 +94,8 @@ def closing(text: str) -> int:
 
 
 def runs_of(computations: dict[str, Computation]) -> dict[str, int]:
-    """How often each computation runs that is no mere part of a fusion; of branches, the one that makes most."""
+    """How often each computation runs that is no mere part of a fusion; of branches, the one that makes least: the
+    others are what runs where a kernel has no room, or a request asks for more."""
     counts: dict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:
@@ -96,7 +107,7 @@ def runs_of(computations: dict[str, Computation]) -> dict[str, int]:
                 visit(body[1], times * trips(each, computations))
             elif each.kind == "conditional":
                 visit(
-                    max(called_by(each), key=lambda branch: sum(x.bytes for x in computations[branch].values())), times
+                    min(called_by(each), key=lambda branch: sum(x.bytes for x in computations[branch].values())), times
                 )
             elif each.kind in ("call", "async-start"):
                 for called in called_by(each):
@@ -136,44 +147,55 @@ def moved_bytes(computations: dict[str, Computation]) -> float:
             if each.kind == "fusion" and called:
                 total += times * fusion_bytes(each, called[0])
             elif each.kind in ("dynamic-slice", "gather", "slice"):
-                total += times * 2 * each.bytes
+                total += times * 2 * each.stored_bytes
             elif each.kind in IN_PLACE:
                 total += times * 2 * size_of(each.operands[1:], here)
+            elif each.kind.endswith("-start") and each.shape.startswith("("):  # the result holds the operands as well
+                total += times * each.stored_bytes
             else:
-                total += times * (each.bytes + size_of(each.operands, here))
+                total += times * (each.stored_bytes + size_of(each.operands, here))
     return total
 
 
 def size_of(names: tuple[str, ...], here: Computation) -> float:
-    return sum(here[name].bytes for name in names if name in here)
+    return sum(here[name].stored_bytes for name in names if name in here)
 
 
 def fusion_bytes(fusion: Instruction, inside: Computation) -> float:
     """Bytes that a fusion reads and writes."""
     users: dict[str, list[Instruction]] = defaultdict(list)
+    same = {each.name: each.name for each in inside.values()}  # by the name of a bitcast: what it is of
     for each in inside.values():
+        if each.kind == "bitcast":
+            same[each.name] = same[each.operands[0]]
+            continue
         for operand in each.operands:
-            users[operand].append(each)
+            users[same[operand]].append(each)
     updates = [each for each in inside.values() if each.kind in IN_PLACE]
-    in_place = {each.operands[0] for each in updates}
-    written = fusion.bytes - sum(each.bytes - 2 * size_of(each.operands[1:], inside) for each in updates)
+    in_place = {same[each.operands[0]] for each in updates}
+    written = fusion.stored_bytes - sum(each.stored_bytes - 2 * size_of(each.operands[1:], inside) for each in updates)
+    written -= sum(each.stored_bytes for each in inside.values() if each.is_communication)
     read = 0.0
     for each in inside.values():
         if each.kind != "parameter" or each.name in in_place:
             continue
         uses = users[each.name]
+        if uses and all(use.kind == "tuple" for use in uses):  # it is passed on as it came
+            written -= each.stored_bytes
+            continue
         is_sliced = uses and all(
-            use.kind in ("dynamic-slice", "gather") and use.operands[0] == each.name for use in uses
+            use.kind in ("dynamic-slice", "gather") and same[use.operands[0]] == each.name for use in uses
         )
-        read += sum(use.bytes for use in uses) if is_sliced else each.bytes
+        read += sum(use.stored_bytes for use in uses) if is_sliced else each.stored_bytes
     return max(written, 0) + read
 
 
 def collectives(computations: dict[str, Computation], device_count: int) -> list[Collective]:
     """The communication of one run."""
     found: dict[tuple[str, int, int, bool], list[float]] = defaultdict(lambda: [0, 0.0])
+    fused: set[str] = set()  # a TPU spreads one collective over several fusions, from where it starts to where it ends
     for name, times in runs_of(computations).items():
-        for each, is_overlapped in communicating(computations, name):
+        for each, is_overlapped in communicating(computations, name, fused):
             kind = next(kind for kind in COLLECTIVES if each.kind.startswith(kind))
             group = first_group(each.text, device_count)
             if len(group) == 1:
@@ -184,26 +206,34 @@ def collectives(computations: dict[str, Computation], device_count: int) -> list
     return [Collective(*key, int(count), size) for key, (count, size) in sorted(found.items())]
 
 
-def communicating(computations: dict[str, Computation], name: str) -> Iterator[tuple[Instruction, bool]]:
-    """Each collective of a computation, those inside its fusions too, and whether others run before it is awaited."""
+def communicating(
+    computations: dict[str, Computation], name: str, fused: set[str]
+) -> Iterator[tuple[Instruction, bool]]:
+    """Each collective of a computation, those inside its fusions too, and whether work is done before it is awaited;
+    `fused` has the channels of those met inside fusions."""
     order = list(computations[name].values())
     for place, each in enumerate(order):
-        if each.kind.startswith(COLLECTIVES) and not each.kind.endswith("-done"):
-            yield each, each.kind.endswith("-start") and is_beside_work(order, place)
+        if each.is_communication:
+            yield each, each.kind.endswith("-start") and is_beside_work(order, place, computations)
         elif each.kind in ("fusion", "custom-call"):
-            for called in called_by(each):
-                if called in computations:
-                    for inner in computations[called].values():
-                        if inner.kind.startswith(COLLECTIVES) and not inner.kind.endswith("-done"):
-                            yield inner, True
+            inside = [inner for called in called_by(each) for inner in computations.get(called, {}).values()]
+            for inner in inside:
+                channel = re.search(r"channel_id=\d+|$", inner.text)
+                assert channel
+                if inner.is_communication and channel[0] not in fused:
+                    fused.add(channel[0] or inner.name)
+                    yield inner, True
 
 
-def is_beside_work(order: list[Instruction], start: int) -> bool:
-    """Whether something is computed between the start of a collective and its end."""
+def is_beside_work(order: list[Instruction], start: int, computations: dict[str, Computation]) -> bool:
+    """Whether a matrix product, a kernel or a loop runs between the start of a collective and its end."""
+    work = ("dot", "convolution", "while", "conditional")
     for each in order[start + 1 :]:
         if order[start].name in each.operands:
             return False
-        if each.kind in ("fusion", "custom-call", "dot", "convolution", "while"):
+        inside = [inner for called in called_by(each) for inner in computations.get(called, {}).values()]
+        is_kernel = each.kind == "custom-call" and not re.search(r'target="(AllocateBuffer|ConcatBitcast)"', each.text)
+        if is_kernel or any(part.kind in work for part in (each, *inside)):
             return True
     return False
 
@@ -213,15 +243,21 @@ def first_group(text: str, device_count: int) -> list[int]:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(device) for device in listed[1].split(",")]
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sizes = [int(size) for size in counted[2].split(",")]
-        order = [int(axis) for axis in counted[3].split(",")] if counted[3] else range(len(sizes))
-        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[: int(counted[1])].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        return in_order(counted[2], counted[3]).ravel()[: int(counted[1])].tolist()
+    ordered = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]" + ordered + r" ?\{([^}]*)\}", text):
         axes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        inside = re.findall(r"'(\w+)'", named[2])
-        devices = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        inside = re.findall(r"'(\w+)'", named[4])
+        devices = in_order(named[2] or str(math.prod(axes.values())), named[3]).reshape(tuple(axes.values()))
         return devices[tuple(slice(None) if axis in inside else 0 for axis in axes)].ravel().tolist()
     return list(range(device_count))
+
+
+def in_order(sizes: str, order: str | None) -> np.ndarray:
+    """Devices by their number, in the shape of these sizes, its axes in this order."""
+    shape = [int(size) for size in sizes.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else range(len(shape))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(axes)
 
 
 def sent_bytes(kind: str, instruction: Instruction, group: int) -> float:
