@@ -30,7 +30,7 @@ FITS = [
     Row(model, topology, length, size, kind)
     for model, topology, length, tried in (
         ("Qwen2.5-7B-Instruct", "h200:8", 4096, {"none": (2, 4), "matmuls": (4, 8, 16), "layer": (64,)}),
-        ("Qwen2.5-1.5B-Instruct", "h100:1", 4096, {"none": (2, 4), "matmuls": (8, 16), "layer": (64,)}),
+        ("Qwen2.5-1.5B-Instruct", "h100:1", 4096, {"none": (2, 4), "matmuls": (4, 8), "layer": (64,)}),
         ("Qwen3-0.6B", "rtx4090:1", 2048, {"matmuls": (4, 8), "layer": (16,)}),
         ("Llama-3.1-8B-Instruct", "v5e:16", 2048, {"matmuls": (1,), "layer": (1, 2, 4)}),
         ("Llama-3.1-8B-Instruct", "v6e:8", 4096, {"matmuls": (1,), "layer": (1,)}),
