@@ -173,6 +173,23 @@ def gradient_of(
     return total[0], float(total[1])
 
 
+@pytest.mark.parametrize(("is_shared", "expected"), [
+    (False, {"token": [1, 2, 3, 4, 7, 8, 1, 2, 3, 4, 5], "position": [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4],
+             "segment": [1] * 6 + [2] * 5, "behind": [0] * 11}),
+    (True, {"token": [1, 2, 3, 4, 7, 8, 4, 5], "position": [0, 1, 2, 3, 4, 5, 3, 4],
+            "segment": [1, 1, 1, 2, 2, 2, 3, 3], "behind": [0, 0, 0, 1, 1, 1, 2, 2]}),
+])  # fmt: skip
+def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: dict[str, list[int]]) -> None:
+    two = [
+        replace(sample, prompt_tokens=(1, 2, 3, 4), tokens=tokens, sampled_log_probabilities=(-1.0,) * len(tokens))
+        for sample, tokens in zip(random_samples(150), ((5, 6), (7, 8, 9)), strict=False)
+    ]
+    rows = objective.packed_rows(two, page(sequence_length=16), 1, is_shared)
+    for name, values in expected.items():
+        assert getattr(rows, name)[0, 0].tolist() == values + [0] * (16 - len(values)), name
+    assert rows.target[rows.weight > 0].tolist() == [7, 8, 9, 5, 6]
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize(("length", "rows_at_once"), [(64, 4), (16, 3), (16, 1)])
 def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
