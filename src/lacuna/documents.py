@@ -12,11 +12,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -34,6 +34,7 @@ PART_CHARACTERS, SEAM_CHARACTERS, BATCH_CHARACTERS = 2**15, 2**8, 2**20
 SHOWN_BAD_ROWS = 5
 
 Row = dict[str, Any] | ValueError
+Used = TypeVar("Used")
 
 
 class Documents(NamedTuple):
@@ -79,6 +80,25 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
         rows = file_rows(file, source.text_column)
         yield next(rows, (str(file), ValueError("it holds no rows; fill it, or leave it out of the path")))
         yield from rows
+
+
+def usable(
+    rows: Iterable[tuple[str, Row]], use: Callable[[str, dict[str, Any]], Used], skip_bad: bool, bad: list[str]
+) -> Iterator[Used]:
+    """What `use` makes of each row; where and why another can't be used is an error, or added to `bad`."""
+    for origin, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            used = use(origin, row)
+        except UserError:
+            raise
+        except ValueError as error:
+            if not skip_bad:
+                raise UserError(f"{origin}: {error} (or leave such rows out with --on-bad-data skip)") from error
+            bad.append(f"{origin}: {error}")
+        else:
+            yield used
 
 
 def local_files(path: str) -> list[Path]:
@@ -261,14 +281,12 @@ def bound(text: str, count: int) -> int | None:
 # Encoding
 
 
-def prepare(row: Row, source: DataSource, tokenizer: Tokenizer, train_on: TrainOn) -> Prepared:
+def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train_on: TrainOn) -> Prepared:
     """Text and supervised ranges of a chat, prompt/completion or text row.
 
     Raises:
         ValueError: why the row can't be used.
     """
-    if isinstance(row, ValueError):
-        raise row
     wanted = source.messages_column, source.prompt_column, source.completion_column, source.text_column
     messages, prompt, completion, text = (row.get(column) for column in wanted)
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -418,7 +436,7 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
         progress() as line,
     ):
         rows = line.track(read_rows(source), description=escape(f"Encoding {source.path}"))
-        documents = prepared_rows(rows, source, tokenizer, train_on, skip_bad, bad)
+        documents = usable(rows, lambda _, row: prepare(row, source, tokenizer, train_on), skip_bad, bad)
         for batch in batches(part for document in documents for part in parts(document, tokenizer)):
             for part, encoded in zip(batch, encode_parts(batch, tokenizer), strict=True):
                 token_file.write(encoded.token.tobytes())
@@ -439,28 +457,6 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
         "digest": digest.hexdigest(),
     }
     (directory / "facts.json").write_text(json.dumps(facts))
-
-
-def prepared_rows(
-    rows: Iterable[tuple[str, Row]],
-    source: DataSource,
-    tokenizer: Tokenizer,
-    train_on: TrainOn,
-    skip_bad: bool,
-    bad: list[str],
-) -> Iterator[Prepared]:
-    """The rows that can be used; where and why another can't is an error, or added to `bad`."""
-    for origin, row in rows:
-        try:
-            prepared = prepare(row, source, tokenizer, train_on)
-        except UserError:
-            raise
-        except ValueError as error:
-            if not skip_bad:
-                raise UserError(f"{origin}: {error} (or leave such rows out with --on-bad-data skip)") from error
-            bad.append(f"{origin}: {error}")
-        else:
-            yield prepared
 
 
 def progress() -> Progress:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lacuna.config import DataSource, ProblemKeys, UserError
-from lacuna.documents import bound, checked_text, local_bounds, local_files, read_rows
+from lacuna.documents import bound, checked_text, local_bounds, local_files, read_rows, usable
 from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
 
 
@@ -48,22 +48,16 @@ def read_problems(
     Raises:
         UserError: unreadable data, a bad row unless they are skipped, or nothing left.
     """
-    problems, counts, digests, bad = [], [], [], []
+    problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:
-        found = []
         rows = list(read_rows(source))
         bounds = local_bounds(source.split) if local_files(source.path) else ("", "")
-        for origin, row in rows[slice(*(bound(text, len(rows)) for text in bounds))]:
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                found.append(problem_of(origin, row, source, page, tokenizer, longest, wants_answers))
-            except UserError:
-                raise
-            except ValueError as error:
-                if not skips_bad:
-                    raise UserError(f"{origin}: {error} (or leave such rows out with --on-bad-data skip)") from error
-                bad.append(f"{origin}: {error}")
+        rows = rows[slice(*(bound(text, len(rows)) for text in bounds))]
+
+        def use(origin: str, row: dict[str, Any], source: DataSource = source) -> Problem:
+            return problem_of(origin, row, source, page, tokenizer, longest, wants_answers)
+
+        found = list(usable(rows, use, skips_bad, bad))
         if not found:
             raise UserError(f"{source.path}, {source.split}: no problem to ask ({'; '.join(bad[:1]) or 'no rows'})")
         asked = json.dumps([(problem.token, problem.answer) for problem in found])
