@@ -46,7 +46,8 @@ from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 from lacuna.cli import prepare_process
-from lacuna.config import GrpoConfig, ModelKeys, PretrainConfig, RowsConfig, ServeConfig, SftConfig, parse
+from lacuna.config import GrpoConfig, ModelKeys, PretrainConfig, RowsConfig, ServeConfig, SftConfig
+from lacuna.options import parse
 
 WARM_STEPS = 3
 SAVE_EVERY = 5
@@ -128,20 +129,20 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     """Figures of a training run of `page`."""
     import jax
 
-    from lacuna import metrics, trainer
+    from lacuna import metrics, sft
 
     before = time.time() - started
-    prepare, inputs = trainer.Loop.prepare, []
+    prepare, inputs = sft.Loop.prepare, []
 
-    def watched(loop: trainer.Loop, index: int) -> Any:
+    def watched(loop: sft.Loop, index: int) -> Any:
         began = time.perf_counter()
         prepared = prepare(loop, index)
         running: list[Any] = [facts["loss"] for _, facts in loop.pending]
         inputs.append((time.perf_counter() - began, all(loss.is_ready() for loss in running)))
         return prepared
 
-    with patch.object(trainer.Loop, "prepare", watched), nullcontext() if is_saved else unsaved(trainer.Loop):
-        ended = trainer.run(page)
+    with patch.object(sft.Loop, "prepare", watched), nullcontext() if is_saved else unsaved():
+        ended = sft.run(page)
     assert ended
     loop, state = ended
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
@@ -188,16 +189,18 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     }
 
 
-def unsaved(loop: type) -> AbstractContextManager[Any]:
-    """A loop of training that writes neither checkpoint nor model."""
-    return patch.multiple(loop, save=lambda *_: None, end=lambda *_: None)
+def unsaved() -> AbstractContextManager[Any]:
+    """Training that writes neither checkpoint nor model."""
+    from lacuna.runs import Run
+
+    return patch.multiple(Run, save=lambda *_: 0.0, end=lambda *_: None)
 
 
 def save(page: RowsConfig) -> dict[str, Any]:
     """Figures of the saves of a training run of `page`."""
-    from lacuna import checkpoint, metrics, trainer
+    from lacuna import metrics, sft
 
-    ended = trainer.run(page)
+    ended = sft.run(page)
     assert ended
     loop, state = ended
     held_up = list(loop.save_seconds)
@@ -205,13 +208,13 @@ def save(page: RowsConfig) -> dict[str, Any]:
     timed = records[WARM_STEPS:]
     during = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY == 1]
     others = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY not in (0, 1)]
-    assert loop.saver.newest
-    facts = checkpoint.read_manifest(loop.saver.newest).run
+    saver = loop.run.saver
+    assert saver.newest
     began = time.perf_counter()
-    loop.saver.save(state, trainer.saved_shapes(loop.inputs.model), facts, is_best=False)
-    loop.saver.wait()
+    loop.run.save(state, loop.step, None, is_best=False)
+    saver.wait()
     whole = time.perf_counter() - began
-    size = sum(path.stat().st_size for path in loop.saver.newest.iterdir())
+    size = sum(path.stat().st_size for path in saver.newest.iterdir())
     return {
         "model": page.model_name,
         "saves": len(held_up),
@@ -356,7 +359,7 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
     """Figures of a grpo run: completion tokens a second of the rollout, of the update, and of the whole step."""
     from lacuna import grpo, metrics
 
-    with unsaved(grpo.Loop):
+    with unsaved():
         grpo.run(page)
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]

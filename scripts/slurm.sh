@@ -24,7 +24,7 @@ set -euo pipefail
 directory=$(uv run python -c '
 import sys
 from lacuna.cli import PAGES
-from lacuna.config import parse
+from lacuna.options import parse
 command, *arguments = sys.argv[1:]
 print(parse(PAGES[command], arguments, command).run_directory)
 ' "$@" --resume)

@@ -9,6 +9,7 @@ from typing import Any
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time here goes into compiling
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
@@ -119,3 +120,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]
     jax.monitoring.register_event_duration_secs_listener(heard)
     yield found
     jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def assert_trees_close(ours: Any, expected: Any, rtol: float, atol: float) -> None:
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol, atol, err_msg=jax.tree_util.keystr(path))

@@ -30,9 +30,10 @@ from rich.console import Console
 
 from lacuna import chat, cli
 from lacuna.chat import COMMANDS, VISIBLE, Chat, Local, Remote
-from lacuna.config import ChatConfig, DataSource, UserError, parse
+from lacuna.config import ChatConfig, DataSource, UserError
 from lacuna.documents import jsonl_rows, prepare
 from lacuna.model import initial_params, read_model_config
+from lacuna.options import parse
 from lacuna.weights import save_model
 
 QUESTION = "Nora has 18 marbles."

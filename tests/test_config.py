@@ -14,17 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacuna import cli
-from lacuna.config import (
-    DataSource,
-    EvalConfig,
-    Page,
-    PretrainConfig,
-    SftConfig,
-    UserError,
-    accumulation_steps,
-    parse,
-    to_toml,
-)
+from lacuna.config import DataSource, EvalConfig, Page, PretrainConfig, SftConfig, UserError, accumulation_steps
+from lacuna.options import parse, to_toml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 READERS = [command for command, page in cli.PAGES.items() if "data" in page.model_fields]
@@ -277,7 +268,7 @@ def test_main_knows_its_commands(capsys: pytest.CaptureFixture[str], monkeypatch
 
 @pytest.mark.parametrize(
     "script, page, room",
-    [(cli.sft, SftConfig, "trainer"), (cli.pretrain, PretrainConfig, "trainer"), (cli.evaluate, EvalConfig, "eval")],
+    [(cli.sft, SftConfig, "sft"), (cli.pretrain, PretrainConfig, "sft"), (cli.evaluate, EvalConfig, "eval")],
 )
 def test_each_script_runs_its_room_and_only_refusals_and_interrupts_lose_their_traceback(
     script: Callable[[], None],

@@ -13,6 +13,7 @@ from conftest import REFERENCE, mesh_of
 
 from lacuna import model, weights
 from lacuna.config import UserError
+from lacuna.loss import summed_cross_entropy, token_statistics
 
 FAMILIES = [
     "qwen2", "qwen2_untied", "qwen2_bfloat16", "qwen2_float16", "qwen3", "qwen3_sharded",
@@ -120,10 +121,10 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
     def loss(params: Any) -> jax.Array:
         hidden = model.forward(params, model.embed(params, batch["token"]), batch["segment"], batch["position"], config)
         head = model.head_of(params, config)
-        return model.summed_cross_entropy(hidden, head, batch["target"], weight, config.vocabulary_size)
+        return summed_cross_entropy(hidden, head, batch["target"], weight, config.vocabulary_size)
 
     hidden = model.forward(params, model.embed(params, batch["token"]), batch["segment"], batch["position"], config)
-    nll = model.token_statistics(hidden, model.head_of(params, config), batch["target"], config.vocabulary_size).loss
+    nll = token_statistics(hidden, model.head_of(params, config), batch["target"], config.vocabulary_size).loss
     packed = np.concatenate([np.asarray(nll[here]) for here in places])
     np.testing.assert_allclose(packed, expected["nll"], rtol=1e-5, atol=1e-5)
     gradients = jax.grad(loss)(params)
@@ -139,35 +140,6 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
         np.testing.assert_allclose(np.linalg.norm(files[name]), norm, rtol=1e-5)
         entries = files[name].reshape(-1)[expected["gradient_index"][number]]
         np.testing.assert_allclose(entries, expected["gradient_values"][number], rtol=1e-4, atol=1e-5 * norm)
-
-
-@pytest.mark.parametrize("shape", [(2, 7), (3, 300), (600, 2)])
-@pytest.mark.parametrize("padding", [0, 5])
-def test_chunked_cross_entropy_has_the_value_and_gradient_of_the_formula(shape: tuple[int, int], padding: int) -> None:
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden, head = jax.random.normal(keys[0], (*shape, 8)), jax.random.normal(keys[1], (11 + padding, 8))
-    target, weight = jax.random.randint(keys[2], shape, 0, 11), jax.random.bernoulli(keys[3], 0.6, shape) * 1.0
-
-    def formula(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        log_probability = jax.nn.log_softmax(hidden @ head[:11].T)
-        return -jnp.sum(jnp.take_along_axis(log_probability, target[..., None], -1)[..., 0] * weight) * 0.7
-
-    def chunked(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return model.summed_cross_entropy(hidden, head, target, weight, 11) * 0.7
-
-    np.testing.assert_allclose(chunked(hidden, head), formula(hidden, head), rtol=1e-5)
-    with jax.default_matmul_precision("float32"):
-        expected = jax.grad(formula, (0, 1))(hidden, head)
-    for ours, wanted in zip(jax.grad(chunked, (0, 1))(hidden, head), expected, strict=True):
-        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_the_full_logits_never_exist() -> None:
-    hidden, head = jax.ShapeDtypeStruct((4, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32)
-    target, weight = jax.ShapeDtypeStruct((4, 1024), jnp.int32), jax.ShapeDtypeStruct((4, 1024), jnp.float32)
-    gradient = jax.jit(jax.grad(model.summed_cross_entropy, (0, 1)), static_argnums=4)
-    temporaries = temporary_bytes(gradient.lower(hidden, head, target, weight, 4096))
-    assert temporaries < 0.5 * 4 * 1024 * 4096 * 4
 
 
 @pytest.mark.parametrize("policy", ["matmuls", "layer"])

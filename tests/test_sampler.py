@@ -17,6 +17,7 @@ from test_model import FAMILIES, load, logits, positions
 from lacuna import model, sampler, sampling, weights
 from lacuna.beams import beam_search
 from lacuna.config import SamplingKeys, UserError
+from lacuna.loss import token_statistics
 from lacuna.model import PAGE
 from lacuna.sampler import Request
 from lacuna.tokenizer import Tokenizer, encode, load_tokenizer, plain, read_on, window_behind
@@ -261,7 +262,7 @@ def test_log_probabilities_are_those_of_training(small: sampler.Sampler) -> None
             config,
         )
         head = model.head_of(params, config)
-        loss = model.token_statistics(hidden, head, jnp.asarray(row[:, 1:]), config.vocabulary_size).loss
+        loss = token_statistics(hidden, head, jnp.asarray(row[:, 1:]), config.vocabulary_size).loss
         expected = -np.asarray(loss)[0, len(request.prompt) - 1 :]
         np.testing.assert_allclose(completion.log_probabilities, expected, atol=1e-5, rtol=0)
 

@@ -29,7 +29,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
 from lacuna import model, sampler, serve, weights
-from lacuna.config import SamplingKeys, ServeConfig, UserError, parse
+from lacuna.config import SamplingKeys, ServeConfig, UserError
+from lacuna.options import parse
 from lacuna.tokenizer import encode, load_tokenizer, render
 
 NAME = "small"

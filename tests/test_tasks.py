@@ -13,12 +13,13 @@ from pydantic import ValidationError
 
 from lacuna import eval as evaluation
 from lacuna import tasks, weights
-from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, parse, to_toml
+from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError
 from lacuna.likelihood import log_likelihoods
 from lacuna.model import initial_params, read_model_config
+from lacuna.options import parse, to_toml
 from lacuna.predictions import Predictions
+from lacuna.sft import run as train
 from lacuna.tokenizer import encode, load_tokenizer
-from lacuna.trainer import run as train
 
 
 @pytest.fixture(scope="module")

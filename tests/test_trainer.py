@@ -1,9 +1,6 @@
 """Training against PyTorch's loop and the formulas, and against itself accumulated, sharded, packed, resumed."""
 
 import json
-import os
-import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, SIZES, TINY, chat_run, mesh_of, outcome, records, text_run
+from conftest import REFERENCE, SIZES, assert_trees_close, mesh_of
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from lacuna import checkpoint, trainer, weights
-from lacuna.config import ModelKeys, SamplingKeys, SftConfig, UserError
-from lacuna.data import Batch, Dataset
+from lacuna import trainer, weights
+from lacuna.config import SftConfig
+from lacuna.data import Batch
 from lacuna.distributed import put_batch
-from lacuna.metrics import RunLog
 from lacuna.model import (
     ModelConfig,
     initial_params,
@@ -29,8 +25,6 @@ from lacuna.model import (
     parameter_table,
     read_model_config,
 )
-from lacuna.sampler import Request, Sampler
-from lacuna.tokenizer import encode, render
 
 
 def page(**changes: Any) -> SftConfig:
@@ -57,11 +51,6 @@ def random_batch(key: int, micro_batches: int, rows: int, length: int, vocabular
 
 def regrouped(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, leaf.shape[-1]), batch)
-
-
-def assert_trees_close(ours: Any, expected: Any, rtol: float, atol: float) -> None:
-    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(leaf, wanted, rtol, atol, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama2"])
@@ -246,149 +235,6 @@ def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
 # Whole runs
 
 
-RUNS = {
-    "chats, packed, mixed, three epochs, accumulated, with noise": (
-        chat_run, {"neftune_alpha": 5.0, "save_every": 2, "eval_every": 3, "keep": 9},
-    ),
-    "chats, one a row": (chat_run, {"packing": False, "epochs": 1, "save_every": 2, "keep": 9}),
-    "text": (text_run, {"save_every": 3, "keep": 9}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
-    make, changes = RUNS[name]
-    whole = make(small, run_name="whole", **changes)
-    trainer.run(whole)
-    steps = checkpoint.saved_steps(whole.run_directory)
-    assert len(steps) >= 2
-    cut = make(small, run_name="cut", **changes)
-    (cut.run_directory / "checkpoints").mkdir(parents=True)
-    for file in ("config.toml", "metrics.jsonl"):  # killed after the next steps were logged
-        (cut.run_directory / file).write_bytes((whole.run_directory / file).read_bytes())
-    first = checkpoint.checkpoint_directory(whole.run_directory, steps[0])
-    first.rename(checkpoint.checkpoint_directory(cut.run_directory, steps[0]))
-    trainer.run(make(small, run_name="cut", resume=True, **changes))
-    assert outcome(cut) == outcome(whole)
-    assert [record["step"] for record in records(cut)] == list(range(1, len(records(whole)) + 1))
-
-
-def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
-    page = chat_run(small, epochs=1)
-    trainer.run(page)
-    directory = page.run_directory
-    assert {path.name for path in directory.iterdir()} >= {
-        "config.toml", "metrics.jsonl", "run.log", "report.html", "summary.json", "checkpoints", "best", "model",
-    }  # fmt: skip
-    rows = records(page)
-    keys = {
-        "step", "loss", "learning_rate", "gradient_norm", "tokens", "target_tokens", "tokens_per_second",
-        "target_tokens_per_second", "packing_efficiency", "mfu", "memory_bytes", "step_seconds", "epoch",
-    }  # fmt: skip
-    assert all(keys <= row.keys() for row in rows) and rows[0]["mfu"] is None
-    assert rows[-1]["eval_loss"] > 0 and 0 <= rows[-1]["eval_accuracy"] <= 1
-    summary = json.loads((directory / "summary.json").read_text())
-    assert summary["steps"] == len(rows) and summary["command"] == "sft" and summary["skipped_steps"] == 0
-    assert summary["tokens"] == sum(row["tokens"] for row in rows)
-    assert summary["best_eval_loss"] == rows[-1]["eval_loss"] and summary["final_loss"] == rows[-1]["loss"]
-    assert (directory / "best").resolve() == checkpoint.checkpoint_directory(directory, len(rows)).resolve()
-    exported = read_model_config(directory / "model")
-    params = weights.load_params(directory / "model", exported, mesh_of(1, 1, 1))
-    state = checkpoint.load_checkpoint(
-        directory / "best",
-        checkpoint.read_manifest(directory / "best"),
-        trainer.abstract_state(exported, mesh_of(1, 1, 1)),
-        trainer.saved_shapes(exported),
-    )
-    assert_trees_close(params, state.params, rtol=0, atol=0)
-    assert (directory / "model" / "tokenizer_config.json").read_bytes() == (TINY / "tokenizer_config.json").read_bytes()
-
-
-def test_each_sample_is_seen_once_an_epoch_and_the_last_batch_is_filled_with_empty_rows(small: Path) -> None:
-    page = chat_run(
-        small, data=({"path": str(TINY / "heldout.jsonl"), "split": "train[:100]"},), epochs=2, batch_size=8
-    )
-    trainer.run(page)
-    summary = json.loads((page.run_directory / "summary.json").read_text())
-    assert summary["data"]["documents"] == 100
-    assert summary["tokens"] == 2 * summary["data"]["tokens"]
-    assert summary["target_tokens"] == 2 * summary["data"]["target_tokens"]
-
-
-def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(small: Path) -> None:
-    page = text_run(small, steps=1)
-    trainer.run(page)
-    before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
-    with pytest.raises(UserError, match="--resume .* --overwrite"):
-        trainer.run(page)
-    assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
-    with pytest.raises(UserError, match="seed was 0 and is 1. It may change: .*learning_rate, .*steps, .*save_every"):
-        trainer.run(text_run(small, steps=2, seed=1, resume=True))
-
-
-@pytest.mark.parametrize("place", ["prepare", "flush", "evaluate"])
-def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
-    small: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)
-    page = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
-    usual = getattr(trainer.Loop, place)
-
-    def interrupted(loop: trainer.Loop, *arguments: Any, **named: Any) -> Any:
-        if loop.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            monkeypatch.undo()
-        return usual(loop, *arguments, **named)
-
-    monkeypatch.setattr(trainer.Loop, place, interrupted)
-    trainer.run(page)
-    (step,) = checkpoint.saved_steps(page.run_directory)
-    assert step < 8 and records(page)[-1]["step"] == step and not (page.run_directory / "model").exists()
-    assert "config.toml --resume" in (page.run_directory / "run.log").read_text()
-    trainer.run(page.model_copy(update={"resume": True}))
-    whole = page.model_copy(update={"run_name": "whole"})
-    trainer.run(whole)
-    assert outcome(page) == outcome(whole)
-
-
-def test_overwrite_deletes_a_run_and_nothing_else(small: Path) -> None:
-    page = text_run(small, steps=1, overwrite=True)
-    page.run_directory.mkdir(parents=True)
-    thesis = page.run_directory / "thesis.tex"
-    thesis.write_text("years of work")
-    with pytest.raises(UserError, match="files that are no run"):
-        trainer.run(page)
-    assert thesis.exists()
-    thesis.unlink()
-    trainer.run(page)
-    trainer.run(page)
-    own = page.model_copy(update={"model_name": str(page.run_directory), "from_scratch": False})
-    with pytest.raises(UserError, match="would delete"):
-        trainer.run(own)
-    wrong = page.model_copy(update={"model_name": str(small), "from_scratch": False})
-    with pytest.raises(UserError, match="no such file; to train from random weights"):
-        trainer.run(wrong)
-    assert (page.run_directory / "model" / "config.json").exists()
-
-
-def test_data_that_changed_since_the_checkpoint_are_refused(small: Path) -> None:
-    data = small.parent / "texts.jsonl"
-    lines = (TINY / "pretrain.jsonl").read_text().splitlines(keepends=True)
-    data.write_text("".join(lines[:50]))
-    page = text_run(small, data=({"path": str(data)},), steps=1)
-    trainer.run(page)
-    data.write_text("".join(lines[:49]))
-    with pytest.raises(UserError, match="texts.jsonl: its content has changed"):
-        trainer.run(page.model_copy(update={"resume": True, "steps": 2}))
-
-
-def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(small: Path) -> None:
-    page = text_run(small, learning_rate=1e30, steps=12)
-    with pytest.raises(UserError, match=r"step \d+: .* not finite.*rows \d+ to \d+, beginning .*5 steps in a row"):
-        trainer.run(page)
-    assert [row["gradient_norm"] for row in records(page)][-5:] == [None] * 5
-
-
 def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
     model = read_model_config(REFERENCE / "qwen3")
     state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
@@ -398,54 +244,6 @@ def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
         for recipe in (trainer.recipe_of(settings, 50), trainer.recipe_of(page(learning_rate=1.0, seed=7), 9))
     }
     assert len(programs) == 1
-
-
-def test_nothing_is_compiled_after_the_first_steps_evaluation_and_save(
-    small: Path, compiled: list[tuple[int, str]]
-) -> None:
-    page = chat_run(small, eval_every=3, save_every=2, keep=9)
-    trainer.run(page)
-    assert len(records(page)) >= 9 and len(checkpoint.saved_steps(page.run_directory)) >= 4
-    assert any(step == 0 for step, _ in compiled)
-    assert [each for each in compiled if each[0] > 3] == []
-    assert f"compiled programs are kept in {page.cache_dir}" in (page.run_directory / "run.log").read_text()
-
-
-def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, events, loops = text_run(small), [], []
-    prepare, source, log = trainer.Loop.prepare, Dataset.batch, RunLog.step
-
-    def watched(loop: trainer.Loop, index: int) -> Any:
-        loops.append(loop)
-        return prepare(loop, index)
-
-    def slow(dataset: Dataset, index: int, *arguments: Any) -> Batch:
-        """Takes until the step before has ended, which nobody waits for here."""
-        if index:
-            step = loops[-1].pending[-1][1]["loss"]
-            events.append(("begun", index, not step.is_ready()))
-            step.block_until_ready()
-        return source(dataset, index, *arguments)
-
-    def logged(self: RunLog, record: dict[str, Any]) -> None:
-        events.append(("logged", record["step"], True))
-        log(self, record)
-
-    monkeypatch.setattr(trainer.Loop, "prepare", watched)
-    monkeypatch.setattr(Dataset, "batch", slow)
-    monkeypatch.setattr(RunLog, "step", logged)
-    trainer.run(page)
-    begun = {index: at for at, (kind, index, _) in enumerate(events) if kind == "begun"}
-    fetched = {index: at for at, (kind, index, _) in enumerate(events) if kind == "logged"}
-    assert len(begun) == page.steps - 1 and all(begun[step] < fetched[step] for step in begun)
-    assert any(is_running for kind, _, is_running in events if kind == "begun")
-
-
-def test_training_lowers_the_loss(small: Path) -> None:
-    page = chat_run(small, epochs=12, learning_rate=1e-2)
-    trainer.run(page)
-    losses = [row["loss"] for row in records(page)]
-    assert np.mean(losses[-5:]) < 0.6 * losses[0]
 
 
 def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_times() -> None:
@@ -466,90 +264,3 @@ def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_tim
         assert np.linalg.norm(ours - expected) < 0.05 * np.linalg.norm(expected)
     met = np.linalg.norm(narrow["embedding"][7] - wide["embedding"][7]) / np.linalg.norm(wide["embedding"][7])
     assert met < 0.02
-
-
-def test_a_full_disk_is_said_loudly_and_training_goes_on_to_the_next_save(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = text_run(small, steps=8, save_every=2)
-    free, usual = [1000, 1000, 10**12, 10**12], shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usual(path)._replace(free=free.pop(0)))
-    trainer.run(page)
-    log = (page.run_directory / "run.log").read_text()
-    assert log.count("WARNING: step") == 2 and "are needed, 1 KB are free; training goes on" in log
-    assert checkpoint.saved_steps(page.run_directory) == [6, 8] and len(records(page)) == 8
-
-
-def test_three_full_disks_in_a_row_end_the_run_which_then_goes_on_where_it_was_saved(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = text_run(small, steps=12, save_every=2)
-    free, usual = [10**12, 1000, 1000, 1000, 10**12, 10**12], shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usual(path)._replace(free=free.pop(0)))
-    with pytest.raises(UserError, match="3 saves in a row failed: make room and add --resume"):
-        trainer.run(page)
-    assert checkpoint.saved_steps(page.run_directory) == [2] and not free[2:]
-    monkeypatch.undo()
-    trainer.run(page.model_copy(update={"resume": True}))
-    whole = page.model_copy(update={"run_name": "whole"})
-    trainer.run(whole)
-    assert outcome(page) == outcome(whole)
-
-
-def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked_for(small: Path) -> None:
-    page = text_run(small, steps=4, save_every=2)
-    trainer.run(page)
-    shards = [checkpoint.checkpoint_directory(page.run_directory, step) / "shard-00000.safetensors" for step in (2, 4)]
-    os.truncate(shards[1], 100)
-    with pytest.raises(UserError, match="step_00000004.* 100 bytes"):
-        trainer.run(page.model_copy(update={"resume_from": str(shards[1].parent)}))
-    trainer.run(page.model_copy(update={"resume": True}))
-    log = (page.run_directory / "run.log").read_text()
-    assert f"checkpoint passed over: {shards[1]}" in log and f"resuming from {shards[0].parent}" in log
-    assert "set aside as" in log and [record["step"] for record in records(page)] == [1, 2, 3, 4]
-    for shard in shards:
-        os.truncate(shard, 100)
-    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
-        trainer.run(page.model_copy(update={"resume": True}))
-
-
-def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resumed(small: Path) -> None:
-    page = text_run(small, steps=2)
-    trainer.run(page)
-    shutil.rmtree(page.run_directory / "checkpoints")
-    before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
-    with pytest.raises(UserError, match="whose checkpoints are gone"):
-        trainer.run(page.model_copy(update={"resume": True}))
-    assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
-    foreign = text_run(small, steps=2, run_name="foreign", resume=True)
-    foreign.run_directory.mkdir()
-    (foreign.run_directory / "metrics.jsonl").write_text("mine")
-    with pytest.raises(UserError, match="no run of ours"):
-        trainer.run(foreign)
-    assert (foreign.run_directory / "metrics.jsonl").read_text() == "mine"
-
-
-def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
-    prompts = ("Nora has 18 marbles.", "How many are 2 jars?")
-    run = chat_run(small, steps=2, eval_every=1, sample_prompts=prompts, sample_tokens=9)
-    assert trainer.run(run)
-    logged = [record["samples"] for record in records(run)]
-    assert len(logged) == 2 and all(tuple(samples) == prompts for samples in logged)
-    mesh = mesh_of(1, 1, 1)
-    source, config, tokenizer = weights.open_model(ModelKeys(model_name=str(run.run_directory)), mesh)
-    sampler = Sampler(weights.load_params(source, config, mesh), config, tokenizer, mesh, 1, 64, "float32")
-    for prompt in prompts:
-        text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-        token = encode(tokenizer, text, add_special_tokens=False)
-        stop = tokenizer.eos_id
-        assert stop is not None
-        request = Request(tuple(token.tolist()), SamplingKeys(temperature=0.0, max_tokens=9), (stop,))
-        assert sampler.generate([request])[0].text == logged[-1][prompt]
-    report = (run.run_directory / "report.html").read_text()
-    assert "Samples at step 2" in report and prompts[0] in report
-
-
-def test_a_sample_prompt_that_does_not_fit_is_refused_before_the_run(small: Path) -> None:
-    with pytest.raises(UserError, match="max_position_embeddings"):
-        trainer.run(chat_run(small, sample_prompts=("word " * 3000,)))
-    assert not (small.parent / "runs" / "run" / "metrics.jsonl").exists()

@@ -32,7 +32,8 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from lacuna.config import ChatConfig, SamplingKeys, UserError, did_you_mean, explain
+from lacuna.config import ChatConfig, SamplingKeys, UserError
+from lacuna.options import did_you_mean, explain
 from lacuna.tokenizer import Message, check_messages, encode, finished, render
 
 COMMANDS = {

@@ -16,9 +16,8 @@ from lacuna.config import (
     SftConfig,
     TrainingConfig,
     UserError,
-    did_you_mean,
-    parse,
 )
+from lacuna.options import did_you_mean, parse
 
 PAGES = {
     "pretrain": PretrainConfig,
@@ -106,7 +105,7 @@ def start(command: str, arguments: list[str]) -> None:
 
                 reinforce(page)
             else:
-                from lacuna.trainer import run as train
+                from lacuna.sft import run as train
 
                 train(page)
     except UserError as error:

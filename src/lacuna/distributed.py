@@ -25,7 +25,7 @@ import jax
 from jax._src.clusters import ClusterEnv
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from lacuna.config import DeviceKeys, UserError
@@ -328,9 +328,9 @@ def check_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> None:
             )
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the rows of a batch are split; without a mesh there is one."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
 
 
 def platform() -> str:

@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from lacuna import metrics, runs, weights
 from lacuna.attention import choose_backend
-from lacuna.config import EvalConfig, UserError, to_toml
+from lacuna.config import EvalConfig, UserError
 from lacuna.data import Dataset, describe, load_dataset
 from lacuna.distributed import check_same, enable_compilation_cache, from_first, is_first, make_mesh, row_shards
 from lacuna.model import check_sequence_length, parameter_counts
+from lacuna.options import to_toml
 from lacuna.predictions import Predictions, Subject, Tick
 from lacuna.tasks import Questions, measure, read_questions
 from lacuna.trainer import held_out_loss

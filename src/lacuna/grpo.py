@@ -5,11 +5,9 @@ was killed goes on as if nothing had happened, and every step can be computed ag
 """
 
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +19,9 @@ from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint, metrics, runs, weights
 from lacuna.answers import final_answer
-from lacuna.attention import choose_backend
-from lacuna.checkpoint import Manifest, RunFacts, Saver
-from lacuna.config import GrpoConfig, SamplingKeys, UserError, parse
+from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Epochs, Mixture
 from lacuna.distributed import (
-    Stop,
     check_same,
     enable_compilation_cache,
     from_first,
@@ -34,10 +29,8 @@ from lacuna.distributed import (
     make_mesh,
     put_batch,
     row_shards,
-    watchdog,
 )
-from lacuna.metrics import RunLog
-from lacuna.model import ModelConfig, check_sequence_length, parameter_counts
+from lacuna.model import ModelConfig, check_sequence_length
 from lacuna.objective import (
     Group,
     RolloutBatch,
@@ -53,21 +46,15 @@ from lacuna.objective import (
     shares_prompts,
     zeros,
 )
+from lacuna.options import parse
 from lacuna.predictions import Subject
 from lacuna.problems import Problem, Problems, read_problems
 from lacuna.rewards import Reward, correct, load_rewards, rewards_of
+from lacuna.runs import Run, Start
 from lacuna.sampler import Request, Sampler, generation_defaults
 from lacuna.tasks import measure_in_training, read_questions
 from lacuna.tokenizer import Tokenizer
-from lacuna.trainer import (
-    Recipe,
-    TrainState,
-    abstract_state,
-    apply_gradient,
-    recipe_of,
-    saved_shapes,
-    starting_state,
-)
+from lacuna.trainer import Recipe, TrainState, apply_gradient, recipe_of, resumed_state, starting_state
 from lacuna.weights import OpenedModel
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
@@ -195,65 +182,39 @@ def run(page: GrpoConfig) -> None:
     Raises:
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
     """
-    started = time.perf_counter()
     if page.replay:
         replay(page)
         return
-    with runs.claimed(page):
-        lines: list[str] = []
-        resumed = runs.checkpoint_to_resume(page, lines.append)
+    with runs.started(page) as start:
         inputs = read_inputs(page)
-        if resumed:
-            runs.check_unchanged(page, inputs.model, inputs.problems.digests, resumed[1])
-            lines.append(f"resuming from {resumed[0]}")
+        runs.check_unchanged(page, inputs.model, inputs.problems.digests, start)
         check_same("config, model or data", json.dumps([runs.masked_config(page), inputs.problems.digests]))
         enable_compilation_cache(page)
         with jax.set_mesh(inputs.mesh):
-            train(page, inputs, resumed, lines, started)
+            train(page, inputs, start)
 
 
-def train(
-    page: GrpoConfig, inputs: Inputs, resumed: tuple[Path, Manifest] | None, lines: list[str], started: float
-) -> None:
-    """A run whose directory is claimed; its log begins with `lines`."""
-    directory, facts = page.run_directory, resumed[1].run if resumed else None
-    first_step = facts.step if facts else 0
+def train(page: GrpoConfig, inputs: Inputs, start: Start) -> None:
+    """A run that has started and whose problems are read."""
+    model, mesh = inputs.model, inputs.mesh
     source = weights.resolve_model(page.model_name, with_weights=not page.from_scratch)
-    start = partial(starting_state, page, source, inputs.model, inputs.mesh)
-    reference = compute_params(start().params, inputs.model, page.compute_dtype) if page.kl_weight else None
-    if resumed:
-        state = checkpoint.load_checkpoint(
-            *resumed, abstract_state(inputs.model, inputs.mesh), saved_shapes(inputs.model)
-        )
-    else:
-        state = start()
-    session = from_first("session", secrets.token_hex(4))
-    if is_first():
-        runs.begin(page, first_step, lines.append)
-        keep_rollouts(directory / "rollouts.jsonl", first_step)
-    steps = step_count(page, inputs)
-    with RunLog(directory, steps, page.log_every, first_step, page.wandb, runs.masked_config(page), is_first()) as log:
-        for line in (*start_facts(page, inputs, steps), *lines):
-            log.info(line)
-        saver = Saver(directory, page.keep, session)
-        saver.newest = resumed[0] if resumed else None
-        recipe = jax.device_put(
-            recipe_of(page, steps * page.updates_per_rollout), NamedSharding(inputs.mesh, PartitionSpec())
-        )
-        capacity = page.sequence_length
-        shards = row_shards(inputs.mesh)
-        most = max(page.prompts_per_step * page.completions_per_prompt, shards)
-        slots = -(-min(page.slots, most) // shards) * shards
-        sampler = Sampler(
-            state.params, inputs.model, inputs.tokenizer, inputs.mesh, slots, capacity, page.compute_dtype
-        )
-        loop = Loop(page, inputs, log, saver, steps, recipe, sampler, reference, started, first_step)
-        loop.earlier_seconds = facts.wall_seconds if facts else 0.0
-        loop.best_reward = -facts.best_eval_loss if facts and facts.best_eval_loss is not None else None
-        loop.train(state)
+    fresh = partial(starting_state, page, source, model, mesh)
+    reference = compute_params(fresh().params, model, page.compute_dtype) if page.kl_weight else None
+    state = resumed_state(start.resumed, model, mesh) if start.resumed else fresh()
+    steps, shards = step_count(page, inputs), row_shards(mesh)
+    lines = start_facts(page, inputs, steps)
+    with runs.under_way(page, start, model, mesh, inputs.source, inputs.problems.digests, steps, lines) as run:
         if is_first():
-            loop.end()
-        from_first("run ended", "")  # the others wait here for what the first process writes
+            keep_rollouts(page.run_directory / "rollouts.jsonl", start.step)
+        recipe = recipe_of(page, steps * page.updates_per_rollout)
+        recipe = jax.device_put(recipe, NamedSharding(mesh, PartitionSpec()))
+        slots = -(-min(page.slots, page.prompts_per_step * page.completions_per_prompt) // shards) * shards
+        sampler = Sampler(state.params, model, inputs.tokenizer, mesh, slots, page.sequence_length, page.compute_dtype)
+        loop = Loop(page, inputs, run, steps, recipe, sampler, reference, start.step)
+        if start.resumed and start.resumed[1].run.best_eval_loss is not None:
+            loop.best_reward = -start.resumed[1].run.best_eval_loss
+        loop.train(state)
+        run.end(loop.step, loop.summary)
 
 
 def step_count(page: GrpoConfig, inputs: Inputs) -> int:
@@ -262,12 +223,7 @@ def step_count(page: GrpoConfig, inputs: Inputs) -> int:
 
 
 def start_facts(page: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
-    """The start-up lines."""
-    counts, mesh = parameter_counts(inputs.model), inputs.mesh
-    yield f"model: {page.model_name} ({inputs.model.family}), {counts['all']:,} parameters"
-    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    yield f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}, compute in {page.compute_dtype}"
-    yield choose_backend(page, mesh, inputs.model.head)[1]
+    """Start-up lines on the step, the problems and the rewards."""
     once = "once for all of its completions in a row" if shares_prompts(inputs.model) else "anew for each completion"
     yield f"in the update a prompt is computed {once}"
     completions = page.prompts_per_step * page.completions_per_prompt
@@ -280,8 +236,6 @@ def start_facts(page: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
     for line in inputs.problems.bad[:5]:
         yield f"left out: {line}"
     yield f"rewards: {', '.join(f'{reward.name} × {reward.weight:g}' for reward in inputs.rewards)}"
-    if page.compilation_cache:
-        yield f"compiled programs are kept in {page.cache_dir / 'programs'}"
 
 
 @dataclass
@@ -290,26 +244,21 @@ class Loop:
 
     page: GrpoConfig
     inputs: Inputs
-    log: RunLog
-    saver: Saver
+    run: Run
     steps: int
     recipe: Recipe
     sampler: Sampler
     reference: PyTree[Array] | None
-    started: float
     step: int
-    earlier_seconds: float = 0.0
     best_reward: float | None = None
-    stop: Stop = field(default_factory=Stop)
     work_done: int | None = None
 
     def train(self, state: TrainState) -> TrainState:
         """Every step that is left: roll out, update, evaluate, log and save."""
         page = self.page
-        log_file = page.run_directory / "run.log"
-        with self.stop.listening(self.log.info), watchdog(lambda: self.work_done, log_file), self.saver.finishing():
+        with self.run.watched(lambda: self.work_done) as stop:
             if self.step == 0 and self.inputs.held_out:
-                self.log.step({"step": 0, **self.held_out_rewards(state)})
+                self.run.log.step({"step": 0, **self.held_out_rewards(state)})
             while self.step < self.steps:
                 began = time.perf_counter()
                 self.sampler.load(state.params)
@@ -342,20 +291,16 @@ class Loop:
                     self.best_reward = record["eval_reward"] if is_best else self.best_reward
                 if is_first():
                     write_rollouts(page.run_directory / "rollouts.jsonl", groups)
-                self.log.step({"step": self.step, **record})
-                is_stop = self.stop.is_due(self.step)
+                self.run.log.step({"step": self.step, **record})
+                is_stop = stop.is_due(self.step)
                 if is_last or is_best or is_stop or (page.save_every and self.step % page.save_every == 0):
-                    self.save(state, is_best)
-                for line in self.saver.news():
-                    self.log.info(line)
+                    worst = None if self.best_reward is None else -self.best_reward
+                    self.run.save(state, self.step, worst, is_best)
+                self.run.tell_saved()
                 if is_stop:
                     break
             self.work_done = None
-            self.saver.wait()
-            for line in self.saver.news():
-                self.log.info(line)
-        if self.saver.failures:
-            raise UserError(f"step {self.step} is not saved; make room and go on with --resume")
+            self.run.wait_for_save()
         return state
 
     def worked(self) -> None:
@@ -368,7 +313,7 @@ class Loop:
         for name, seconds in record.pop("reward_seconds").items():
             record[f"reward_seconds/{name}"] = seconds
             if seconds > max(1.0, SLOW_REWARD * record["step_seconds"]):
-                self.log.info(f"reward {name} took {seconds:.1f} s of {record['step_seconds']:.1f} s of this step")
+                self.run.log.info(f"reward {name} took {seconds:.1f} s of {record['step_seconds']:.1f} s of this step")
 
     def held_out_rewards(self, state: TrainState) -> dict[str, float]:
         """Mean rewards of greedy completions of the held-out problems."""
@@ -395,56 +340,12 @@ class Loop:
             found[f"{problem.prompt} ({problem.origin})"] = f"{sample.text} ({told})"
         return found
 
-    def save(self, state: TrainState, is_best: bool) -> None:
-        """Begin to save the checkpoint of this step."""
-        self.log.sync()
-        facts = RunFacts(
-            step=self.step,
-            best_eval_loss=-self.best_reward if self.best_reward is not None else None,
-            wall_seconds=self.wall_seconds(),
-            config=runs.masked_config(self.page),
-            model=runs.model_facts(self.inputs.model),
-            data=self.inputs.problems.digests,
-            versions=metrics.versions(),
-        )
-        self.saver.save(state, saved_shapes(self.inputs.model), facts, is_best)
-
-    def wall_seconds(self) -> float:
-        """Seconds of the whole run, those before it was resumed included."""
-        return self.earlier_seconds + time.perf_counter() - self.started
-
-    def end(self) -> None:
-        """Write what a run leaves behind, with the model if all steps are done."""
-        page, directory = self.page, self.page.run_directory
-        metrics.write_summary(directory, self.summary())
-        metrics.write_report(directory)
-        if self.step < self.steps:
-            again = f"grpo @ {directory / 'config.toml'} --resume"
-            self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to go on: uv run {again}")
-        else:
-            assert self.saver.newest
-            with ExitStack() as stack:
-                params = checkpoint.saved_params(self.saver.newest, self.inputs.model, stack)
-                weights.save_model(
-                    directory / "model", params, self.inputs.model, self.inputs.source, page.chat_template
-                )
-            self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
-        self.log.info(f"report: {directory / 'report.html'}")
-
-    def summary(self) -> dict[str, Any]:
-        """What summary.json holds."""
-        records = metrics.read_metrics(self.page.run_directory / "metrics.jsonl")
-        return metrics.summarise(records) | {
-            "command": "grpo",
-            "parameters": parameter_counts(self.inputs.model)["all"],
+    def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """What summary.json holds of rewards, `records` being those of the steps."""
+        return {
             "best_eval_reward": self.best_reward,
             "final_reward": records[-1].get("reward") if records else None,
             "skipped_steps": sum(record.get("skipped_updates", 0) for record in records),
-            "wall_seconds": self.wall_seconds(),
-            "device_kind": self.inputs.mesh.devices.flat[0].device_kind,
-            "device_count": jax.device_count(),
-            "process_count": jax.process_count(),
-            "versions": metrics.versions(),
         }
 
 
@@ -597,8 +498,7 @@ def before_step(page: GrpoConfig, directory: Path, inputs: Inputs) -> tuple[Trai
     if not saved:
         return start, reference
     place = checkpoint.checkpoint_directory(directory, max(saved))
-    manifest = checkpoint.read_manifest(place)
-    return checkpoint.load_checkpoint(place, manifest, abstract_state(model, mesh), saved_shapes(model)), reference
+    return resumed_state((place, checkpoint.read_manifest(place)), model, mesh), reference
 
 
 def judged_again(groups: Sequence[Group], page: GrpoConfig) -> list[list[Sample]]:

@@ -13,8 +13,9 @@ from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
+from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError
 from lacuna.likelihood import log_likelihoods
+from lacuna.options import did_you_mean
 from lacuna.predictions import Figures, Predictions, Subject, Tick, capacity_of, sampler_for, seed_of
 from lacuna.sampler import Completion, Request, generation_defaults
 from lacuna.tokenizer import before_stop, encode, end_of_text_id, plain, render

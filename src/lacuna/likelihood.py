@@ -11,7 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna.distributed import put_batch, row_shards
-from lacuna.model import ModelConfig, cast, embed, forward, head_of, token_statistics
+from lacuna.loss import token_statistics
+from lacuna.model import ModelConfig, cast, embed, forward, head_of
 from lacuna.sampling import power_of_two
 
 LEAST_LENGTH = 32

@@ -1,7 +1,6 @@
 """What a run says about itself: floating-point work and memory, its log (console, run.log, metrics.jsonl, Weights &
-Biases), summary.json and report.html. Tokens and seconds in a record are those of its own step, not running totals."""
+Biases) and summary.json. Tokens and seconds in a record are those of its own step, not running totals."""
 
-import io
 import json
 import math
 import os
@@ -9,19 +8,15 @@ import platform
 import resource
 import statistics
 import sys
-import time
-import tomllib
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
@@ -208,6 +203,11 @@ def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dic
     return run
 
 
+def printable(text: str) -> str:
+    """A text on one line of the terminal, without what would control it."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 class LineFile:
     """Lines at the end of a file; those that find no room on the disk are kept, and written when there is some."""
 
@@ -334,212 +334,3 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(exit_code=0 if kind is None else 1)
-
-
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    unit: str
-    line: str  # keys of a record, "" for none
-    points: str
-    label: Callable[[float], str] = short
-
-
-CHARTS = (
-    Chart("Reward", "mean of a step; held out: greedy", "reward", "eval_reward"),
-    Chart("Loss", "nats per target token", "loss", "eval_loss"),
-    Chart("Held-out accuracy", "of target tokens", "", "eval_accuracy", percent),
-    Chart("Learning rate", "", "learning_rate", ""),
-    Chart("Gradient norm", "before clipping", "gradient_norm", ""),
-    Chart("Throughput", "real tokens per second", "tokens_per_second", ""),
-    Chart("MFU", "of the bfloat16 peak", "mfu", "", percent),
-    Chart("Step time", "seconds", "step_seconds", ""),
-    Chart("Completion length", "tokens", "completion_length", ""),
-    Chart("Entropy", "nats per token", "entropy", ""),
-    Chart("Groups without variance", "left out of the loss", "zero_advantage_fraction", "", percent),
-    Chart("Sampler against trainer", "largest difference of log-probabilities, nats", "logprob_difference_max", ""),
-)
-FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "final_reward": ("Final reward", "{:.3f}".format),
-    "best_eval_reward": ("Best held-out reward", "{:.3f}".format),
-    "final_loss": ("Final loss", "{:.4f}".format),
-    "best_eval_loss": ("Best held-out loss", "{:.4f}".format),
-    "tokens": ("Real tokens", short),
-    "tokens_per_second": ("Tokens per second", short),
-    "mfu": ("MFU", percent),
-    "wall_seconds": ("Wall time", duration),
-}
-COLOURS = {"#000001": "quiet", "#000002": "rule", "#000003": "line", "#000004": "point"}
-
-
-def charts_of(records: list[dict[str, Any]]) -> list[Chart]:
-    """What is drawn: the charts of every run, each of several rewards, and the figures of tasks."""
-    keys = dict.fromkeys(key for record in records for key in record if key.startswith("reward/"))
-    rewards = [Chart(key, "unweighted", key, f"eval_{key}") for key in keys] if len(keys) > 1 else []
-    tasks = [Chart(key.removeprefix("eval/"), "", "", key) for key in task_figures(records)]
-    return [*CHARTS, *rewards, *tasks]
-
-
-def printable(text: str) -> str:
-    """A text on one line of the terminal, without what would control it."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values where the key is present and not null."""
-    pairs = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], float)
-
-
-def draw(chart: Chart, records: list[dict[str, Any]]) -> tuple[str, int]:
-    """An inline SVG in the page's colours, "" without values, and how many values lie above its axis.
-
-    Long runs show median and range of up to 300 groups of steps; only in the loss may rare large values set the scale.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    (step, value), (point_step, point) = series(records, chart.line), series(records, chart.points)
-    if not len(step) + len(point):
-        return "", 0
-    above, top = 0, max([*value, *point])
-    figure = Figure(figsize=(5, 2.5))
-    axes = figure.add_axes((0.11, 0.12, 0.87, 0.84))
-    if len(step):
-        groups = np.array_split(np.arange(len(step)), min(len(step), 300))
-        low, middle, high = ([f(value[group]) for group in groups] for f in (np.min, np.median, np.max))
-        centre = [step[group].mean() for group in groups]
-        axes.fill_between(centre, low, high, color="#000003", alpha=0.22, linewidth=0)
-        axes.plot(centre, middle, color="#000003", linewidth=1.2, marker="o" if len(step) == 1 else "")
-    axes.plot(point_step, point, color="#000004", linewidth=1, marker="o", markersize=3)
-    if chart.title != "Loss":
-        usual = 1.3 * np.percentile(value, 98) if len(value) > 20 else top
-        above = int(np.sum(value > usual)) if top > 2 * usual else 0
-        axes.set_ylim(0, (usual if above else 1.06 * top) or 1)
-    axes.set_xlim(0, 1.01 * max(1, records[-1]["step"]))
-    axes.grid(axis="y", color="#000002", linewidth=0.7)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelcolor="#000001", labelsize=8, pad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: chart.label(number)))
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
-        unstamped = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=unstamped)
-    svg = buffer.getvalue().partition("<svg")[2].partition(">")[2]
-    for colour, name in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return f'<svg viewBox="0 0 360 180" role="img" aria-label="{chart.title} by step">{svg}', above
-
-
-def fact(value: Any) -> str:
-    """A value of summary.json as people read it."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {fact(inner)}" for key, inner in value.items())
-    if isinstance(value, float):
-        return f"{value:,.6g}"
-    return "–" if value is None else f"{value:,}" if type(value) is int else str(value)
-
-
-def write_report(directory: Path) -> None:
-    """report.html from config.toml, metrics.jsonl and summary.json, as far as they are there yet."""
-    from jinja2 import Environment
-
-    config, summary = (text_of(directory / name) for name in ("config.toml", "summary.json"))
-    records = read_metrics(directory / "metrics.jsonl")
-    live, ended = summarise(records), json.loads(summary or "{}")
-    facts = live | ended if ended.get("steps") == live["steps"] else ended | live
-    steps, total = facts["steps"], tomllib.loads(config).get("steps") or 0
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
-    html = page.render(
-        name=directory.resolve().name,
-        command=facts.get("command", "run"),
-        steps=f"{steps:,} of {total:,} steps" if total > steps else f"{steps:,} steps",
-        written=time.strftime("%Y-%m-%d %H:%M"),
-        lost_count=sum("loss" in record and record["loss"] is None for record in records),
-        figures={name: write(facts[key]) for key, (name, write) in FIGURES.items() if facts.get(key) is not None},
-        is_evaluated=live["best_eval_loss"] is not None,
-        charts=[(chart, *draw(chart, records)) for chart in charts_of(records)],
-        samples=next(((each["step"], each["samples"]) for each in reversed(records) if each.get("samples")), None),
-        facts={key: fact(value) for key, value in facts.items()},
-        config=config,
-    )
-    write_atomically(directory / "report.html", html)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }} · lacuna</title>
-<style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --quiet: #5f6977; --rule: #e4e7eb; --line: #2a6fdb;
-  --point: #c94f16 }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14171b; --ink: #e4e7eb; --quiet: #98a2b0; --rule: #2b3038; --line: #6ca4f8; --point: #f2935c }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
-h1 { margin: 0; font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere }
-h2 { margin: 0 0 .5rem; font-size: 1rem }
-p { margin: .35rem 0 0 }
-p, span, dt, th { color: var(--quiet) }
-strong, .held-out { color: var(--point) }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.1rem; margin: 1.75rem 0 2.5rem;
-  padding: 1.1rem 0; border: solid var(--rule); border-width: 1px 0 }
-dd { margin: 0; font-size: 1.3rem; white-space: nowrap }
-dt, span, table, pre { font-size: .87rem }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2.25rem 2.5rem }
-figure, section { margin: 0; min-width: 0 }
-section:first-of-type { grid-column-start: 1 }
-figcaption { display: flex; flex-wrap: wrap; gap: 0 .6rem; align-items: baseline; margin-bottom: .4rem }
-figcaption, dd { font-weight: 600 }
-span { font-weight: 400 }
-svg { display: block; width: 100%; height: auto; overflow: visible }
-svg text { font-family: inherit !important }
-@media (max-width: 30rem) { svg text { font-size: 10px !important } }
-table { width: 100%; border-collapse: collapse }
-th, td { padding: .35rem 0; border-top: 1px solid var(--rule); text-align: left; vertical-align: top }
-th { width: 11rem; font-weight: 400 }
-td { overflow-wrap: anywhere }
-.text { white-space: pre-wrap }
-pre { margin: 0; padding: .6rem 0; overflow-x: auto; border-top: 1px solid var(--rule) }
-</style>
-</head>
-<body>
-<h1>{{ name }}</h1>
-<p>{{ command }} · {{ steps }} · written {{ written }}
-{% if lost_count %}· <strong>{{ lost_count }} without a finite loss</strong>{% endif %}</p>
-<dl>
-{% for name, value in figures.items() %}
-<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{% endfor %}
-</dl>
-<main>
-{% for chart, svg, above in charts if svg %}
-<figure><figcaption>{{ chart.title }}<span>{{ chart.unit }}</span>
-{% if chart.line and chart.points and is_evaluated %}<span class="held-out">● held-out</span>{% endif %}
-{% if above %}<span>{{ above }} above the axis</span>{% endif %}</figcaption>{{ svg | safe }}</figure>
-{% endfor %}
-{% if samples %}
-<section><h2>Samples at step {{ samples[0] }}</h2><table>
-{% for prompt, text in samples[1].items() %}
-<tr><th>{{ prompt }}</th><td class="text">{{ text }}</td></tr>
-{% endfor %}
-</table></section>
-{% endif %}
-<section><h2>Facts</h2><table>
-{% for key, value in facts.items() %}
-<tr><th>{{ key }}</th><td>{{ value }}</td></tr>
-{% endfor %}
-</table></section>
-<section><h2>config.toml</h2><pre>{{ config }}</pre></section>
-</main>
-</body>
-</html>
-"""

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from lacuna.config import GrpoConfig
 from lacuna.data import first_fit
-from lacuna.model import ModelConfig, cast, embed, forward, head_of, summed_token_loss, token_statistics
+from lacuna.loss import summed_token_loss, token_statistics
+from lacuna.model import ModelConfig, cast, embed, forward, head_of
 
 STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 

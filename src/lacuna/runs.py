@@ -1,22 +1,32 @@
-"""A run's directory: who may write to it, where it goes on from, and what must not have changed meanwhile."""
+"""A run that trains, whatever it learns by: its directory and who may write to it, what it goes on from, its log and
+checkpoints, and what it leaves behind."""
 
 import fcntl
 import os
+import secrets
 import shutil
 import socket
+import time
 import tomllib
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lacuna import checkpoint
-from lacuna.checkpoint import Manifest
-from lacuna.config import TrainingConfig, UserError, to_toml
+import jax
+from jax.sharding import Mesh
+
+from lacuna import checkpoint, metrics, report, weights
+from lacuna.attention import choose_backend
+from lacuna.checkpoint import Manifest, RunFacts, Saver
+from lacuna.config import GrpoConfig, PretrainConfig, SftConfig, TrainingConfig, UserError
 from lacuna.data import Dataset
-from lacuna.distributed import from_first, is_first
-from lacuna.model import ModelConfig
+from lacuna.distributed import Stop, from_first, is_first, watchdog
+from lacuna.metrics import RunLog
+from lacuna.model import ModelConfig, parameter_counts
+from lacuna.options import to_toml
+from lacuna.trainer import TrainState, saved_shapes
 
 LOCK = "lock"
 FIXED_ON_RESUME = (
@@ -26,18 +36,40 @@ FIXED_ON_RESUME = (
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
 NAMES_THE_RUN = ("run_name", "output_dir")
+COMMANDS: dict[type[TrainingConfig], str] = {PretrainConfig: "pretrain", SftConfig: "sft", GrpoConfig: "grpo"}
+
+# Its directory
+
+
+class Start(NamedTuple):
+    """How a run begins: the checkpoint it goes on from, lines for its log, and the time."""
+
+    resumed: tuple[Path, Manifest] | None
+    lines: list[str]
+    time: float
+
+    @property
+    def step(self) -> int:
+        """Steps done before."""
+        return self.resumed[1].run.step if self.resumed else 0
+
+
+@contextmanager
+def started(page: TrainingConfig) -> Generator[Start]:
+    """A run whose directory is held for this job alone, as long as the context or the process lives.
+
+    Raises:
+        UserError: another process holds it, or a run that the page does not ask to go on with or to overwrite; or
+            the checkpoint that it asks for is not to be had.
+    """
+    began, lines = time.perf_counter(), list[str]()
+    with claimed(page) if is_first() else nullcontext():
+        yield Start(checkpoint_to_resume(page, lines.append), lines, began)
 
 
 @contextmanager
 def claimed(page: TrainingConfig) -> Generator[None]:
-    """Hold a run's directory for this job alone, as long as the context or the process lives.
-
-    Raises:
-        UserError: another process holds it, or a run that the page does not ask to go on with or to overwrite.
-    """
-    if not is_first():
-        yield
-        return
+    """Hold a run's directory as `started` does."""
     directory = page.run_directory
     try:
         check_free(page)  # before anything is written there, and again when no one else can write
@@ -116,6 +148,8 @@ def checkpoint_to_resume(page: TrainingConfig, say: Callable[[str], None]) -> tu
             )
     chosen = from_first("checkpoint to resume", chosen)
     if not chosen:
+        if page.resume:
+            say("no checkpoint to resume from yet, so this begins at the beginning")
         return None
     manifest = checkpoint.read_manifest(Path(chosen), is_hashed=False)
     saved, now = manifest.run.config, masked_config(page)
@@ -125,11 +159,15 @@ def checkpoint_to_resume(page: TrainingConfig, say: Callable[[str], None]) -> tu
             key for key in type(page).model_fields if key not in (*FIXED_ON_RESUME, *START_ONLY, *NAMES_THE_RUN)
         )
         raise UserError(f"{chosen}: a run can't change this when it resumes: {differences}. It may change: {free}")
+    say(f"resuming from {chosen}")
     return Path(chosen), manifest
 
 
-def check_unchanged(page: TrainingConfig, model: ModelConfig, digests: tuple[str, ...], manifest: Manifest) -> None:
+def check_unchanged(page: TrainingConfig, model: ModelConfig, digests: tuple[str, ...], start: Start) -> None:
     """Refuse to resume on a model or data that were changed in the meantime."""
+    if not start.resumed:
+        return
+    manifest = start.resumed[1]
     for key, now in model_facts(model).items():
         if now != (saved := manifest.run.model.get(key)):
             raise UserError(f"{page.model_name}: {key} in config.json was {saved!r} and is {now!r}; restore it")
@@ -172,9 +210,150 @@ def begin(page: TrainingConfig, first_step: int, say: Callable[[str], None]) -> 
         raise UserError(f"{directory}: {error.strerror}; mend that, or choose another output_dir") from error
 
 
-def newest_run(output_dir: str) -> Path:
-    """The run in this folder whose model was written last. Raises UserError where there is none."""
-    exported = sorted(Path(output_dir).glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
-    if not exported:
-        raise UserError(f"{output_dir}: no run with a model in it; give --model-name, or train one first")
-    return exported[-1].parents[1]
+# The run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run under way: what its loop logs to, saves with and ends by."""
+
+    page: TrainingConfig
+    model: ModelConfig
+    mesh: Mesh
+    source: Path
+    digests: tuple[str, ...]
+    steps: int
+    log: RunLog
+    saver: Saver
+    start: Start
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole run so far, that before it was resumed included."""
+        earlier = self.start.resumed[1].run.wall_seconds if self.start.resumed else 0.0
+        return earlier + time.perf_counter() - self.start.time
+
+    @contextmanager
+    def watched(self, finished: Callable[[], int | None]) -> Generator[Stop]:
+        """Around the loop: a signal asks it to stop, a watchdog looks at `finished`, a save under way may end."""
+        stop, log_file = Stop(), self.page.run_directory / "run.log"
+        with stop.listening(self.log.info), watchdog(finished, log_file), self.saver.finishing():
+            yield stop
+
+    def save(self, state: TrainState, step: int, best_eval_loss: float | None, is_best: bool) -> float:
+        """Begin to save the checkpoint of a step; the seconds for which this held up the caller."""
+        self.log.sync()
+        facts = RunFacts(
+            step=step,
+            best_eval_loss=best_eval_loss,
+            wall_seconds=self.seconds,
+            config=masked_config(self.page),
+            model=model_facts(self.model),
+            data=self.digests,
+            versions=metrics.versions(),
+        )
+        return self.saver.save(state, saved_shapes(self.model), facts, is_best)
+
+    def tell_saved(self) -> None:
+        """Log the saves that have ended meanwhile."""
+        for line in self.saver.news():
+            self.log.info(line)
+
+    def wait_for_save(self) -> None:
+        """Wait for the last save, and say how it ended.
+
+        Raises:
+            UserError: it failed.
+        """
+        self.saver.wait()
+        self.tell_saved()
+        if self.saver.failures:
+            raise UserError("the last step is not saved; make room and go on with --resume")
+
+    def end(self, step: int, more_facts: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        """Write what a run leaves behind: summary, with what the loop knows of the logged steps, report, and the model
+        if all steps are done."""
+        if is_first():
+            try:
+                self.leave_behind(step, more_facts)
+            except OSError as error:
+                why = checkpoint.describe_error(error)
+                raise UserError(
+                    f"{self.page.run_directory}: {why}; all steps are saved: make room and add --resume"
+                ) from error
+        from_first("run ended", "")  # the others wait here for what the first process writes
+
+    def leave_behind(self, step: int, more_facts: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        """The files of `end`."""
+        directory, command = self.page.run_directory, COMMANDS[type(self.page)]
+        records = metrics.read_metrics(directory / "metrics.jsonl")
+        facts = metrics.summarise(records) | {
+            "command": command,
+            "parameters": parameter_counts(self.model)["all"],
+            "wall_seconds": self.seconds,
+            "device_kind": self.mesh.devices.flat[0].device_kind,
+            "device_count": jax.device_count(),
+            "process_count": jax.process_count(),
+            "versions": metrics.versions(),
+        }
+        metrics.write_summary(directory, facts | more_facts(records))
+        report.write_report(directory)
+        if step < self.steps:
+            again = f"{command} @ {directory / 'config.toml'} --resume"
+            self.log.info(f"stopped after step {step} of {self.steps}, all saved; to go on: uv run {again}")
+        else:
+            template = self.page.chat_template if isinstance(self.page, SftConfig | GrpoConfig) else ""
+            assert self.saver.newest
+            with ExitStack() as stack:
+                params = checkpoint.saved_params(self.saver.newest, self.model, stack)
+                weights.save_model(directory / "model", params, self.model, self.source, template)
+            self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
+        self.log.info(f"report: {directory / 'report.html'}")
+
+
+@contextmanager
+def under_way(
+    page: TrainingConfig,
+    start: Start,
+    model: ModelConfig,
+    mesh: Mesh,
+    source: Path,
+    digests: tuple[str, ...],
+    steps: int,
+    lines: Iterable[str],
+) -> Generator[Run]:
+    """A run that has started, its log begun with the model, the devices, these lines and those of the start.
+
+    Raises:
+        UserError: the directory has no room for it.
+    """
+    directory, session = page.run_directory, from_first("session", secrets.token_hex(4))
+    told = [*model_lines(page, model, mesh), *lines, *start.lines]
+    if is_first():
+        begin(page, start.step, told.append)
+    try:
+        log = RunLog(directory, steps, page.log_every, start.step, page.wandb, masked_config(page), is_first())
+    except OSError as error:
+        raise UserError(f"{directory}: {checkpoint.describe_error(error)}; make room and start again") from error
+    with log:
+        for line in told:
+            log.info(line)
+        saver = Saver(directory, page.keep, session)
+        saver.newest = start.resumed[0] if start.resumed else None
+        yield Run(page, model, mesh, source, digests, steps, log, saver, start)
+
+
+def model_lines(page: TrainingConfig, model: ModelConfig, mesh: Mesh) -> Iterator[str]:
+    """Start-up lines on the model and the devices."""
+    counts = parameter_counts(model)
+    yield (
+        f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, "
+        f"{counts['decayed']:,} with weight decay and {counts['all'] - counts['decayed']:,} without"
+    )
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {page.compute_dtype}"
+    yield choose_backend(page, mesh, model.head)[1]
+    if page.compilation_cache:
+        yield f"compiled programs are kept in {page.cache_dir / 'programs'}"

@@ -83,6 +83,14 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
         raise UserError(f"model_name {model_name!r}: {' '.join(reason.split())}") from error
 
 
+def newest_run(output_dir: str) -> Path:
+    """The run in this folder whose model was written last. Raises UserError where there is none."""
+    exported = sorted(Path(output_dir).glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    if not exported:
+        raise UserError(f"{output_dir}: no run with a model in it; give --model-name, or train one first")
+    return exported[-1].parents[1]
+
+
 class OpenedModel(NamedTuple):
     """A model's directory, its config with the vocabulary padded and attention chosen for the mesh, its tokenizer."""
 
