@@ -158,6 +158,23 @@ def test_rematerialisation_changes_memory_and_not_gradients(policy: str) -> None
     assert held[policy] < held["none"]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize("sizes", [(192, 128, 64), (6, 7, 5), (1, 64, 3)])
+def test_a_product_and_its_gradients_are_those_of_float64_rounded_once(
+    sizes: tuple[int, int, int], dtype: str, tolerance: float
+) -> None:
+    tokens, inputs, outputs = sizes
+    random = np.random.default_rng(0)
+    shapes = (tokens, inputs), (inputs, outputs), (tokens, outputs)
+    arrays = [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
+    x, weight, gradient = (np.asarray(each, np.float64) for each in arrays)
+    product, backward = jax.vjp(jax.jit(model.matrix_product), *arrays[:2])
+    found = (product, *backward(arrays[2]))
+    for ours, wanted in zip(found, (x @ weight, gradient @ weight.T, x.T @ gradient), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.asarray(ours, float), wanted, rtol=tolerance, atol=1e-4)
+
+
 def test_initial_weights_have_their_spread_and_do_not_depend_on_other_rows() -> None:
     config = model.read_model_config(REFERENCE / "qwen2_untied")
     params = model.initial_params(jax.random.key(0), config)

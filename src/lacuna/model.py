@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from lacuna.attention import RESIDUAL, attention
 from lacuna.config import UserError
-from lacuna.distributed import AXIS_RULES, shard_rows
+from lacuna.distributed import AXIS_RULES, platform, shard_rows
 
 PAGE = 64
+TRANSPOSED_BLOCK = 64
 
 # Of each layer, keys [slot, kv_head, page, head, offset] and values [slot, kv_head, page, offset, head]
 Cache = tuple[tuple[Array, Array], ...]
@@ -358,18 +359,24 @@ def linear(
     inputs = x.ndim - 2
     outputs = weight.shape[inputs:]
     flat = jnp.reshape(weight, (math.prod(weight.shape[:inputs]), math.prod(outputs)))
-    product = matrix_product if jax.default_backend() == "cpu" else jnp.matmul
+    product = matrix_product if platform() == "cpu" else jnp.matmul
     return product(x.reshape(-1, flat.shape[0]), flat).reshape(*x.shape[:2], *outputs)
 
 
 @jax.custom_vjp
-def matrix_product(x: Float[Array, "token inputs"], weight: Float[Array, "inputs outputs"]) -> Float[Array, "..."]:
-    """`x @ weight` whose backward pass first writes the incoming gradient out, row-major.
+def matrix_product(
+    x: Float[Array, "token inputs"], weight: Float[Array, "inputs outputs"]
+) -> Float[Array, "token outputs"]:
+    """`x @ weight` on a CPU, summed in float32, without which XLA has no kernel of bfloat16 there.
 
-    XLA on CPU else fuses what makes that gradient into a transposed write for the weight's gradient, which is not
-    vectorised: a fifth of a training step.
+    The backward pass first writes the incoming gradient out, row-major. XLA else fuses what makes that gradient into a
+    transposed write for the weight's gradient, which is not vectorised: a fifth of a training step.
     """
-    return x @ weight
+    return _product("ti,io->to", x, weight)
+
+
+def _product(axes: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _matrix_product_backward(
@@ -378,10 +385,28 @@ def _matrix_product_backward(
 ) -> tuple[Float[Array, "token inputs"], Float[Array, "inputs outputs"]]:
     x, weight = residual
     x, gradient = jax.lax.optimization_barrier((x, gradient))
-    return jnp.einsum("to,io->ti", gradient, weight), jnp.einsum("ti,to->io", x, gradient)
+    return _product("to,io->ti", gradient, weight), product_over_tokens(x, gradient).astype(weight.dtype)
 
 
-matrix_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matrix_product_backward)
+matrix_product.defvjp(lambda x, weight: (_product("ti,io->to", x, weight), (x, weight)), _matrix_product_backward)
+
+
+def product_over_tokens(
+    x: Float[Array, "token inputs"], gradient: Float[Array, "token outputs"]
+) -> Float[Array, "inputs outputs"]:
+    """A weight's gradient, in float32."""
+    if platform() == "cpu" and x.dtype == jnp.bfloat16:
+        x = _written_transposed(x)
+        return jnp.einsum("it,to->io", x, gradient, preferred_element_type=jnp.float32)
+    return jnp.einsum("ti,to->io", x, gradient, preferred_element_type=jnp.float32)
+
+
+def _written_transposed(x: Float[Array, "row column"]) -> Float[Array, "column row"]:
+    """The transpose, block by block: XLA on CPU makes a plain one part of the product, which has no kernel then."""
+    rows, columns = (math.gcd(size, TRANSPOSED_BLOCK) for size in x.shape)
+    blocks = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
+    blocks = jax.lax.optimization_barrier(jnp.transpose(blocks, (2, 0, 3, 1)))
+    return jax.lax.optimization_barrier(jnp.transpose(blocks, (0, 2, 1, 3)).reshape(x.shape[::-1]))
 
 
 def layer_forward(
