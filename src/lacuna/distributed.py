@@ -339,11 +339,16 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def shard_rows(x: Array) -> Array:
-    """State that the leading axis lies over the data axes of the mesh in force, if there is one."""
+def shard(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """State over which axes of the mesh in force, if there is one, leading axes of `x` lie; the others are whole."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def shard_rows(x: Array) -> Array:
+    """State that the leading axis lies over the data axes of the mesh in force, if there is one."""
+    return shard(x, ROW_AXES)
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree[Array]:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from lacuna.distributed import platform, row_shards
-from lacuna.model import logits_of
+from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard
+from lacuna.model import logits_of, product_over_tokens
 
 LOSS_CHUNK = {"cpu": 512}  # tokens of a device, elsewhere 2048
 
@@ -35,6 +36,11 @@ def _chunk_length(hidden: Array) -> int:
     most = max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device)
     chunks = -(-hidden.shape[1] // most)
     return -(-hidden.shape[1] // chunks)
+
+
+def whole_head(head: Float[Array, "vocab embed"], dtype: DTypeLike) -> Float[Array, "vocab embed"]:
+    """The head as the chunks need it, sent to all devices before the loop over them, which would send it for each."""
+    return shard(head.astype(dtype), AXIS_RULES["vocab"])
 
 
 class TokenStatistics(NamedTuple):
@@ -69,7 +75,7 @@ def token_statistics(
     def chunk_statistics(chunk: tuple[Array, Array]) -> TokenStatistics:
         return _chunk_statistics(logits_of(chunk[0], head, vocabulary_size), chunk[1])[0]
 
-    head = head.astype(hidden.dtype)
+    head = whole_head(head, hidden.dtype)
     chunks = jax.tree.map(partial(_split_tokens, _chunk_length(hidden)), (hidden, target))
     found = jax.lax.map(chunk_statistics, chunks)
     return jax.tree.map(partial(_joined_tokens, hidden.shape[1]), found)
@@ -102,7 +108,8 @@ def summed_token_loss(
     """A loss that is a sum over targets, `loss_of` their log-probabilities and `fields`, and the targets' statistics.
 
     Works through the tokens in chunks; differentiated, it makes the gradient of each chunk while its logits are at
-    hand, so logits are computed once and the array [batch, token, vocab] never exists. The statistics have no gradient.
+    hand, so logits are computed once and the array [batch, token, vocab] never exists. Each device sums the head's
+    gradient over its own rows, and these sums are added up once. The statistics have no gradient.
     """
     statistics = token_statistics(hidden, head, target, vocabulary_size)
     return loss_of(-statistics.loss, fields), statistics
@@ -111,9 +118,9 @@ def summed_token_loss(
 def _token_loss_forward(
     hidden: Array, head: Array, target: Array, fields: PyTree[Array], loss_of: Callable, vocabulary_size: int
 ) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
-    length = _chunk_length(hidden)
-    chunks = jax.tree.map(partial(_split_tokens, length), (hidden, target, fields))
-    compute_head = head.astype(hidden.dtype)
+    parts = row_shards(jax.sharding.get_abstract_mesh())
+    chunks = jax.tree.map(partial(_split_tokens, _chunk_length(hidden)), (hidden, target, fields))
+    compute_head = whole_head(head, hidden.dtype)
 
     def step(total: tuple[Array, Array], chunk: tuple[Array, Array, PyTree]) -> tuple[tuple[Array, Array], Any]:
         hidden, target, fields = chunk
@@ -122,14 +129,15 @@ def _token_loss_forward(
         loss, slope = jax.value_and_grad(loss_of)(-statistics.loss, fields)
         logit_gradient = (is_target - probability) * slope[..., None]
         logit_gradient = jax.lax.optimization_barrier(logit_gradient.astype(hidden.dtype))
-        head_gradient = jnp.einsum("btv,bte->ve", logit_gradient, hidden, preferred_element_type=jnp.float32)
-        hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, compute_head)
-        return (total[0] + loss, total[1] + head_gradient), (hidden_gradient, statistics)
+        of_parts = (x.reshape(parts, -1, x.shape[-1]) for x in (logit_gradient, hidden))
+        head_gradients = jax.vmap(product_over_tokens)(*of_parts)
+        hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, compute_head, preferred_element_type=jnp.float32)
+        return (total[0] + loss, total[1] + head_gradients), (hidden_gradient.astype(hidden.dtype), statistics)
 
-    zero = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
-    (loss, head_gradient), kept = jax.lax.scan(step, zero, chunks)
+    zeros = shard(jnp.zeros((parts, *head.shape), jnp.float32), ROW_AXES, AXIS_RULES["vocab"])
+    (loss, head_gradients), kept = jax.lax.scan(step, (jnp.zeros(()), zeros), chunks)
     hidden_gradient, statistics = jax.tree.map(partial(_joined_tokens, hidden.shape[1]), kept)
-    return (loss, statistics), (hidden_gradient, head_gradient.astype(head.dtype))
+    return (loss, statistics), (hidden_gradient, jnp.sum(head_gradients, axis=0).astype(head.dtype))
 
 
 def _token_loss_backward(
