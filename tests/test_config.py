@@ -394,3 +394,22 @@ def test_a_key_of_several_texts_is_typed_in_a_row_and_reads_back(tmp_path: Path)
     assert page.sample_prompts == ("one two", 'say "3"')
     (tmp_path / "again.toml").write_text(to_toml(page))
     assert parse(SftConfig, ["@", str(tmp_path / "again.toml")], "sft") == page
+
+
+@pytest.mark.parametrize(
+    ("given", "has_gpus", "flags"),
+    [
+        ("", True, "--xla_gpu_memory_limit_slop_factor=115"),
+        ("--xla_a=1", True, "--xla_a=1 --xla_gpu_memory_limit_slop_factor=115"),
+        ("--xla_gpu_memory_limit_slop_factor=90", True, "--xla_gpu_memory_limit_slop_factor=90"),
+        ("--xla_a=1", False, "--xla_a=1"),
+    ],
+)
+def test_the_compiler_for_gpus_counts_on_the_memory_that_xla_may_take(
+    given: str, has_gpus: bool, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(cli, "find_spec", lambda name: object() if has_gpus and "cuda" in name else None)
+    cli.share_memory()
+    assert os.environ["XLA_FLAGS"] == flags and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"

@@ -21,6 +21,7 @@ from lacuna.programs import (
     matmul_flops,
     moved_bytes,
     read_program,
+    recomputed_flops,
     runs_of,
     shape_bytes,
 )
@@ -116,6 +117,25 @@ def test_of_branches_the_one_that_makes_least_is_counted() -> None:
         return jax.lax.cond(flag, lambda: jnp.sort(jnp.tile(jnp.sin(x), 50))[:1000], lambda: x)
 
     assert moved_bytes(read_program(text_of(either, shape(dtype=jnp.bool_), shape(1000)))) < 50_000
+
+
+def test_products_that_the_compiler_does_again_are_counted_once_each() -> None:
+    text = """
+%fused (p: bf16[8,16], q: bf16[16,4]) -> f32[8,4] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %q = bf16[16,4]{1,0} parameter(1)
+  ROOT %product = f32[8,4]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (x: bf16[8,16], y: bf16[16,4]) -> f32[8,4] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %y = bf16[16,4]{1,0} parameter(1)
+  %gemm.1 = f32[8,4]{1,0} fusion(%x, %y), kind=kCustom, calls=%fused
+  %gemm.1.remat3 = f32[8,4]{1,0} fusion(%x, %y), kind=kCustom, calls=%fused
+  %gemm.2.remat = f32[8,4]{1,0} fusion(%x, %y), kind=kCustom, calls=%fused
+  ROOT %out = f32[8,4]{1,0} add(%gemm.1.remat3, %gemm.2.remat)
+}
+"""
+    assert recomputed_flops(read_program(text)) == 2 * 8 * 16 * 4
 
 
 @pytest.mark.parametrize(("between", "is_hidden"), [("negate", False), ("dot", True)])

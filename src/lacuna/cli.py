@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from importlib.util import find_spec
 from typing import NoReturn
 
 from lacuna.config import (
@@ -27,6 +28,8 @@ PAGES = {
     "chat": ChatConfig,
     "serve": ServeConfig,
 }
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+XLA_BASE_SHARE = 0.8  # of a GPU's memory, on which its compiler's limit is a percentage
 
 
 def main() -> None:
@@ -74,7 +77,7 @@ def plan() -> None:
 
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE))  # three quarters otherwise
+    share_memory()
     try:
         if command == "grpo" and "--replay" in arguments[:-1]:  # a replay begins with the config of its run
             arguments = ["@", f"{arguments[arguments.index('--replay') + 1]}/config.toml", *arguments]
@@ -130,8 +133,21 @@ def stop(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def share_memory() -> None:
+    """Let XLA have its share of an accelerator's memory, and its compiler for GPUs know of it.
+
+    That one counts on 76 % of the memory otherwise; for what is more it hides no communication and computes matrix
+    products again, where all of it would have room.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE))  # three quarters otherwise
+    flags, limit = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_memory_limit_slop_factor"
+    if limit not in flags and any(find_spec(plugin) for plugin in GPU_PLUGINS):
+        os.environ["XLA_FLAGS"] = f"{flags} {limit}={round(100 * DEVICE_MEMORY_SHARE / XLA_BASE_SHARE)}".strip()
+
+
 def prepare_process() -> None:
     """Start again, once, with huge pages in malloc, as XLA on a CPU faults its temporaries in anew at every step."""
+    share_memory()
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb=" in tunables or "pytest" in sys.modules:
         return

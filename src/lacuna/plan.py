@@ -38,7 +38,7 @@ from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.metrics import byte_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, parameter_counts
 from lacuna.objective import INTEGERS, RolloutBatch, add_gradient, zeros
-from lacuna.programs import Collective, collectives, matmul_flops, moved_bytes, read_program
+from lacuna.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
 from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots, fill_cache
 from lacuna.sampling import forest_of
 from lacuna.trainer import TrainState
@@ -306,6 +306,7 @@ class ProgramPlan:
     temporary_bytes: float
     beside_bytes: float
     flops: float
+    compiler_recomputed_flops: float
     moved_bytes: float
     collectives: list[Collective]
     compute_seconds: float
@@ -325,7 +326,8 @@ def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan
         text = "ENTRY unread () {"
     computations = read_program(text)
     talk = collectives(computations, device_count)
-    flops, moved = program.flops / device_count, moved_bytes(computations)
+    again = recomputed_flops(computations)
+    flops, moved = program.flops / device_count + again, moved_bytes(computations)
     seconds = {True: 0.0, False: 0.0}
     for each in talk:
         seconds[each.is_overlapped] += each.bytes / reached_bandwidth(each, chip)
@@ -338,6 +340,7 @@ def program_plan(program: Program, chip: Chip, device_count: int) -> ProgramPlan
         temporary_bytes=float(stats.temp_size_in_bytes),
         beside_bytes=program.beside,
         flops=flops,
+        compiler_recomputed_flops=again,
         moved_bytes=moved,
         collectives=talk,
         compute_seconds=compute,
@@ -446,6 +449,8 @@ def program_lines(plan: ProgramPlan, chip: Chip) -> Iterator[str]:
         f"  compute {plan.compute_seconds:.3g} s ({short(plan.flops)}FLOP), memory {plan.memory_seconds:.3g} s "
         f"({byte_size(plan.moved_bytes)} moved), kernels called by name: {', '.join(plan.kernels) or 'none'}"
     )
+    if plan.compiler_recomputed_flops:
+        yield f"  of it {short(plan.compiler_recomputed_flops)}FLOP again by XLA's own choice, for want of memory"
     if not plan.moved_bytes:
         yield "  its text can't be read: bytes moved and sent are not known, the least time is that of its FLOPs"
     for each in plan.collectives:

@@ -190,6 +190,37 @@ def fusion_bytes(fusion: Instruction, inside: Computation) -> float:
     return max(written, 0) + read
 
 
+def recomputed_flops(computations: dict[str, Computation]) -> float:
+    """FLOPs of the matrix products that the compiler itself has a program do again, where its memory limit was met:
+    it names each after the first, with `.remat` behind."""
+    total = 0.0
+    for name, times in runs_of(computations).items():
+        copies: dict[str, list[float]] = defaultdict(list)
+        for each in computations[name].values():
+            inside = [(each, computations[name])] if each.kind == "dot" else []
+            if each.kind == "fusion":
+                parts = [computations[part] for part in called_by(each) if part in computations]
+                inside = [(inner, part) for part in parts for inner in part.values() if inner.kind == "dot"]
+            copies[each.name.partition(".remat")[0]].append(sum(dot_flops(dot, here) for dot, here in inside))
+        total += times * sum(sum(flops) - max(flops) for flops in copies.values())
+    return total
+
+
+def dot_flops(dot: Instruction, here: Computation) -> float:
+    """FLOPs of a matrix product."""
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.text)
+    assert contracted
+    sizes = shape_of(here[dot.operands[0]].shape)
+    depth = math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
+    return 2.0 * depth * math.prod(shape_of(dot.shape))
+
+
+def shape_of(shape: str) -> list[int]:
+    """The sizes of an array in XLA's notation."""
+    sizes = SHAPE.findall(shape)[0][1]
+    return [int(size) for size in sizes.split(",") if size]
+
+
 def collectives(computations: dict[str, Computation], device_count: int) -> list[Collective]:
     """The communication of one run."""
     found: dict[tuple[str, int, int, bool], list[float]] = defaultdict(lambda: [0, 0.0])

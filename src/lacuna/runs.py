@@ -355,5 +355,7 @@ def model_lines(page: TrainingConfig, model: ModelConfig, mesh: Mesh) -> Iterato
     kind = mesh.devices.flat[0].device_kind
     yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {page.compute_dtype}"
     yield choose_backend(page, mesh, model.head)[1]
+    if flags := os.environ.get("XLA_FLAGS"):
+        yield f"XLA_FLAGS: {flags}"
     if page.compilation_cache:
         yield f"compiled programs are kept in {page.cache_dir / 'programs'}"
