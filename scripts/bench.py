@@ -41,6 +41,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
@@ -116,7 +117,7 @@ def peak(size: int = 2048, repeats: int = 7) -> dict[str, Any]:
     found: dict[str, Any] = {"device_kind": jax.devices()[0].device_kind}
     for dtype in ("float32", "bfloat16"):
         x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-        multiply = jax.jit(jnp.matmul)
+        multiply = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
         seconds = seconds_of(lambda x=x, multiply=multiply: multiply(x, x).block_until_ready(), repeats)
         found[f"{dtype}_flops"] = 2 * size**3 / seconds
     x = jnp.zeros(2**27, jnp.float32)
