@@ -199,7 +199,7 @@ def unsaved() -> AbstractContextManager[Any]:
 
 def save(page: RowsConfig) -> dict[str, Any]:
     """Figures of the saves of a training run of `page`."""
-    from lacuna import metrics, sft
+    from lacuna import checkpoint, metrics, sft, trainer
 
     ended = sft.run(page)
     assert ended
@@ -211,8 +211,9 @@ def save(page: RowsConfig) -> dict[str, Any]:
     others = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY not in (0, 1)]
     saver = loop.run.saver
     assert saver.newest
+    facts = checkpoint.read_manifest(saver.newest).run
     began = time.perf_counter()
-    loop.run.save(state, loop.step, None, is_best=False)
+    saver.save(state, trainer.saved_shapes(loop.inputs.model), facts, is_best=False)
     saver.wait()
     whole = time.perf_counter() - began
     size = sum(path.stat().st_size for path in saver.newest.iterdir())

@@ -43,10 +43,11 @@ def main() -> int:
         keys = jax.random.split(jax.random.key(0), 4)
         shapes = [(len(segment), length, kv_heads, *axes, head) for axes in ((group,), (), (), (group,))]
         *inputs, gradient = (jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True))
+        is_real = (segment > 0)[..., None, None, None]  # what padding gets is nobody's business
 
-        def results(attend, inputs=inputs, gradient=gradient, segment=segment):
+        def results(attend, inputs=inputs, gradient=gradient, segment=segment, is_real=is_real):
             def run(*inputs):
-                mixed, pull = jax.vjp(lambda *inputs: attend(*inputs, segment), *inputs)
+                mixed, pull = jax.vjp(lambda *inputs: attend(*inputs, segment) * is_real, *inputs)
                 return mixed, *pull(gradient.astype(mixed.dtype))
 
             return [np.asarray(x, np.float32) for x in jax.jit(run)(*inputs)]

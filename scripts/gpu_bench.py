@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, TextIO
 
-from lacuna.metrics import byte_size, percent, short
+from lacuna.metrics import byte_size, flop_size, percent, short
 
 SCRIPTS = Path(__file__).resolve().parent
 TINY = SCRIPTS.parent / "configs" / "tiny"
@@ -132,12 +132,12 @@ def rows(sizes: Sizes, models: list[Path], data: Path, keeper: Keeper) -> Iterat
     """The rows of the table, each as soon as it is known."""
     bench = [sys.executable, str(SCRIPTS / "bench.py")]
     checked = run([sys.executable, str(SCRIPTS / "check_attention.py")], keeper)
-    last = checked.stdout.strip().splitlines()[-1:] or [reason(checked)]
-    yield row("values of attention", notes="right" if checked.returncode == 0 else f"WRONG or not run: {last[0]}")
+    wrong = next((line for line in checked.stdout.splitlines() if "WRONG" in line), reason(checked))
+    yield row("values of attention", notes="right" if checked.returncode == 0 else f"WRONG or not run: {wrong}")
     rates = figures([*bench, "peak"], keeper)
     device = rates.get("device_kind", "")
     told = [
-        f"{short(rates[f'{kind}_flops'])}FLOP/s {kind}"
+        f"{flop_size(rates[f'{kind}_flops'])}/s {kind}"
         for kind in ("bfloat16", "float32")
         if rates.get(kind + "_flops")
     ]

@@ -80,9 +80,11 @@ def planned(configs: Path, row: Row) -> dict[str, Any]:
         program = [sys.executable, "-c", "from lacuna.cli import main; main()", "plan", "pretrain", *map(str, command)]
         quiet = subprocess.DEVNULL
         try:
-            subprocess.run(program, check=True, stdout=quiet, stderr=quiet, timeout=LIMIT_SECONDS)
+            subprocess.run(program, check=True, stdout=quiet, stderr=subprocess.PIPE, timeout=LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             return {}
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"{row.model} on {row.topology}: {error.stderr.decode().strip()}")
         return json.loads(Path(file.name).read_text())
 
 

@@ -397,19 +397,22 @@ def test_a_key_of_several_texts_is_typed_in_a_row_and_reads_back(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("given", "has_gpus", "flags"),
+    ("given", "share", "has_gpus", "flags"),
     [
-        ("", True, "--xla_gpu_memory_limit_slop_factor=115"),
-        ("--xla_a=1", True, "--xla_a=1 --xla_gpu_memory_limit_slop_factor=115"),
-        ("--xla_gpu_memory_limit_slop_factor=90", True, "--xla_gpu_memory_limit_slop_factor=90"),
-        ("--xla_a=1", False, "--xla_a=1"),
+        ("", "", True, "--xla_gpu_memory_limit_slop_factor=115"),
+        ("--xla_a=1", "", True, "--xla_a=1 --xla_gpu_memory_limit_slop_factor=115"),
+        ("", "0.4", True, "--xla_gpu_memory_limit_slop_factor=50"),
+        ("--xla_gpu_memory_limit_slop_factor=90", "", True, "--xla_gpu_memory_limit_slop_factor=90"),
+        ("--xla_a=1", "", False, "--xla_a=1"),
     ],
 )
 def test_the_compiler_for_gpus_counts_on_the_memory_that_xla_may_take(
-    given: str, has_gpus: bool, flags: str, monkeypatch: pytest.MonkeyPatch
+    given: str, share: str, has_gpus: bool, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", given)
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    if not share:
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
     monkeypatch.setattr(cli, "find_spec", lambda name: object() if has_gpus and "cuda" in name else None)
     cli.share_memory()
-    assert os.environ["XLA_FLAGS"] == flags and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    assert os.environ["XLA_FLAGS"] == flags and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == (share or "0.92")

@@ -321,7 +321,8 @@ def test_what_a_compiler_has_no_room_for_does_not_fit(
         return [Program("step", Nothing(), 1, 0, 1e9)]
 
     monkeypatch.setattr(plan, "programs_of", refused)
-    sizes = ["--batch-size", "32", "--micro-batch-size", "4", "--plan-file", str(tmp_path / "plan.json")]
+    sizes = ["--batch-size", "32", "--micro-batch-size", "4", "--sequence-length", "128"]
+    sizes += ["--plan-file", str(tmp_path / "plan.json")]
     cli.start("plan", ["pretrain", *ROWS, *sizes, "--topology", "h100:8"])
     told = capsys.readouterr().out
     assert "DOES NOT FIT: step: RESOURCE_EXHAUSTED" in told and "it fits with micro_batch_size = 1" in told

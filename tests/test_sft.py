@@ -23,7 +23,6 @@ RUNS = {
     "chats, packed, mixed, three epochs, accumulated, with noise": (
         chat_run, {"neftune_alpha": 5.0, "save_every": 2, "eval_every": 3, "keep": 9},
     ),
-    "chats, one a row": (chat_run, {"packing": False, "epochs": 1, "save_every": 2, "keep": 9}),
     "text": (text_run, {"save_every": 3, "keep": 9}),
 }  # fmt: skip
 
@@ -99,7 +98,7 @@ def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(sma
         sft.run(text_run(small, steps=2, seed=1, resume=True))
 
 
-@pytest.mark.parametrize("place", ["prepare", "flush", "evaluate"])
+@pytest.mark.parametrize("place", ["prepare", "evaluate"])
 def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
     small: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

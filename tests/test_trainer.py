@@ -164,9 +164,7 @@ def one_device() -> np.ndarray:
     return curve(sized(), mesh_of(1, 1, 1), 30, 8, 16)[1]
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (1, 1, 4), (1, 2, 4), (2, 2, 2)]
-)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
 def test_devices_change_nothing_in_thirty_steps(shape: tuple[int, int, int], one_device: np.ndarray) -> None:
     mesh = mesh_of(*shape)
     state, several = curve(sized(), mesh, 30, 8, 16)
@@ -176,8 +174,8 @@ def test_devices_change_nothing_in_thirty_steps(shape: tuple[int, int, int], one
             assert leaf.addressable_shards[0].data.size * shape[1] * shape[2] == leaf.size
 
 
-@pytest.mark.parametrize("tensor", [3, 4])
-def test_a_vocabulary_that_does_not_divide_is_padded_without_effect(tensor: int, tmp_path: Path) -> None:
+def test_a_vocabulary_that_does_not_divide_is_padded_without_effect(tmp_path: Path) -> None:
+    tensor = 3
     model = sized(vocab_size=152_225, hidden_size=8, num_attention_heads=tensor, num_key_value_heads=tensor)
     mesh = mesh_of(1, 1, tensor)
     _, one = curve(model, mesh_of(1, 1, 1), 3, 2, 16)
@@ -191,7 +189,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded_without_effect(tensor: int,
     assert load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"].shape == (152_225, 8)
 
 
-@pytest.mark.parametrize(("dtype", "counts"), [("float32", (2, 4, 8)), ("bfloat16", (8,))])
+@pytest.mark.parametrize(("dtype", "counts"), [("float32", (2, 8)), ("bfloat16", (8,))])
 def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[int, ...]) -> None:
     model = sized(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8, head_dim=32)
     settings, held, temporary, at_birth = page(compute_dtype=dtype), {}, {}, {}

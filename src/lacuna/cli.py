@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from lacuna.config import (
     DEVICE_MEMORY_SHARE,
+    GPU_PLUGINS,
     PLANS,
     ChatConfig,
     EvalConfig,
@@ -28,7 +29,6 @@ PAGES = {
     "chat": ChatConfig,
     "serve": ServeConfig,
 }
-GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 XLA_BASE_SHARE = 0.8  # of a GPU's memory, on which its compiler's limit is a percentage
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     elif command in (*PAGES, "plan"):
         start(command, arguments)
     else:
-        stop(f"error: {command} is not a command of lacuna{did_you_mean(command, PAGES)}", 2)
+        stop(f"error: {command} is not a command of lacuna{did_you_mean(command, (*PAGES, 'plan'))}", 2)
 
 
 def pretrain() -> None:
@@ -77,8 +77,8 @@ def plan() -> None:
 
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
-    share_memory()
     try:
+        share_memory()
         if command == "grpo" and "--replay" in arguments[:-1]:  # a replay begins with the config of its run
             arguments = ["@", f"{arguments[arguments.index('--replay') + 1]}/config.toml", *arguments]
         if command == "plan":
@@ -120,8 +120,12 @@ def start(command: str, arguments: list[str]) -> None:
 def page_to_plan(arguments: list[str]) -> tuple[type[TrainingConfig], list[str], str]:
     """The page, arguments and program name of `plan COMMAND …`."""
     command, *rest = arguments or [""]
+    if command in ("-h", "--help"):
+        print(f"usage: plan COMMAND [@ FILE.toml ...] [--option VALUE ...]\n\nCOMMAND is one of {', '.join(PLANS)}; "
+              "plan COMMAND --help shows its options")  # fmt: skip
+        raise SystemExit(0)
     if command not in PLANS:
-        asked = " (plan COMMAND --help shows its options)" if command in ("", "-h", "--help") else ""
+        asked = " (plan COMMAND --help shows its options)" if not command else ""
         raise UserError(
             f"plan needs a command that trains behind it, {', '.join(PLANS)}, as in plan sft @ FILE.toml{asked}"
         )
@@ -136,13 +140,19 @@ def stop(message: str, code: int) -> NoReturn:
 def share_memory() -> None:
     """Let XLA have its share of an accelerator's memory, and its compiler for GPUs know of it.
 
-    That one counts on 76 % of the memory otherwise; for what is more it hides no communication and computes matrix
-    products again, where all of it would have room.
+    That one counts on 76 % of what the arguments leave otherwise; for what is more it hides no communication and
+    computes matrix products again, where all of it would have room.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE))  # three quarters otherwise
+    share = os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE)
+    )  # three quarters otherwise
     flags, limit = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_memory_limit_slop_factor"
     if limit not in flags and any(find_spec(plugin) for plugin in GPU_PLUGINS):
-        os.environ["XLA_FLAGS"] = f"{flags} {limit}={round(100 * DEVICE_MEMORY_SHARE / XLA_BASE_SHARE)}".strip()
+        try:
+            percentage = round(100 * float(share) / XLA_BASE_SHARE)
+        except ValueError as error:
+            raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION = {share!r} should be a number, as 0.9") from error
+        os.environ["XLA_FLAGS"] = f"{flags} {limit}={percentage}".strip()
 
 
 def prepare_process() -> None:

@@ -18,6 +18,7 @@ from pydantic import (
 
 from lacuna.options import Page, UserError, did_you_mean, parse
 
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # JAX's own, one of which is installed for GPUs
 DEVICE_MEMORY_SHARE = 0.92  # that XLA may take; the rest goes to the driver and to communication
 
 

@@ -82,6 +82,14 @@ def short(number: float | int) -> str:
     return f"{number:.1e}" if 0 < abs(number) < 1e-3 else f"{number:.3g}"
 
 
+def flop_size(number: float | int) -> str:
+    """1.54 GFLOP."""
+    for unit, size in {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}.items():
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}FLOP"
+    return f"{number:.3g} FLOP"
+
+
 def byte_size(number: float | int) -> str:
     """A size in memory: 1.54 GB, 12.3 MB."""
     return short(number).replace("B", "G").replace("k", "K") + "B"

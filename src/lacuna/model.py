@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
@@ -26,6 +27,7 @@ from lacuna.distributed import AXIS_RULES, platform, shard_rows
 
 PAGE = 64
 TRANSPOSED_BLOCK = 64
+PRODUCT = "product"  # of a CPU
 
 # Of each layer, keys [slot, kv_head, page, head, offset] and values [slot, kv_head, page, offset, head]
 Cache = tuple[tuple[Array, Array], ...]
@@ -376,7 +378,9 @@ def matrix_product(
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+    """Named, so that what is kept of it for the backward pass is the rounded result."""
+    product = jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
+    return checkpoint_name(product.astype(x.dtype), PRODUCT)
 
 
 def _matrix_product_backward(
@@ -463,7 +467,7 @@ def forward(
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
         matmuls = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUAL)
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUAL, PRODUCT)
         )
         policy = policies.nothing_saveable if rematerialisation == "layer" else matmuls
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan's passes can't be merged

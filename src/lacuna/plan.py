@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from lacuna import trainer, weights
 from lacuna.attention import choose_backend
 from lacuna.config import (
     DEVICE_MEMORY_SHARE,
+    GPU_PLUGINS,
     GrpoConfig,
     PlanKeys,
     RowsConfig,
@@ -35,8 +37,8 @@ from lacuna.config import (
 )
 from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
-from lacuna.metrics import byte_size, peak_flops, percent, short, step_flops
-from lacuna.model import PAGE, ModelConfig, parameter_counts
+from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
+from lacuna.model import PAGE, ModelConfig, check_sequence_length, parameter_counts
 from lacuna.objective import INTEGERS, RolloutBatch, add_gradient, zeros
 from lacuna.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
 from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots, fill_cache
@@ -136,11 +138,11 @@ def read_topology(name: str) -> Topology:
     try:
         devices = topologies.get_topology_desc(platform=chip.platform, **arguments).devices
     except Exception as error:  # each plugin fails in its own way, most of them where it is missing
-        extra = "cuda" if chip.platform == "cuda" else "tpu"
-        raise UserError(
-            f"topology {name!r}: its compiler can't be used ({' '.join(str(error).split())[:200]}); "
-            f"start it as uv run --extra {extra} plan"
-        ) from error
+        extra, packages = ("cuda", GPU_PLUGINS) if chip.platform == "cuda" else ("tpu", ("libtpu",))
+        is_there = any(find_spec(package) for package in packages)
+        mend = "mend that" if is_there else f"start it as uv run --extra {extra} plan"
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"topology {name!r}: its compiler can't be used ({why}); {mend}") from error
     return Topology(name, chip, list(devices))
 
 
@@ -256,17 +258,23 @@ def kind_of(name: str) -> Any:
     return jnp.int32 if name in INTEGERS else jnp.float32
 
 
+def planned_slots(page: GrpoConfig, model: ModelConfig, mesh: Mesh) -> Any:
+    """The batch of the sampler, with the largest cache that a run comes to need."""
+    shards = row_shards(mesh)
+    count, pages = -(-slots_of(page) // shards) * shards, -(-page.sequence_length // PAGE)
+    slots = jax.eval_shape(partial(empty_slots, model, count, pages, page.compute_dtype))
+    slots = placed(slots, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
+    return slots._replace(cache=placed(slots.cache, NamedSharding(mesh, PartitionSpec(ROW_AXES, "tensor"))))
+
+
 def grpo_programs(
     page: GrpoConfig, model: ModelConfig, mesh: Mesh, state: TrainState, recipe: Any
 ) -> Iterator[Program]:
     """Prefill, decoding, the gradient of a micro-batch and the optimizer's step, which share the devices' memory."""
     shards = row_shards(mesh)
     rows, first = NamedSharding(mesh, PartitionSpec(ROW_AXES)), NamedSharding(mesh, PartitionSpec())
-    count = -(-slots_of(page) // shards) * shards
-    pages = -(-page.sequence_length // PAGE)
-    slots = placed(jax.eval_shape(partial(empty_slots, model, count, pages, page.compute_dtype)), rows)
-    heads = NamedSharding(mesh, PartitionSpec(ROW_AXES, "tensor"))
-    slots = slots._replace(cache=placed(slots.cache, heads))
+    slots, pages = planned_slots(page, model, mesh), -(-page.sequence_length // PAGE)
+    count = len(slots.token)
     casting = cast_params.trace(state.params, model, page.compute_dtype)
     params = placed(casting.out_info, casting.lower().compile().output_shardings)
     forest = placed(jax.eval_shape(lambda: forest_of([])[0]), first)
@@ -380,6 +388,8 @@ def run(page: TrainingConfig) -> None:
         UserError: the topology, the model or the mesh is not to be had.
     """
     assert isinstance(page, PlanKeys)
+    if not Path(page.plan_file).parent.is_dir():
+        raise UserError(f"plan_file = {page.plan_file}: no such directory; make it, or choose another")
     jax.config.update("jax_platforms", "cpu")
     topology = read_topology(page.topology)
     with heard_of(topology):
@@ -392,16 +402,18 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
     chip, source = topology.chip, weights.resolve_model(page.model_name, with_weights=False)
     mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor, topology.devices)
     model = weights.config_on(source, page, mesh)
+    check_sequence_length(model, page.sequence_length)
     count, state = mesh.size, trainer.abstract_state(model, mesh)
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(
         f"{topology.name}: {count} × {chip.kind}, mesh {shape}; published of each: {byte_size(chip.memory)} at "
-        f"{byte_size(chip.bandwidth)}/s, {short(peak(chip))}FLOP/s in bfloat16, {byte_size(chip.link)}/s to others"
+        f"{byte_size(chip.bandwidth)}/s, {flop_size(peak(chip))}/s in bfloat16, {byte_size(chip.link)}/s to others"
         + (f", {byte_size(chip.network)}/s between nodes of {chip.per_node}" if count > chip.per_node else "")
     )
     counts = parameter_counts(model)
     print(f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, compute in {page.compute_dtype}")
-    print(choose_backend(page, mesh, model.head)[1])
+    attention = choose_backend(page, mesh, model.head)[1]
+    print(attention)
     refusal = ""
     try:
         programs = programs_of(page, model, mesh)
@@ -411,23 +423,34 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
     weight_bytes, state_bytes = device_bytes(state.params), device_bytes(state)
     print(
         f"a device's part of the state: {byte_size(weight_bytes)} of parameters, "
-        f"{byte_size(state_bytes - weight_bytes)} of optimizer; gradients take as much as parameters while they last"
+        f"{byte_size(state_bytes - weight_bytes)} of optimizer; while they last, gradients take "
+        f"{byte_size(weight_bytes)} of the temporaries"
     )
+    cache_bytes = 0.0
+    if isinstance(page, GrpoConfig):
+        cache_bytes = device_bytes(planned_slots(page, model, mesh).cache)
+        print(f"its part of the cache: {byte_size(cache_bytes)} for {slots_of(page):,} completions at once")
     for each in plans:
         print("\n".join(program_lines(each, chip)))
     facts: dict[str, Any] = {
         "topology": topology.name, "devices": count, "mesh": dict(mesh.shape), "chip": chip._asdict(),
         "model": page.model_name, "parameters": counts["all"], "parameter_bytes": weight_bytes,
-        "optimizer_bytes": state_bytes - weight_bytes, "fits": fits(programs, chip),
+        "optimizer_bytes": state_bytes - weight_bytes, "gradient_bytes": weight_bytes, "cache_bytes": cache_bytes,
+        "attention": attention, "fits": fits(programs, chip),
         "programs": [asdict(each) | {"collectives": [talk._asdict() for talk in each.collectives]} for each in plans],
     }  # fmt: skip
     if isinstance(page, RowsConfig) and plans:
         facts |= step_facts(page, model, plans[0], chip, count)
         print(
             f"a step of {page.batch_size} rows × {page.sequence_length} tokens, each row one document: model "
-            f"{short(facts['model_flops'])}FLOP, {percent(facts['recomputed_share'])} more in the program; no faster "
+            f"{flop_size(facts['model_flops'])}, {percent(facts['recomputed_share'])} more in the program; no faster "
             f"than {plans[0].seconds:.3g} s, which is {short(facts['tokens_per_second'])} tokens/s and "
-            f"{percent(facts['mfu'])} MFU (an estimate from published figures)"
+            f"{percent(facts['mfu'])} MFU (an estimate from published figures"
+            + (
+                ")"
+                if page.compute_dtype == "bfloat16"
+                else " of bfloat16; products of float32 are several times slower)"
+            )
         )
     print(refusal or verdict(programs, chip))
     facts["advice"] = []
@@ -446,11 +469,11 @@ def program_lines(plan: ProgramPlan, chip: Chip) -> Iterator[str]:
         f"{byte_size(plan.temporary_bytes)} of temporaries{beside}); compiled in {plan.compile_seconds:.1f} s"
     )
     yield (
-        f"  compute {plan.compute_seconds:.3g} s ({short(plan.flops)}FLOP), memory {plan.memory_seconds:.3g} s "
+        f"  compute {plan.compute_seconds:.3g} s ({flop_size(plan.flops)}), memory {plan.memory_seconds:.3g} s "
         f"({byte_size(plan.moved_bytes)} moved), kernels called by name: {', '.join(plan.kernels) or 'none'}"
     )
     if plan.compiler_recomputed_flops:
-        yield f"  of it {short(plan.compiler_recomputed_flops)}FLOP again by XLA's own choice, for want of memory"
+        yield f"  of it {flop_size(plan.compiler_recomputed_flops)} again by XLA's own choice, for want of memory"
     if not plan.moved_bytes:
         yield "  its text can't be read: bytes moved and sent are not known, the least time is that of its FLOPs"
     for each in plan.collectives:
