@@ -13,9 +13,10 @@
 reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
 the same process, right behind it, and so is the compiled step alone, repeated on one batch. `input_seconds` is what a
 batch takes to prepare, which happens while the step before runs; `input_wait_share` is the most that the steps may have
-waited for it, all of the preparation where that step had ended first. `step` is `train` without what is written at the
-end, for models whose state would fill the disk. `save` runs the same, saves every fifth step, and tells how long each
-save held the loop up, beside the time to write the checkpoint whole.
+waited for it, all of the preparation where that step had ended first; `optimizer_seconds` is the update alone, from
+gradient norm to weights. `step` is `train` without what is written at the end, for models whose state would fill the
+disk. `save` runs the same, saves every fifth step, and tells how long each save held the loop up, beside the time to
+write the checkpoint whole.
 
 `generate` decodes greedily: batches of 1 and 32 prompts of 64 tokens, 128 new tokens each, then 64 requests of 16 to
 256 new tokens through 32 slots; or only batches of the sizes given. A directory without weights has random ones. A
@@ -130,7 +131,7 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     """Figures of a training run of `page`."""
     import jax
 
-    from lacuna import metrics, sft
+    from lacuna import metrics, sft, trainer
 
     before = time.time() - started
     prepare, inputs = sft.Loop.prepare, []
@@ -158,6 +159,14 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
 
     step_seconds = statistics.median(record["step_seconds"] for record in timed)
     alone_seconds = seconds_of(alone, max(5, len(timed) // 2)) if batch.token.shape[-1] == length else None
+    optimizer = jax.jit(partial(trainer.apply_gradient, model=loop.inputs.model), donate_argnames="state")
+    gradients, loss = jax.tree.map(jax.numpy.zeros_like, states[0].params), jax.numpy.zeros(())
+
+    def optimizer_alone() -> None:
+        states[0], facts = optimizer(states[0], loss, gradients, loop.recipe)
+        jax.block_until_ready(facts)
+
+    optimizer_seconds = seconds_of(optimizer_alone, 5)
     rates = peak()
     matrix_rate = rates["float32_flops" if page.compute_dtype == "float32" else "bfloat16_flops"]
     flops = statistics.median(record["flops"] for record in timed)
@@ -182,6 +191,8 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
         "mfu": records[-1]["mfu"] and statistics.median(record["mfu"] for record in timed),
         "program_seconds": alone_seconds,
         "share_outside_program": alone_seconds and 1 - alone_seconds / step_seconds,
+        "optimizer_seconds": optimizer_seconds,
+        "optimizer_share": optimizer_seconds / step_seconds,
         "compile_seconds": loop.compile_seconds,
         "first_step_ends_seconds": before + (loop.first_step_seconds or 0),
         "memory_bytes": records[-1]["memory_bytes"],
