@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from lacuna.config import SamplingKeys
-from lacuna.sampler import TOP_LOGPROBS, Completion, Generator, Request, check_request, joined
+from lacuna.decoding import TOP_LOGPROBS
+from lacuna.sampler import Completion, Generator, Request, check_request, joined
 from lacuna.tokenizer import REPLACEMENT, Tokenizer, decode, encode, render
 
 LEAST_TOP_P = 1e-6  # in float32 a smaller one would leave no token over

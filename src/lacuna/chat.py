@@ -122,7 +122,8 @@ class Local:
 
     def answer(self, messages: list[Message], page: ChatConfig, seed: int) -> Generator[Piece]:
         """Raises UserError where the conversation leaves no room for an answer."""
-        from lacuna.sampler import BLOCK, Request
+        from lacuna.decoding import BLOCK
+        from lacuna.sampler import Request
 
         sampler, prompt, rules = self.generator.sampler, self.prompt(messages), self.rules_of(page)
         room = sampler.capacity - len(prompt)

@@ -143,9 +143,8 @@ def share_memory() -> None:
     That one counts on 76 % of what the arguments leave otherwise; for what is more it hides no communication and
     computes matrix products again, where all of it would have room.
     """
-    share = os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE)
-    )  # three quarters otherwise
+    usual = str(DEVICE_MEMORY_SHARE)  # JAX takes three quarters otherwise
+    share = os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", usual)
     flags, limit = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_memory_limit_slop_factor"
     if limit not in flags and any(find_spec(plugin) for plugin in GPU_PLUGINS):
         try:

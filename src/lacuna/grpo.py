@@ -210,7 +210,7 @@ def train(page: GrpoConfig, inputs: Inputs, start: Start) -> None:
         recipe = jax.device_put(recipe, NamedSharding(mesh, PartitionSpec()))
         slots = -(-min(page.slots, page.prompts_per_step * page.completions_per_prompt) // shards) * shards
         sampler = Sampler(state.params, model, inputs.tokenizer, mesh, slots, page.sequence_length, page.compute_dtype)
-        loop = Loop(page, inputs, run, steps, recipe, sampler, reference, start.step)
+        loop = Loop(page, inputs, run, recipe, sampler, reference, start.step)
         if start.resumed and start.resumed[1].run.best_eval_loss is not None:
             loop.best_reward = -start.resumed[1].run.best_eval_loss
         loop.train(state)
@@ -245,7 +245,6 @@ class Loop:
     page: GrpoConfig
     inputs: Inputs
     run: Run
-    steps: int
     recipe: Recipe
     sampler: Sampler
     reference: PyTree[Array] | None
@@ -259,7 +258,7 @@ class Loop:
         with self.run.watched(lambda: self.work_done) as stop:
             if self.step == 0 and self.inputs.held_out:
                 self.run.log.step({"step": 0, **self.held_out_rewards(state)})
-            while self.step < self.steps:
+            while self.step < self.run.steps:
                 began = time.perf_counter()
                 self.sampler.load(state.params)
                 groups, record = rollout(self.sampler, self.inputs, page, self.step, self.worked)
@@ -275,7 +274,7 @@ class Loop:
                     "memory_bytes": metrics.memory_bytes(),
                 }
                 self.tell_slow_rewards(record)
-                is_last = self.step == self.steps
+                is_last = self.step == self.run.steps
                 is_eval = is_last or (page.eval_every and self.step % page.eval_every == 0)
                 if is_eval or self.step == 1:
                     record["samples"] = self.shown(groups)

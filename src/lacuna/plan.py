@@ -36,12 +36,13 @@ from lacuna.config import (
     accumulation_steps,
 )
 from lacuna.data import Batch
+from lacuna.decoding import cast_params, decode_block, empty_slots, fill_cache
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, check_sequence_length, parameter_counts
 from lacuna.objective import INTEGERS, RolloutBatch, add_gradient, zeros
 from lacuna.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
-from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots, fill_cache
+from lacuna.sampler import PREFILL_PAGES
 from lacuna.sampling import forest_of
 from lacuna.trainer import TrainState
 
@@ -441,16 +442,12 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
     }  # fmt: skip
     if isinstance(page, RowsConfig) and plans:
         facts |= step_facts(page, model, plans[0], chip, count)
+        rated = "" if page.compute_dtype == "bfloat16" else " of bfloat16; float32 takes several times as long"
         print(
             f"a step of {page.batch_size} rows × {page.sequence_length} tokens, each row one document: model "
             f"{flop_size(facts['model_flops'])}, {percent(facts['recomputed_share'])} more in the program; no faster "
             f"than {plans[0].seconds:.3g} s, which is {short(facts['tokens_per_second'])} tokens/s and "
-            f"{percent(facts['mfu'])} MFU (an estimate from published figures"
-            + (
-                ")"
-                if page.compute_dtype == "bfloat16"
-                else " of bfloat16; products of float32 are several times slower)"
-            )
+            f"{percent(facts['mfu'])} MFU (an estimate from published figures{rated})"
         )
     print(refusal or verdict(programs, chip))
     facts["advice"] = []

@@ -36,17 +36,8 @@ from lacuna.decoding import (
 )
 from lacuna.distributed import enable_compilation_cache, make_mesh, row_shards
 from lacuna.metrics import byte_size
-from lacuna.model import (
-    PAGE,
-    Cache,
-    ModelConfig,
-    check_sequence_length,
-)
-from lacuna.sampling import (
-    Trie,
-    forest_of,
-    power_of_two,
-)
+from lacuna.model import PAGE, Cache, ModelConfig, check_sequence_length
+from lacuna.sampling import Trie, forest_of, power_of_two
 from lacuna.tokenizer import Tokenizer, Window, before_stop, read_json, read_on, window_behind
 
 PREFILL_ROWS, PREFILL_PAGES = (64, 16, 4, 1), 128

@@ -120,7 +120,7 @@ def train(page: RowsConfig, inputs: Inputs, start: Start) -> "tuple[Loop, TrainS
     digests, lines = runs.data_digests(dataset), start_facts(page, inputs, steps)
     with runs.under_way(page, start, model, mesh, source, digests, steps, lines) as run:
         recipe = jax.device_put(recipe_of(page, steps), NamedSharding(mesh, PartitionSpec()))
-        loop = Loop(page, inputs, run, steps, row_limit, recipe)
+        loop = Loop(page, inputs, run, row_limit, recipe)
         if start.resumed and (page.run_directory / "best").exists():
             loop.best_eval_loss = start.resumed[1].run.best_eval_loss
         state = loop.train(state)
@@ -177,7 +177,6 @@ class Loop:
     page: RowsConfig
     inputs: Inputs
     run: Run
-    steps: int
     row_limit: int | None
     recipe: Recipe
     best_eval_loss: float | None = None
@@ -194,16 +193,16 @@ class Loop:
     def train(self, state: TrainState) -> TrainState:
         """Every step that is left: dispatch it, prepare the next batch while it runs, then log, evaluate and save."""
         page, self.step = self.page, int(state.step)
-        if self.step < self.steps:
+        if self.step < self.run.steps:
             batch, record = self.prepare(self.step)
             self.program(state, batch)
         self.clock = time.perf_counter()
         with self.run.watched(self.progress) as stop:
-            while self.step < self.steps:
+            while self.step < self.run.steps:
                 state, facts = self.program(state, batch)(state, batch, self.recipe)
                 self.step += 1
                 self.pending.append((record, facts))
-                is_last = self.step == self.steps
+                is_last = self.step == self.run.steps
                 if not is_last:
                     batch, record = self.prepare(self.step)
                 if self.step % page.log_every == 0:
