@@ -47,9 +47,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
-from lacuna.cli import prepare_process
-from lacuna.config import GrpoConfig, ModelKeys, PretrainConfig, RowsConfig, ServeConfig, SftConfig
-from lacuna.options import parse
+from lacuna import cli
+from lacuna.apps.configs import ServeConfig
+from lacuna.cli import parse, prepare_process
+from lacuna.config import GrpoConfig, ModelKeys, PretrainConfig, RowsConfig, SftConfig
 
 WARM_STEPS = 3
 SAVE_EVERY = 5
@@ -131,20 +132,20 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     """Figures of a training run of `page`."""
     import jax
 
-    from lacuna import metrics, sft, trainer
+    from lacuna import metrics, trainer
 
     before = time.time() - started
-    prepare, inputs = sft.Loop.prepare, []
+    prepare, inputs = trainer.RowLoop.prepare, []
 
-    def watched(loop: sft.Loop, index: int) -> Any:
+    def watched(loop: trainer.RowLoop, index: int) -> Any:
         began = time.perf_counter()
         prepared = prepare(loop, index)
         running: list[Any] = [facts["loss"] for _, facts in loop.pending]
         inputs.append((time.perf_counter() - began, all(loss.is_ready() for loss in running)))
         return prepared
 
-    with patch.object(sft.Loop, "prepare", watched), nullcontext() if is_saved else unsaved():
-        ended = sft.run(page)
+    with patch.object(trainer.RowLoop, "prepare", watched), nullcontext() if is_saved else unsaved():
+        ended = cli.run(page)
     assert ended
     loop, state = ended
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
@@ -159,7 +160,7 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
 
     step_seconds = statistics.median(record["step_seconds"] for record in timed)
     alone_seconds = seconds_of(alone, max(5, len(timed) // 2)) if batch.token.shape[-1] == length else None
-    optimizer = jax.jit(partial(trainer.apply_gradient, model=loop.inputs.model), donate_argnames="state")
+    optimizer = jax.jit(partial(trainer.apply_gradient, model=loop.inputs.opened.model), donate_argnames="state")
     gradients, loss = jax.tree.map(jax.numpy.zeros_like, states[0].params), jax.numpy.zeros(())
 
     def optimizer_alone() -> None:
@@ -203,16 +204,16 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
 
 def unsaved() -> AbstractContextManager[Any]:
     """Training that writes neither checkpoint nor model."""
-    from lacuna.runs import Run
+    from lacuna.trainer import Run
 
     return patch.multiple(Run, save=lambda *_: 0.0, end=lambda *_: None)
 
 
 def save(page: RowsConfig) -> dict[str, Any]:
     """Figures of the saves of a training run of `page`."""
-    from lacuna import checkpoint, metrics, sft, trainer
+    from lacuna import checkpoint, metrics, trainer
 
-    ended = sft.run(page)
+    ended = cli.run(page)
     assert ended
     loop, state = ended
     held_up = list(loop.save_seconds)
@@ -224,7 +225,7 @@ def save(page: RowsConfig) -> dict[str, Any]:
     assert saver.newest
     facts = checkpoint.read_manifest(saver.newest).run
     began = time.perf_counter()
-    saver.save(state, trainer.saved_shapes(loop.inputs.model), facts, is_best=False)
+    saver.save(state, trainer.saved_shapes(loop.inputs.opened.model), facts, is_best=False)
     saver.wait()
     whole = time.perf_counter() - began
     size = sum(path.stat().st_size for path in saver.newest.iterdir())
@@ -257,16 +258,17 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
     import jax
     import numpy as np
 
-    from lacuna import metrics, model, sampler, weights
+    from lacuna import checkpoint, metrics, model, sampler
     from lacuna.config import ModelKeys, SamplingKeys
     from lacuna.distributed import make_mesh
 
     mesh = make_mesh(1, 0, 1)
     page = ModelKeys(model_name=model_name, compute_dtype=dtype)
     is_random = Path(model_name).is_dir() and not any(Path(model_name).rglob("*.safetensors"))
-    source, config, tokenizer = weights.open_model(page, mesh, with_weights=not is_random)
+    opened = checkpoint.open_model(page, mesh, with_weights=not is_random)
+    source, config, tokenizer, _, _ = opened
     random_params = jax.jit(lambda key: model.initial_params(key, config))
-    params = random_params(jax.random.key(0)) if is_random else weights.load_params(source, config, mesh)
+    params = random_params(jax.random.key(0)) if is_random else checkpoint.load_params(source, config, mesh)
     random = np.random.default_rng(0)
     rates = [max(read_rate(), peak()["copy_bytes_per_second"])]
 
@@ -278,7 +280,7 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
         ]
 
     def batch(slots: int, limits: list[int]) -> dict[str, Any]:
-        batch = sampler.Sampler(params, config, tokenizer, mesh, slots, PROMPT_TOKENS + max(limits), dtype)
+        batch = sampler.Sampler(params, opened, slots, PROMPT_TOKENS + max(limits), dtype)
         waiting = requests(limits)
         seconds = seconds_of(lambda: batch.generate(waiting), 3)
         firsts, steps = [], []
@@ -370,10 +372,10 @@ def distinct(prompt: str, completion: str, row: dict[str, Any]) -> float:
 
 def reinforce(page: GrpoConfig) -> dict[str, Any]:
     """Figures of a grpo run: completion tokens a second of the rollout, of the update, and of the whole step."""
-    from lacuna import grpo, metrics
+    from lacuna import metrics
 
     with unsaved():
-        grpo.run(page)
+        cli.run(page)
     records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]
     sums = {
@@ -404,8 +406,8 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
 
 def seconds_at_peak(page: ModelKeys) -> float:
     """The least that multiplying a token with a model's weights takes, at this machine's matrix product rate."""
+    from lacuna.checkpoint import resolve_model
     from lacuna.model import parameter_counts, read_model_config
-    from lacuna.weights import resolve_model
 
     flops = 2 * parameter_counts(read_model_config(resolve_model(page.model_name, with_weights=False)))["matmul"]
     rates = peak()

@@ -34,9 +34,9 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, segment: jax.Array
 
 
 def main() -> int:
-    page, mesh, is_right = ModelKeys(model_name="none"), make_mesh(1, 0, 1), True
+    config, mesh, is_right = ModelKeys(model_name="none"), make_mesh(1, 0, 1), True
     for kv_heads, group, head, length, lengths in CASES:
-        backend, line = choose_backend(page, mesh, head)
+        backend, line = choose_backend(config, mesh, head)
         row = np.zeros(length, np.int32)
         row[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
         segment = jnp.asarray(np.stack([row, np.minimum(row, 1)] * mesh.size))

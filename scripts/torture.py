@@ -84,16 +84,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/torture"), help="must not exist yet")
-    page = parser.parse_args()
-    output = page.output_dir.resolve()
+    config = parser.parse_args()
+    output = config.output_dir.resolve()
     if output.exists():
         sys.exit(f"{output} is there already; delete it, or choose another --output-dir")
-    names = ["same", "changing"] if page.campaign == "both" else [page.campaign]
+    names = ["same", "changing"] if config.campaign == "both" else [config.campaign]
     figures: dict[str, dict[str, Any]] = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in names:
-            figures[name] = campaign(name, output / name, page.steps, page.kills, random.Random(page.seed))
+            figures[name] = campaign(name, output / name, config.steps, config.kills, random.Random(config.seed))
     except KeyboardInterrupt:
         sys.exit(f"interrupted, all processes are ended; what they wrote is in {output}")
     problems = [f"{name}: {problem}" for name in names for problem in figures[name]["problems"]]

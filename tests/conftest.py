@@ -2,18 +2,24 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time here goes into compiling
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)  # with a bound JAX locks the cache, which all tests share
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
-from lacuna.config import PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
+from lacuna.config import (
+    PretrainConfig,  # noqa: E402
+    SftConfig,  # noqa: E402
+    TrainingConfig,  # noqa: E402
+)
 from lacuna.metrics import RunLog  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -22,12 +28,20 @@ jax.config.update("jax_platforms", "cpu")
 REFERENCE = Path(__file__).parent / "reference"
 SHELF = Path(__file__).parents[2] / "shared" / "data"
 TINY = Path(__file__).parents[1] / "configs" / "tiny"
+PROGRAMS = Path(os.environ.setdefault("LACUNA_TEST_PROGRAMS", tempfile.mkdtemp(prefix="lacuna-programs-")))
+
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoded data and plans of a test go to a folder of its own; compiled programs are not kept between runs."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    """Encoded data and plans of a test go to a folder of its own; compiled programs are shared by the session."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "lacuna").mkdir()
+    (cache / "lacuna" / "programs").symlink_to(PROGRAMS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 @pytest.fixture
@@ -90,15 +104,15 @@ def text_run(small: Path, **changes: Any) -> PretrainConfig:
     return PretrainConfig(**settings | changes)
 
 
-def records(page: TrainingConfig) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (page.run_directory / "metrics.jsonl").read_text().splitlines()]
+def records(config: TrainingConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def outcome(page: TrainingConfig) -> tuple[list[Any], bytes]:
+def outcome(config: TrainingConfig) -> tuple[list[Any], bytes]:
     """What must be equal bit for bit: the logged numbers of every step and the exported weights."""
     keys = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "target_tokens", "epoch", "eval_loss")
-    exported = (page.run_directory / "model" / "model.safetensors").read_bytes()
-    return [[record.get(key) for key in keys] for record in records(page)], exported
+    exported = (config.run_directory / "model" / "model.safetensors").read_bytes()
+    return [[record.get(key) for key in keys] for record in records(config)], exported
 
 
 @pytest.fixture

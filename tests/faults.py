@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lacuna import checkpoint, cli, distributed, metrics, sft
+from lacuna import checkpoint, cli, distributed, metrics, trainer
 
 
 def kill() -> None:
@@ -62,7 +62,7 @@ def build_in(kind: str, step: int) -> None:
     def is_logged(log: Any, record: dict[str, Any]) -> bool:
         return record["step"] == step
 
-    def is_reached(loop: sft.Loop, *_: Any) -> bool:
+    def is_reached(loop: trainer.RowLoop, *_: Any) -> bool:
         return loop.step == step
 
     match kind:
@@ -87,14 +87,14 @@ def build_in(kind: str, step: int) -> None:
 
             after(checkpoint, "replace_directory", lambda: setattr(shutil, "rmtree", remove_half), in_checkpoint)
         case "term":
-            before(sft.Loop, "prepare", lambda: os.kill(os.getpid(), signal.SIGTERM), is_reached)
+            before(trainer.RowLoop, "prepare", lambda: os.kill(os.getpid(), signal.SIGTERM), is_reached)
         case "raise":
-            before(sft.Loop, "prepare", fail, is_reached)
+            before(trainer.RowLoop, "prepare", fail, is_reached)
         case "sleep":
-            before(sft.Loop, "prepare", sleep, is_reached)
+            before(trainer.RowLoop, "prepare", sleep, is_reached)
         case "hang":
             distributed.STALL_SECONDS = 3.0
-            before(sft.Loop, "prepare", sleep, is_reached)
+            before(trainer.RowLoop, "prepare", sleep, is_reached)
         case _:
             raise SystemExit(f"no fault {kind!r}")
 

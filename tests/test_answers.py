@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lacuna.answers import final_answer, is_same_answer, number_of
+from lacuna.eval import final_answer, is_same_answer, number_of
 
 AWKWARD = [
     ("She has 3 + 4 = 7 apples.\n#### 7", "7"),

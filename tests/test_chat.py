@@ -28,13 +28,15 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
-from lacuna import chat, cli
-from lacuna.chat import COMMANDS, VISIBLE, Chat, Local, Remote
-from lacuna.config import ChatConfig, DataSource, UserError
-from lacuna.documents import jsonl_rows, prepare
+from lacuna import cli
+from lacuna.apps import chat
+from lacuna.apps.chat import CHAT_COMMANDS, VISIBLE, Chat, Local, Remote
+from lacuna.apps.configs import ChatConfig
+from lacuna.checkpoint import save_model
+from lacuna.cli import parse
+from lacuna.config import DataSource, UserError
+from lacuna.data import jsonl_rows, prepare
 from lacuna.model import initial_params, read_model_config
-from lacuna.options import parse
-from lacuna.weights import save_model
 
 QUESTION = "Nora has 18 marbles."
 
@@ -105,20 +107,22 @@ def test_answers_go_to_standard_output_and_all_else_to_standard_error(
     out, err = capsys.readouterr()
     assert out == answers(conversation)[0] + "\n"
     assert "tokens/s" in err and "the first after" in err and "cut off at max_tokens=12" in err
-    assert f"{len(local.prompt(conversation.messages))} of 320 tokens" in err and all(name in err for name in COMMANDS)
+    assert f"{len(local.prompt(conversation.messages))} of 320 tokens" in err and all(
+        name in err for name in CHAT_COMMANDS
+    )
 
 
 def test_rules_are_shown_with_their_origin_and_can_be_set(
     local: Local, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = talk(local, directory, temperature=0.5)
-    shown = local.rules(conversation.page)
+    shown = local.rules(conversation.config)
     assert shown.startswith("temperature=0.5 max_tokens=12 (typed); top_k=50 (generation_config.json); top_p=1")
     conversation.take("/set temperature=0 top_p=0.5 seed=3")
     shown = " ".join(capsys.readouterr().err.split())
     assert "temperature=0 top_p=0.5 max_tokens=12 (typed)" in shown and "seed=3" in shown
-    rules = local.rules_of(conversation.page)
-    assert (rules.temperature, rules.top_p, rules.top_k, conversation.page.seed) == (0, 0.5, 50, 3)
+    rules = local.rules_of(conversation.config)
+    assert (rules.temperature, rules.top_p, rules.top_k, conversation.config.seed) == (0, 0.5, 50, 3)
     conversation.take(QUESTION)
     assert answers(conversation) == answers(talk(local, directory, QUESTION, temperature=0))
 
@@ -144,10 +148,10 @@ def test_a_command_that_cannot_be_obeyed_says_why_and_changes_nothing(
     local: Local, directory: Path, typed: str, words: str
 ) -> None:
     conversation = talk(local, directory)
-    page = conversation.page
+    page = conversation.config
     with pytest.raises(UserError) as refusal:
         conversation.take(typed)
-    assert words in str(refusal.value) and conversation.messages == [] and conversation.page == page
+    assert words in str(refusal.value) and conversation.messages == [] and conversation.config == page
 
 
 def test_what_is_saved_is_loaded_and_read_as_training_data(local: Local, directory: Path, tmp_path: Path) -> None:
@@ -406,7 +410,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_only_and_jax_is_never_loaded(serv
     terminal.type("\x1b[A")
     terminal.wait_for("typed ahead")
     terminal.type("\x03/qu")
-    terminal.wait_for(COMMANDS["/quit"])
+    terminal.wait_for(CHAT_COMMANDS["/quit"])
     terminal.type("\t")
     terminal.wait_for("it")
     terminal.type("\r")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, mesh_of
 
-from lacuna import checkpoint, trainer, weights
+from lacuna import checkpoint, trainer
 from lacuna.config import UserError
 from lacuna.model import ModelConfig, read_model_config
 
@@ -29,7 +29,7 @@ def facts(step: int) -> checkpoint.RunFacts:
 
 
 def state_on(shape: tuple[int, int, int], model: ModelConfig = MODEL) -> trainer.TrainState:
-    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(*shape))
+    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(*shape))
     state = trainer.fresh_state(params)
     moments = jax.tree.map(lambda leaf: leaf * 2 + (leaf != 0), state.moments)
     return state._replace(moments=moments, step=jnp.int32(7))
@@ -80,9 +80,9 @@ def test_a_run_state_comes_back_bit_for_bit_on_any_mesh(
 def test_the_model_is_written_from_a_checkpoint_as_from_memory(tmp_path: Path) -> None:
     state, source = state_on((1, 2, 2), padded(166)), REFERENCE / "qwen3"
     directory = save(tmp_path, state, 7)
-    weights.save_model(tmp_path / "one", state.params, padded(166), source)
+    checkpoint.save_model(tmp_path / "one", state.params, padded(166), source)
     with ExitStack() as stack:
-        weights.save_model(tmp_path / "two", checkpoint.saved_params(directory, MODEL, stack), MODEL, source)
+        checkpoint.save_model(tmp_path / "two", checkpoint.saved_params(directory, MODEL, stack), MODEL, source)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 

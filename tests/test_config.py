@@ -14,11 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacuna import cli
-from lacuna.config import DataSource, EvalConfig, Page, PretrainConfig, SftConfig, UserError, accumulation_steps
-from lacuna.options import parse, to_toml
+from lacuna.cli import parse
+from lacuna.config import (
+    DataSource,
+    EvalConfig,
+    Keys,
+    PretrainConfig,
+    SftConfig,
+    UserError,
+    accumulation_steps,
+    to_toml,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
-READERS = [command for command, page in cli.PAGES.items() if "data" in page.model_fields]
+READERS = [command for command, config in cli.PAGES.items() if "data" in config.model_fields]
 BASE = 'model_name = "configs/tiny"\nrun_name = "base"\n'
 DATA = '[[data]]\npath = "chats.jsonl"\n'
 
@@ -170,9 +179,9 @@ def test_every_mistake_is_reported_at_once(folder: Path, capsys: pytest.CaptureF
 def test_layers_win_from_left_to_right_and_flags_over_all(folder: Path) -> None:
     (folder / "first.toml").write_text("steps = 1\nseed = 1\nkeep = 1\n[[data]]\npath = 'a'\n[[data]]\npath = 'b'")
     (folder / "second.toml").write_text("\ufeffsteps = 2\nseed = 2\n[[data]]\npath = 'c'")
-    page = sft("--steps", "3", "@first.toml", "--data.0.weight", "2", "@", "second.toml")
-    assert (page.steps, page.seed, page.keep, page.batch_size) == (3, 2, 1, 64)
-    assert page.data == (DataSource(path="c", weight=2.0),)
+    config = sft("--steps", "3", "@first.toml", "--data.0.weight", "2", "@", "second.toml")
+    assert (config.steps, config.seed, config.keep, config.batch_size) == (3, 2, 1, 64)
+    assert config.data == (DataSource(path="c", weight=2.0),)
 
 
 def test_flags_alone_are_enough_and_tables_grow_in_any_order() -> None:
@@ -220,8 +229,13 @@ def test_environment_variables_stand_in_any_string(folder: Path, monkeypatch: py
     monkeypatch.setenv("WHO", "ada")
     monkeypatch.setenv("STEPS", "12")
     (folder / "more.toml").write_text("run_name = '${WHO}_1'\nsteps = '${STEPS}'\n[[data]]\npath = '/home/${WHO}/x'")
-    page = sft("@", "more.toml", "--output-dir", "${WHO}")
-    assert (page.run_name, page.steps, page.data[0].path, page.output_dir) == ("ada_1", 12, "/home/ada/x", "ada")
+    config = sft("@", "more.toml", "--output-dir", "${WHO}")
+    assert (config.run_name, config.steps, config.data[0].path, config.output_dir) == (
+        "ada_1",
+        12,
+        "/home/ada/x",
+        "ada",
+    )
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -272,19 +286,19 @@ def test_main_knows_its_commands(capsys: pytest.CaptureFixture[str], monkeypatch
 )
 def test_each_script_runs_its_room_and_only_refusals_and_interrupts_lose_their_traceback(
     script: Callable[[], None],
-    page: type[Page],
+    config: type[Keys],
     room: str,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ran: list[Page] = []
+    ran: list[Keys] = []
     module = ModuleType(f"lacuna.{room}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(sys, "argv", ["x", "@", "base.toml"])
     vars(module)["run"] = ran.append
     script()
-    assert type(ran[0]) is page
+    assert type(ran[0]) is config
 
     for failure, code, words in (
         (UserError("chat.jsonl line 8"), 2, "error: chat.jsonl line 8\n"),
@@ -318,9 +332,9 @@ def test_the_process_starts_again_once_and_keeps_other_tunables(monkeypatch: pyt
 def test_every_config_parses_and_its_local_files_are_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parents[1])
     command, name = file.stem.split("_", 1)
-    page = parse(cli.PAGES[command], ["@", str(file)], command)
+    config = parse(cli.PAGES[command], ["@", str(file)], command)
     if name == "tiny":
-        assert all(Path(source.path).is_file() for key in ("data", "eval_data") for source in getattr(page, key, ()))
+        assert all(Path(source.path).is_file() for key in ("data", "eval_data") for source in getattr(config, key, ()))
 
 
 def test_there_are_configs_of_every_command_that_reads_data() -> None:
@@ -342,7 +356,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lamb
 def test_a_page_written_as_toml_reads_back_equal(
     model_name: str, path: str, weight: float, learning_rate: float, seed: int, packing: bool, held_out_count: int
 ) -> None:
-    page = SftConfig(
+    config = SftConfig(
         model_name=model_name,
         run_name="run",
         data=(DataSource(path=path, weight=weight), DataSource(path="b")),
@@ -351,15 +365,15 @@ def test_a_page_written_as_toml_reads_back_equal(
         seed=seed,
         packing=packing,
     )
-    assert SftConfig.model_validate(tomllib.loads(to_toml(page))) == page
+    assert SftConfig.model_validate(tomllib.loads(to_toml(config))) == config
 
 
 def test_a_secret_of_the_environment_is_written_as_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUB_TOKEN", "correct horse")
-    page = sft("--data.0.path", "https://me:${HUB_TOKEN}@example.org/x")
-    (folder / "config.toml").write_text(to_toml(page))
-    assert "correct horse" not in to_toml(page) and "me:${HUB_TOKEN}@" in to_toml(page)
-    assert parse(SftConfig, ["@config.toml"], "sft") == page
+    config = sft("--data.0.path", "https://me:${HUB_TOKEN}@example.org/x")
+    (folder / "config.toml").write_text(to_toml(config))
+    assert "correct horse" not in to_toml(config) and "me:${HUB_TOKEN}@" in to_toml(config)
+    assert parse(SftConfig, ["@config.toml"], "sft") == config
 
 
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 9))
@@ -376,10 +390,10 @@ def test_accumulation_multiplies_to_the_batch_or_names_the_nearest_batches(batch
 
 
 def test_pages_are_frozen_and_hash() -> None:
-    page = PretrainConfig(model_name="m", run_name="r", data=(DataSource(path="a"),))
-    assert hash(page) == hash(page.model_copy())
+    config = PretrainConfig(model_name="m", run_name="r", data=(DataSource(path="a"),))
+    assert hash(config) == hash(config.model_copy())
     with pytest.raises(ValueError, match="frozen"):
-        page.steps = 5  # ty: ignore[invalid-assignment]
+        config.steps = 5  # ty: ignore[invalid-assignment]
 
 
 def test_an_evaluation_is_named_for_its_model_unless_named() -> None:
@@ -390,10 +404,10 @@ def test_an_evaluation_is_named_for_its_model_unless_named() -> None:
 
 def test_a_key_of_several_texts_is_typed_in_a_row_and_reads_back(tmp_path: Path) -> None:
     arguments = ["--model-name", "m", "--run-name", "r", "--data.0.path", "d", "--sample-prompts", "one two", 'say "3"']
-    page = parse(SftConfig, arguments, "sft")
-    assert page.sample_prompts == ("one two", 'say "3"')
-    (tmp_path / "again.toml").write_text(to_toml(page))
-    assert parse(SftConfig, ["@", str(tmp_path / "again.toml")], "sft") == page
+    config = parse(SftConfig, arguments, "sft")
+    assert config.sample_prompts == ("one two", 'say "3"')
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert parse(SftConfig, ["@", str(tmp_path / "again.toml")], "sft") == config
 
 
 @pytest.mark.parametrize(

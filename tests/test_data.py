@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lacuna.config import PretrainConfig, SftConfig, UserError
 from lacuna.data import (
     Dataset,
+    Documents,
     Mixture,
     PackedRows,
     Pieces,
@@ -24,12 +25,11 @@ from lacuna.data import (
     coloured,
     describe,
     fit,
-    joined,
+    joined_pieces,
     load_dataset,
     packed,
     whole,
 )
-from lacuna.documents import Documents
 from lacuna.tokenizer import load_tokenizer
 
 Mask = list[bool]
@@ -60,14 +60,14 @@ def packed_data(
     documents: list[Documents], length: int, cache: Path, is_packed: bool = True, **mixture: Any
 ) -> Dataset:
     pieces, facts = zip(*(fit(each, number, length) for number, each in enumerate(documents)), strict=True)
-    rows = PackedRows(joined(pieces), mixed(pieces, **mixture), length, is_packed, cache)
+    rows = PackedRows(joined_pieces(pieces), mixed(pieces, **mixture), length, is_packed, cache)
     return Dataset(rows, tuple(documents), sum(facts, Counter()))
 
 
 def stream_data(documents: list[Documents], length: int, **mixture: Any) -> Dataset:
     pieces, facts = zip(*(whole(each, number) for number, each in enumerate(documents)), strict=True)
     return Dataset(
-        StreamRows(joined(pieces), mixed(pieces, **mixture), length), tuple(documents), sum(facts, Counter())
+        StreamRows(joined_pieces(pieces), mixed(pieces, **mixture), length), tuple(documents), sum(facts, Counter())
     )
 
 
@@ -324,8 +324,8 @@ def data_set(tmp_path: Path, *lines: str, is_stream: bool = False, **settings: A
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
     options = {"model_name": "unused", "run_name": "run", "data": ({"path": str(path)},), "sequence_length": 16}
-    page = (PretrainConfig if is_stream else SftConfig)(**options | settings)
-    return load_dataset(page.data, load_tokenizer(TINY), page, is_stream, is_shuffled=not is_stream)
+    config = (PretrainConfig if is_stream else SftConfig)(**options | settings)
+    return load_dataset(config.data, load_tokenizer(TINY), config, is_stream, is_shuffled=not is_stream)
 
 
 def test_the_answers_of_chats_are_learned_and_coloured(tmp_path: Path) -> None:
@@ -400,9 +400,9 @@ def test_a_source_is_sliced_and_weighted(tmp_path: Path) -> None:
 
 @pytest.mark.reference
 def test_real_chats_fill_their_rows(shelf: Path) -> None:
-    page = SftConfig(model_name="unused", run_name="run", data=({"path": str(shelf / "chat" / "*.jsonl")},))
+    config = SftConfig(model_name="unused", run_name="run", data=({"path": str(shelf / "chat" / "*.jsonl")},))
     tokenizer = load_tokenizer(shelf / "tokenizers" / "qwen2.5")
-    data = load_dataset(page.data, tokenizer, page, is_stream=False, is_shuffled=True)
+    data = load_dataset(config.data, tokenizer, config, is_stream=False, is_shuffled=True)
     assert data.facts["documents"] == 10_249 and isinstance(data.rows, PackedRows)
     assert data.rows.slot_count(0) == data.facts["tokens"]
-    assert data.facts["tokens"] >= 0.99 * data.rows.row_count(1) * page.sequence_length
+    assert data.facts["tokens"] >= 0.99 * data.rows.row_count(1) * config.sequence_length

@@ -21,9 +21,9 @@ from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacuna import documents
+from lacuna import data
 from lacuna.config import DataSource, UserError
-from lacuna.documents import Documents, load_documents, prepare, read_rows, seams
+from lacuna.data import Documents, load_documents, prepare, read_rows, seams
 from lacuna.tokenizer import Tokenizer, chat_spans, decode, encode, load_tokenizer
 
 CHATS = [
@@ -339,7 +339,7 @@ END, BEGIN = ({"SpecialToken": {"id": name, "type_id": 0}} for name in SPECIAL)
 def test_a_text_begins_with_bos_where_the_tokenizer_writes_it_and_ends_with_a_learned_eos(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, post_processor: dict[str, Any] | None, begin: list[int]
 ) -> None:
-    monkeypatch.setattr(documents, "PART_CHARACTERS", 8)
+    monkeypatch.setattr(data, "PART_CHARACTERS", 8)
     settings = {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
     tokenizer = altered(tmp_path / "tokenizer", settings, post_processor=post_processor)
     text = "Ben has 3.\nAnn has 4.\nBoth have 7."
@@ -376,8 +376,8 @@ def tokenizers(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 @given(text=st.lists(st.text("ab é\n\t’中1.-", max_size=30), min_size=1, max_size=12).map("\n".join))
 def test_a_text_in_parts_has_the_tokens_of_the_whole(tokenizers: list[Tokenizer], which: int, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PART_CHARACTERS", 8)
-        patch.setattr(documents, "SEAM_CHARACTERS", 24)
+        patch.setattr(data, "PART_CHARACTERS", 8)
+        patch.setattr(data, "SEAM_CHARACTERS", 24)
         edges = [0, *seams(text, tokenizers[which]), len(text)]
     pairs = zip(edges[:-1], edges[1:], strict=True)
     made = [encode(tokenizers[which], text[start:stop], add_special_tokens=False) for start, stop in pairs]
@@ -426,7 +426,7 @@ def test_the_same_data_are_encoded_once_wherever_they_lie(tmp_path: Path, tokeni
     (tmp_path / "elsewhere").mkdir()
     moved = write(tmp_path / "elsewhere", "rows.jsonl", json_lines(CHATS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "encode_source", None)
+        patch.setattr(data, "encode_source", None)
         second = load(moved, load_tokenizer(TINY), cache)
     assert (first.facts["is_cached"], second.facts["is_cached"]) == (False, True)
     for ours, theirs in zip(first[:-1], second[:-1], strict=True):
@@ -501,15 +501,15 @@ def test_of_two_that_encode_the_same_at_once_both_succeed(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, cache = write(tmp_path, "rows.jsonl", json_lines(CHATS)), tmp_path / "cache"
-    encode_source, others = documents.encode_source, []
+    encode_source, others = data.encode_source, []
 
     def overtaken(*arguments: Any) -> None:
         encode_source(*arguments)
-        monkeypatch.setattr(documents, "encode_source", encode_source)
+        monkeypatch.setattr(data, "encode_source", encode_source)
         if not others:
             others.append(load(source, tokenizer, cache))
 
-    monkeypatch.setattr(documents, "encode_source", overtaken)
+    monkeypatch.setattr(data, "encode_source", overtaken)
     slower = load(source, tokenizer, cache)
     assert texts(slower, tokenizer) == texts(others[0], tokenizer) and len(slower.start) == 4
     assert len(encoded(cache)) == 1

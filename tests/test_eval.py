@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import REFERENCE
 
-from lacuna import eval as evaluation
+from lacuna import cli
 from lacuna.config import DataSource, EvalConfig, UserError
 
 
@@ -19,7 +19,7 @@ def test_held_out_loss_equals_transformers_on_each_text_alone(shelf: Path, tmp_p
     texts = [json.loads(line)["messages"][0]["content"] for line in lines]
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    page = EvalConfig(
+    config = EvalConfig(
         model_name=str(shelf / "weights" / "stories260k"),
         data=(DataSource(path=str(data)),),
         sequence_length=256,
@@ -28,10 +28,10 @@ def test_held_out_loss_equals_transformers_on_each_text_alone(shelf: Path, tmp_p
         compute_dtype="float32",
         output_dir=str(tmp_path / "runs"),
     )
-    evaluation.run(page)
-    summary = json.loads((page.run_directory / "summary.json").read_text())
+    cli.run(config)
+    summary = json.loads((config.run_directory / "summary.json").read_text())
     assert summary["target_tokens"] == expected["target_tokens"]
     assert summary["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
     assert summary["perplexity"] == pytest.approx(np.exp(expected["eval_loss"]), rel=1e-4)
     with pytest.raises(UserError, match="--overwrite"):
-        evaluation.run(page)
+        cli.run(config)

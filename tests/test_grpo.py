@@ -12,13 +12,12 @@ import pytest
 from conftest import REFERENCE, TINY, mesh_of, records
 from test_model import load
 
-from lacuna import cli, grpo, objective
+from lacuna import cli, grpo
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
+from lacuna.eval import Problem
+from lacuna.grpo import Sample, load_rewards, rewards_of
 from lacuna.model import embed, forward, head_of
-from lacuna.objective import Sample
-from lacuna.problems import Problem
-from lacuna.rewards import load_rewards, rewards_of
 from lacuna.trainer import state_shardings
 
 REWARDS = '''
@@ -71,11 +70,9 @@ def samples_of(inputs: dict[str, Any]) -> list[Sample]:
     ]  # fmt: skip
 
 
-def rows_of(
-    inputs: dict[str, Any], config: GrpoConfig
-) -> tuple[objective.RolloutBatch, jax.Array, list[tuple[int, int]]]:
+def rows_of(inputs: dict[str, Any], config: GrpoConfig) -> tuple[grpo.RolloutBatch, jax.Array, list[tuple[int, int]]]:
     """The reference's inputs in packed rows, with the current log-probabilities, and where each token went."""
-    batch = objective.packed_rows(samples_of(inputs), config, 2, is_shared=False)
+    batch = grpo.packed_rows(samples_of(inputs), config, 2, is_shared=False)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
     current, places = np.zeros(flat.token.shape, np.float32), []
     for number, length in enumerate(inputs["lengths"]):
@@ -101,7 +98,7 @@ def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
     switches = {key: case[key] for key in ("loss_normalisation", "kl_weight", "importance_limit")}
     config = page(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
     batch, current, places = rows_of(inputs, config)
-    (loss, _), gradient = jax.value_and_grad(objective.objective, has_aux=True)(current, batch, config)
+    (loss, _), gradient = jax.value_and_grad(grpo.objective, has_aux=True)(current, batch, config)
     np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
     expected = [
         value for row, length in zip(case["gradient"], inputs["lengths"], strict=True) for value in row[:length]
@@ -114,7 +111,7 @@ def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
     inputs = CASES["inputs"]
     config = page(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
     batch, current, places = rows_of(inputs, config)
-    gradient = jax.grad(lambda x: objective.objective(x, batch, config)[0])(current)
+    gradient = jax.grad(lambda x: grpo.objective(x, batch, config)[0])(current)
     wide = {name: np.asarray(leaf, np.float64) for name, leaf in batch._asdict().items()}
 
     def formula(log_probability: np.ndarray) -> float:
@@ -135,9 +132,9 @@ def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
 
 def test_advantages_are_zero_without_variance_and_centred_else() -> None:
     rewards = np.array([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [3.0, 2, 1, 0]])
-    plain = objective.advantages(rewards, scale_by_std=False)
+    plain = grpo.advantages(rewards, scale_by_std=False)
     np.testing.assert_allclose(plain, [[0.5, -0.5, -0.5, 0.5], [0] * 4, [1.5, 0.5, -0.5, -1.5]])
-    scaled = objective.advantages(rewards, scale_by_std=True)
+    scaled = grpo.advantages(rewards, scale_by_std=True)
     np.testing.assert_allclose(scaled[0], plain[0] / (np.sqrt(1 / 3) + 1e-4))
     assert not scaled[1].any()
 
@@ -165,11 +162,11 @@ def gradient_of(
 ) -> tuple[Any, float]:
     """Gradient and loss of samples in micro-batches, by the functions of the update."""
     model, params = load(REFERENCE / "qwen3")
-    batch = objective.packed_rows(samples, config, rows_at_once, is_shared)
-    total = objective.zeros(params)
+    batch = grpo.packed_rows(samples, config, rows_at_once, is_shared)
+    total = grpo.zeros(params)
     for number in range(batch.token.shape[0]):
         part = jax.tree.map(lambda leaf, number=number: jnp.asarray(leaf[number]), batch)
-        total = objective.add_gradient(total, params, part, model, config)
+        total = grpo.add_gradient(total, params, part, model, config)
     return total[0], float(total[1])
 
 
@@ -184,7 +181,7 @@ def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: d
         replace(sample, prompt_tokens=(1, 2, 3, 4), tokens=tokens, sampled_log_probabilities=(-1.0,) * len(tokens))
         for sample, tokens in zip(random_samples(150), ((5, 6), (7, 8, 9)), strict=False)
     ]
-    rows = objective.packed_rows(two, page(sequence_length=16), 1, is_shared)
+    rows = grpo.packed_rows(two, page(sequence_length=16), 1, is_shared)
     for name, values in expected.items():
         assert getattr(rows, name)[0, 0].tolist() == values + [0] * (16 - len(values)), name
     assert rows.target[rows.weight > 0].tolist() == [7, 8, 9, 5, 6]
@@ -208,22 +205,20 @@ def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
 def test_sums_of_gradients_take_a_device_no_more_than_the_parameters_do() -> None:
     model, params = load(REFERENCE / "qwen3")
     params = jax.device_put(params, state_shardings(model, mesh_of(1, 8, 1)).params)
-    for param, total in zip(jax.tree.leaves(params), jax.tree.leaves(objective.zeros(params)[0]), strict=True):
+    for param, total in zip(jax.tree.leaves(params), jax.tree.leaves(grpo.zeros(params)[0]), strict=True):
         assert total.addressable_shards[0].data.shape == param.addressable_shards[0].data.shape
 
 
 def test_the_gradient_is_that_of_the_whole_logits() -> None:
     samples, config = random_samples(150), page(temperature=0.8, importance_limit=2.0)
     model, params = load(REFERENCE / "qwen3")
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), objective.packed_rows(samples, config, 4, is_shared=False))
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), grpo.packed_rows(samples, config, 4, is_shared=False))
 
     def plain(params: Any) -> jax.Array:
         hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
         logits = hidden @ head_of(params, model).T / config.temperature
         table = jax.nn.log_softmax(logits[..., : model.vocabulary_size])
-        return objective.objective(jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0], batch, config)[
-            0
-        ]
+        return grpo.objective(jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0], batch, config)[0]
 
     loss, expected = jax.value_and_grad(plain)(params)
     found, same = gradient_of(samples, config, 4)
@@ -235,14 +230,14 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
 def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
     samples = random_samples(150)
     samples[0] = replace(samples[0], is_truncated=True)
-    groups = objective.grouped(samples)
+    groups = grpo.grouped(samples)
     groups[1] = [replace(sample, reward=1.0) for sample in groups[1]]
-    kept = objective.kept_samples(groups, page())
+    kept = grpo.kept_samples(groups, page())
     expected = [(0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
     assert [(sample.place, sample.index) for sample in kept] == expected
-    assert len(objective.kept_samples(groups, page(mask_truncated=False))) == 9
-    assert len(objective.kept_samples(groups, page(kl_weight=0.1))) == 11
-    tokens, weight_of = sum(len(sample.tokens) for sample in kept), objective.token_weights(kept, page())
+    assert len(grpo.kept_samples(groups, page(mask_truncated=False))) == 9
+    assert len(grpo.kept_samples(groups, page(kl_weight=0.1))) == 11
+    tokens, weight_of = sum(len(sample.tokens) for sample in kept), grpo.token_weights(kept, page())
     assert {weight_of(sample) for sample in kept} == {1 / tokens}
 
 
@@ -299,7 +294,7 @@ def finished(small: Path, rewards_file: Path, one_device: None) -> GrpoConfig:
     """A run of four steps."""
     config = run_page(small, rewards_file, save_every=1, keep=9, eval_every=2,
                       eval_data=({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},))  # fmt: skip
-    grpo.run(config)
+    cli.run(config)
     return config
 
 
@@ -328,10 +323,10 @@ def test_a_run_logs_saves_resumes_and_replays(
     counted = "    calls.append(1)\n    assert len(calls) < 60, 'power cut'\n    return sum("
     rewards_file.write_text("calls = []\n" + working.replace("    return sum(", counted))
     with pytest.raises(UserError, match="power cut"):
-        grpo.run(resumed)
+        cli.run(resumed)
     assert len(records(resumed)) < 5
     rewards_file.write_text(working)
-    grpo.run(resumed.model_copy(update={"resume": True}))
+    cli.run(resumed.model_copy(update={"resume": True}))
     assert logged(resumed) == logged(finished)
     assert (resumed.run_directory / "model" / "model.safetensors").read_bytes() == (
         directory / "model" / "model.safetensors"
@@ -351,7 +346,7 @@ def test_a_run_logs_saves_resumes_and_replays(
 def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, one_device: None, sign: int) -> None:
     config = run_page(small, rewards_file, steps=10, prompts_per_step=6, completions_per_prompt=8, slots=48,
                       learning_rate=3e-2, reward=(f"{rewards_file}:letters:{sign}.0",))  # fmt: skip
-    grpo.run(config)
+    cli.run(config)
     share = [record["reward/letters"] for record in records(config)]
     assert sign * (np.mean(share[-3:]) - np.mean(share[:3])) > 0.05, share
 
@@ -370,7 +365,7 @@ def test_eight_devices_do_what_one_does(finished: GrpoConfig, monkeypatch: pytes
     spread = finished.model_copy(
         update={"run_name": "spread", "data_parallel": 2, "fsdp": 2, "tensor": 2, "compilation_cache": False}
     )
-    grpo.run(spread)
+    cli.run(spread)
     for one, other in zip(logged(finished), logged(spread), strict=True):
         np.testing.assert_allclose(
             np.array([value or 0 for value in other]), np.array([value or 0 for value in one]), atol=1e-4, rtol=1e-3
@@ -379,7 +374,7 @@ def test_eight_devices_do_what_one_does(finished: GrpoConfig, monkeypatch: pytes
 
 def test_several_updates_a_rollout_clip_and_penalise(small: Path, rewards_file: Path, one_device: None) -> None:
     config = run_page(small, rewards_file, updates_per_rollout=2, kl_weight=0.05, learning_rate=0.05, steps=3, top_k=20)
-    grpo.run(config)
+    cli.run(config)
     for record in records(config):
         assert record["kl"] > 0 and record["importance_mean"] < 1  # top_k makes what is sampled likelier
     assert any(record["clip_fraction"] > 0 for record in records(config))
@@ -387,9 +382,9 @@ def test_several_updates_a_rollout_clip_and_penalise(small: Path, rewards_file: 
 
 def test_what_does_not_fit_is_refused(small: Path, rewards_file: Path, one_device: None) -> None:
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and there is room for 15"):
-        grpo.run(run_page(small, rewards_file, sequence_length=24))
+        cli.run(run_page(small, rewards_file, sequence_length=24))
     with pytest.raises(UserError, match="prompts_per_step = 40 is more than the 30 problems"):
-        grpo.run(run_page(small, rewards_file, prompts_per_step=40))
+        cli.run(run_page(small, rewards_file, prompts_per_step=40))
 
 
 def test_nothing_is_compiled_after_the_first_steps(
@@ -397,7 +392,7 @@ def test_nothing_is_compiled_after_the_first_steps(
 ) -> None:
     held_out = ({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},)
     config = run_page(small, rewards_file, steps=8, eval_every=2, save_every=2, eval_data=held_out)
-    grpo.run(config)
+    cli.run(config)
     assert (0, "jit(apply_gradient)") in compiled
     assert {name for step, name in compiled if step > 0} <= {"jit(prefill)"}  # of prompts longer than those before
     assert [each for each in compiled if each[0] > 3] == []

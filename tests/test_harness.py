@@ -13,10 +13,13 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed: uv sync 
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from lacuna import eval as evaluation  # noqa: E402
-from lacuna import harness  # noqa: E402
-from lacuna.config import EvalConfig, UserError  # noqa: E402
-from lacuna.predictions import Predictions  # noqa: E402
+from lacuna import cli
+from lacuna.apps import harness  # noqa: E402
+from lacuna.config import (
+    EvalConfig,  # noqa: E402
+    UserError,  # noqa: E402
+)
+from lacuna.eval import Predictions  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("tiny_choices", "tiny_rolling", "tiny_generate")
@@ -39,9 +42,9 @@ def page_of(shelf: Path, output_dir: Path, **changes: Any) -> EvalConfig:
     return EvalConfig(**settings | changes)
 
 
-def measured(page: EvalConfig) -> dict[str, Any]:
-    evaluation.run(page)
-    return json.loads((page.run_directory / "summary.json").read_text())
+def measured(config: EvalConfig) -> dict[str, Any]:
+    cli.run(config)
+    return json.loads((config.run_directory / "summary.json").read_text())
 
 
 @pytest.mark.reference
@@ -50,12 +53,12 @@ def measured(page: EvalConfig) -> dict[str, Any]:
 def test_tasks_have_the_figures_of_the_harness_on_transformers(shelf: Path, tmp_path: Path, way: str) -> None:
     expected = json.loads((REFERENCE / "harness" / "expected.json").read_text())[way]
     template = {"harness_chat": True, "chat_template": "configs/chat_template.jinja"} if way == "chat" else {}
-    page = page_of(shelf, tmp_path, **template)
-    found = measured(page)
+    config = page_of(shelf, tmp_path, **template)
+    found = measured(config)
     for task in TASKS:
         for name, value in expected[task]["figures"].items():
             assert found[task][name.removesuffix(",none")] == pytest.approx(value, rel=1e-5), (task, name)
-    lines = [json.loads(line) for line in (page.run_directory / "predictions.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (config.run_directory / "predictions.jsonl").read_text().splitlines()]
     ours = sorted(line["result"] for line in lines if line["task"] == "harness log-likelihood" and line["prompt"])
     theirs = sorted(each[0] for row in expected["tiny_choices"]["responses"] for each in row)
     np.testing.assert_allclose([value for value, _ in ours], [value for value, _ in theirs], atol=2e-4, rtol=0)
@@ -67,7 +70,7 @@ def test_tasks_have_the_figures_of_the_harness_on_transformers(shelf: Path, tmp_
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore")
 def test_a_killed_harness_goes_on(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, add = page_of(shelf, tmp_path, tasks=("tiny_choices",)), Predictions.add
+    config, add = page_of(shelf, tmp_path, tasks=("tiny_choices",)), Predictions.add
 
     def killed(self: Predictions, *line: Any) -> None:
         if len(self.lines) == 6:
@@ -77,9 +80,9 @@ def test_a_killed_harness_goes_on(shelf: Path, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(Predictions, "add", killed)
         with pytest.raises(KeyboardInterrupt, match="6 answers are kept"):
-            evaluation.run(page)
-    found = measured(page)
-    lines = (page.run_directory / "predictions.jsonl").read_text().splitlines()
+            cli.run(config)
+    found = measured(config)
+    lines = (config.run_directory / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 15 and found["tiny_choices"]["acc"] == 0.6
 
 
@@ -87,6 +90,6 @@ def test_a_killed_harness_goes_on(shelf: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_refused_by_name(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tiny_choice is none of loss.*did you mean tiny_choices"):
-        evaluation.run(page_of(shelf, tmp_path, tasks=("tiny_choice",)))
+        cli.run(page_of(shelf, tmp_path, tasks=("tiny_choice",)))
     with pytest.raises(UserError, match="task_path = 'nowhere' is no directory"):
-        evaluation.run(page_of(shelf, tmp_path, task_path="nowhere"))
+        cli.run(page_of(shelf, tmp_path, task_path="nowhere"))

@@ -24,8 +24,8 @@ import pytest
 from conftest import REFERENCE, mesh_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lacuna.checkpoint import load_params
 from lacuna.model import read_model_config
-from lacuna.weights import load_params
 
 COMMIT = "c0ffee" * 6 + "c0de"
 TOKEN = "hf_a_token_of_ours"

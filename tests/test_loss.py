@@ -8,9 +8,9 @@ from conftest import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 from test_model import temporary_bytes
 
-from lacuna import loss
-from lacuna.loss import summed_cross_entropy
-from lacuna.programs import collectives, read_program
+from lacuna import model
+from lacuna.apps.programs import collectives, read_program
+from lacuna.model import summed_cross_entropy
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (3, 300), (600, 2)])
@@ -53,7 +53,7 @@ def test_the_head_is_sent_once_however_many_chunks_there_are(
     arrays = [np.asarray(x, np.int32 if x is target else np.float32) for x in (hidden, head, target, weight)]
     specs = rows, PartitionSpec("tensor", "fsdp"), rows, rows
     for chunk in (128, 16):
-        monkeypatch.setattr(loss, "LOSS_CHUNK", {"cpu": chunk})
+        monkeypatch.setattr(model, "LOSS_CHUNK", {"cpu": chunk})
         with jax.set_mesh(mesh):
             placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
             gradient = jax.jit(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, mesh_of
 
-from lacuna import model, weights
+from lacuna import checkpoint, model
 from lacuna.config import UserError
-from lacuna.loss import summed_cross_entropy, token_statistics
+from lacuna.model import summed_cross_entropy, token_statistics
 
 FAMILIES = [
     "qwen2", "qwen2_untied", "qwen2_bfloat16", "qwen2_float16", "qwen3", "qwen3_sharded",
@@ -23,7 +23,7 @@ FAMILIES = [
 
 def load(directory: Path) -> tuple[model.ModelConfig, Any]:
     config = model.read_model_config(directory)
-    return config, weights.load_params(directory, config, mesh_of(1, 1, 1))
+    return config, checkpoint.load_params(directory, config, mesh_of(1, 1, 1))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -130,9 +130,9 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
     gradients = jax.grad(loss)(params)
     table = model.parameter_table(config)
     files = {
-        name: weights.file_tensor(leaf, row, number, config, np.float32)
+        name: checkpoint.file_tensor(leaf, row, number, config, np.float32)
         for row, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(gradients), strict=True)
-        for number, name in enumerate(weights.file_names(row, config))
+        for number, name in enumerate(checkpoint.file_names(row, config))
     }
     assert sorted(files) == sorted(expected["gradient_names"])
     for number, name in enumerate(expected["gradient_names"]):

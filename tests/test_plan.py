@@ -11,10 +11,11 @@ import pytest
 from conftest import TINY, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lacuna import cli, plan
-from lacuna.config import DEVICE_MEMORY_SHARE, GrpoPlan, PretrainPlan, TrainingConfig, UserError
-from lacuna.plan import CHIPS, Program, TooLarge, Topology, heard_of, read_topology
-from lacuna.programs import (
+from lacuna import cli
+from lacuna.apps import plan
+from lacuna.apps.configs import GrpoPlan, PretrainPlan
+from lacuna.apps.plan import CHIPS, Program, TooLarge, Topology, heard_of, read_topology
+from lacuna.apps.programs import (
     Collective,
     collectives,
     first_group,
@@ -25,7 +26,8 @@ from lacuna.programs import (
     runs_of,
     shape_bytes,
 )
-from lacuna.weights import config_on
+from lacuna.checkpoint import model_on
+from lacuna.config import DEVICE_MEMORY_SHARE, TrainingConfig, UserError
 
 ROWS = ["--model-name", str(TINY), "--from-scratch", "--run-name", "planned", "--data.0.path", "unread.jsonl"]
 
@@ -277,7 +279,7 @@ def advice_for(gigabytes: float, page: TrainingConfig, monkeypatch: pytest.Monke
 
     chip = CHIPS["h100"]._replace(memory=gigabytes * 1e9 / DEVICE_MEMORY_SHARE)
     monkeypatch.setattr(plan, "programs_of", programs_of)
-    topology, model = Topology("h100:1", chip, jax.devices()[:1]), config_on(TINY, page, mesh_of(1, 1, 1))
+    topology, model = Topology("h100:1", chip, jax.devices()[:1]), model_on(TINY, page, mesh_of(1, 1, 1))[0]
     return list(plan.advice(page, model, topology, programs_of(page)))
 
 
@@ -368,7 +370,7 @@ def test_real_compilers_are_asked_where_they_are_installed(name: str) -> None:
     page = PretrainPlan(
         model_name="x", run_name="x", data=({"path": "x"},), topology=name, sequence_length=256, batch_size=8
     )
-    config = replace(config_on(TINY, page, mesh), layers=1)
+    config = replace(model_on(TINY, page, mesh)[0], layers=1)
     with heard_of(topology):
         programs = plan.programs_of(page, config, mesh)
     facts = plan.program_plan(programs[0], topology.chip, mesh.size)

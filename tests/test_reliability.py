@@ -16,8 +16,7 @@ import pytest
 from conftest import TINY, chat_run, make_small, outcome, records, text_run
 
 from lacuna import checkpoint, cli
-from lacuna.config import GrpoConfig, PretrainConfig, TrainingConfig
-from lacuna.options import to_toml
+from lacuna.config import GrpoConfig, PretrainConfig, TrainingConfig, to_toml
 
 FAULTS = Path(__file__).with_name("faults.py")
 PATIENCE = 300

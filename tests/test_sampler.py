@@ -14,11 +14,12 @@ import pytest
 from conftest import REFERENCE, TINY, mesh_of
 from test_model import FAMILIES, load, logits, positions
 
-from lacuna import model, sampler, sampling, weights
-from lacuna.beams import beam_search
+from lacuna import checkpoint, model, sampler
+from lacuna.apps import constraints
+from lacuna.apps.constraints import beam_search
+from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
-from lacuna.loss import token_statistics
-from lacuna.model import PAGE
+from lacuna.model import PAGE, token_statistics
 from lacuna.sampler import Request
 from lacuna.tokenizer import Tokenizer, encode, load_tokenizer, plain, read_on, window_behind
 
@@ -102,14 +103,14 @@ def test_decoding_on_eight_devices_equals_one() -> None:
 # Rules
 
 
-def rules_from(values: dict[str, Any], count: int) -> sampling.Rules:
+def rules_from(values: dict[str, Any], count: int) -> sampler.Rules:
     rows = [sampler.rules_of(Request((0,)), 0, capacity=64) for _ in range(count)]
     rules = sampler.empty_slots(TINY_CONFIG, count, 1, "float32").rules
-    filled = {name: np.array([row[name] for row in rows]) for name in sampling.Rules._fields}
-    return sampling.Rules(
+    filled = {name: np.array([row[name] for row in rows]) for name in sampler.Rules._fields}
+    return sampler.Rules(
         **{
             name: jnp.asarray(values.get(name, filled[name]), getattr(rules, name).dtype)
-            for name in sampling.Rules._fields
+            for name in sampler.Rules._fields
         }
     )
 
@@ -132,8 +133,8 @@ def test_rules_leave_the_distribution_that_transformers_processors_leave(name: s
     rules = rules_from({each: reference[each] for each in names}, len(logits))
     seen = presence_of(reference["seen"], logits.shape[1])
     count = jnp.zeros(logits.shape, jnp.int32)
-    penalised = jax.jit(sampling.penalise)(logits, jnp.asarray(seen > 0), count, rules)
-    ours = log_softmax(jax.jit(sampling.restrict)(penalised, rules))
+    penalised = jax.jit(sampler.penalise)(logits, jnp.asarray(seen > 0), count, rules)
+    ours = log_softmax(jax.jit(sampler.restrict)(penalised, rules))
     expected = log_softmax(reference[name if name == "together" else f"only_{name}"])
     assert np.array_equal(ours > -np.inf, expected > -np.inf)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -145,7 +146,7 @@ def test_penalties_follow_openais_formula_over_generated_tokens_only() -> None:
     count = random.integers(0, 4, (3, 50), dtype=np.int32)
     frequency, presence = np.array([0.0, 0.5, -0.25]), np.array([1.5, 0.0, 0.5])
     rules = rules_from({"frequency_penalty": frequency, "presence_penalty": presence}, 3)
-    ours = sampling.penalise(jnp.asarray(logits), jnp.ones((3, 50), bool), jnp.asarray(count), rules)
+    ours = sampler.penalise(jnp.asarray(logits), jnp.ones((3, 50), bool), jnp.asarray(count), rules)
     expected = logits - count * frequency[:, None] - (count > 0) * presence[:, None]
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
@@ -157,7 +158,7 @@ def test_draws_follow_the_probabilities() -> None:
     tries = 40_000
     rows = jnp.broadcast_to(jnp.asarray(scores), (tries, 300))
     zero = jnp.zeros(tries, jnp.int32)
-    token = jax.jit(sampling.draw)(rows, zero.astype(jnp.uint32), zero, jnp.arange(tries))
+    token = jax.jit(sampler.draw_token)(rows, zero.astype(jnp.uint32), zero, jnp.arange(tries))
     found = np.bincount(token, minlength=300)
     expected = tries * np.exp(log_softmax(scores[None])[0])
     assert not np.any(found[scores == -np.inf])
@@ -181,8 +182,10 @@ def sampler_of(
     """A sampler of a small random model, its vocabulary padded on request."""
     config = replace(TINY_CONFIG, padded_vocabulary=TINY_CONFIG.vocabulary_size + padding)
     mesh = mesh_of(*shape)
-    params = weights.load_params(REFERENCE / "qwen3", config, mesh)
-    return sampler.Sampler(params, config, tokenizer, mesh, slots, capacity=320, dtype="float32")
+    params = checkpoint.load_params(REFERENCE / "qwen3", config, mesh)
+    return sampler.Sampler(
+        params, OpenedModel(REFERENCE / "qwen3", config, tokenizer, mesh, ""), slots, capacity=320, dtype="float32"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -282,10 +285,8 @@ def test_sampled_log_probabilities_are_those_of_the_distribution_drawn_from(smal
         prompted = np.bincount(request.prompt, minlength=config.vocabulary_size) > 0
         vectors = {name: np.array([getattr(rules, name)]) for name in SamplingKeys.model_fields}
         here = rules_from(vectors, 1)
-        scores = sampling.penalise(
-            whole[None, 19 + number], jnp.asarray(prompted)[None], jnp.asarray(count)[None], here
-        )
-        expected = log_softmax(sampling.restrict(scores, here))[0, token]
+        scores = sampler.penalise(whole[None, 19 + number], jnp.asarray(prompted)[None], jnp.asarray(count)[None], here)
+        expected = log_softmax(sampler.restrict(scores, here))[0, token]
         assert completion.sampled_log_probabilities[number] == pytest.approx(expected, abs=1e-4)
     (certain,) = small.generate([Request(random_prompt(20), GREEDY)])
     assert set(certain.sampled_log_probabilities) == {0.0}
@@ -396,8 +397,8 @@ def leaf_scores(prompt: tuple[int, ...]) -> dict[tuple[int, ...], float]:
 
 def test_beams_on_a_trie_equal_brute_force_over_its_leaves(small: sampler.Sampler) -> None:
     prompts = [random_prompt(12), random_prompt(70)]
-    found = beam_search(small, prompts, beam_count=8, max_tokens=6, trie=sampling.token_trie(LEAVES))
-    assert found == beam_search(small, prompts, beam_count=8, max_tokens=6, trie=sampling.token_trie(LEAVES))
+    found = beam_search(small, prompts, beam_count=8, max_tokens=6, trie=constraints.token_trie(LEAVES))
+    assert found == beam_search(small, prompts, beam_count=8, max_tokens=6, trie=constraints.token_trie(LEAVES))
     for prompt, beams in zip(prompts, found, strict=True):
         expected = sorted(leaf_scores(prompt).items(), key=lambda item: -item[1])
         assert [beam.tokens for beam in beams] == [leaf for leaf, _ in expected]
@@ -435,7 +436,7 @@ def test_beams_without_room_for_all_their_tokens_are_refused(small: sampler.Samp
 
 def test_tries_come_and_go_while_others_are_walked_in(small: sampler.Sampler) -> None:
     prompts = [random_prompt(12 + number) for number in range(6)]
-    tries = [sampling.token_trie([(n + 1,) * (9 - n), (n + 1, 100, *[7] * 5)]) for n in range(6)]
+    tries = [constraints.token_trie([(n + 1,) * (9 - n), (n + 1, 100, *[7] * 5)]) for n in range(6)]
     requests = [Request(prompt, GREEDY, trie=trie) for prompt, trie in zip(prompts, tries, strict=True)]
     alone = [small.generate([request])[0].tokens for request in requests]
     parts: dict[int, tuple[int, ...]] = {}
@@ -451,8 +452,8 @@ def test_tries_come_and_go_while_others_are_walked_in(small: sampler.Sampler) ->
 
 def test_constrained_completions_are_leaves_drawn_by_their_probability(small: sampler.Sampler) -> None:
     """Greedy takes the likeliest allowed token at each step; draws follow the probabilities of allowed tokens."""
-    trie, prompt = sampling.token_trie(LEAVES), random_prompt(12)
-    others = sampling.token_trie([(1, 2), (3,)])
+    trie, prompt = constraints.token_trie(LEAVES), random_prompt(12)
+    others = constraints.token_trie([(1, 2), (3,)])
     requests = [
         Request(prompt, GREEDY, trie=trie),
         Request(prompt, GREEDY, trie=others),
@@ -472,11 +473,11 @@ def test_constrained_completions_are_leaves_drawn_by_their_probability(small: sa
 
 def test_a_trie_with_an_output_that_begins_another_needs_an_end() -> None:
     with pytest.raises(UserError, match=r"\[1, 2\] begins another"):
-        sampling.token_trie([(1, 2), (1, 2, 3)])
-    trie = sampling.token_trie([(1, 2), (1, 2, 3)], end_id=9)
+        constraints.token_trie([(1, 2), (1, 2, 3)])
+    trie = constraints.token_trie([(1, 2), (1, 2, 3)], end_id=9)
     assert len(trie.token) == 5 and trie.width == 2
     with pytest.raises(UserError, match="at least one"):
-        sampling.token_trie([()])
+        constraints.token_trie([()])
 
 
 # Text
@@ -486,8 +487,10 @@ def test_a_trie_with_an_output_that_begins_another_needs_an_end() -> None:
 def test_stories260k_repeats_the_greedy_text_of_its_fixtures(shelf: Path) -> None:
     directory = shelf / "weights" / "stories260k"
     config, mesh = model.read_model_config(directory), mesh_of(1, 1, 1)
-    params, tokenizer = weights.load_params(directory, config, mesh), load_tokenizer(directory)
-    stories = sampler.Sampler(params, config, tokenizer, mesh, slots=2, capacity=512, dtype="float32")
+    params, tokenizer = checkpoint.load_params(directory, config, mesh), load_tokenizer(directory)
+    stories = sampler.Sampler(
+        params, OpenedModel(directory, config, tokenizer, mesh, ""), slots=2, capacity=512, dtype="float32"
+    )
     cases = json.loads((directory / "fixtures.json").read_text())["cases"]
     rules = SamplingKeys(temperature=0.0, max_tokens=120)
     for case, completion in zip(

@@ -28,9 +28,11 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from lacuna import model, sampler, serve, weights
-from lacuna.config import SamplingKeys, ServeConfig, UserError
-from lacuna.options import parse
+from lacuna import checkpoint, model, sampler
+from lacuna.apps import serve
+from lacuna.apps.configs import ServeConfig
+from lacuna.cli import parse
+from lacuna.config import SamplingKeys, UserError
 from lacuna.tokenizer import encode, load_tokenizer, render
 
 NAME = "small"
@@ -49,18 +51,20 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = make_small(directory.with_name("source"))
     config = model.read_model_config(source)
     params = model.initial_params(jax.random.key(0), replace(config, initializer_range=0.4))
-    weights.save_model(directory, params, config, source)
+    checkpoint.save_model(directory, params, config, source)
     return directory
 
 
 @pytest.fixture(scope="module")
 def new_generator(directory: Path) -> Callable[[], sampler.Generator]:
     config, mesh, tokenizer = model.read_model_config(directory), mesh_of(1, 1, 1), load_tokenizer(directory)
-    params = weights.load_params(directory, config, mesh)
+    params = checkpoint.load_params(directory, config, mesh)
     rules = SamplingKeys(temperature=0.0, max_tokens=30)
 
     def make() -> sampler.Generator:
-        batch = sampler.Sampler(params, config, tokenizer, mesh, 4, CAPACITY, "float32")
+        batch = sampler.Sampler(
+            params, checkpoint.OpenedModel(directory, config, tokenizer, mesh, ""), 4, CAPACITY, "float32"
+        )
         return sampler.Generator(batch, directory, rules, (2, 0))
 
     return make

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_trees_close, chat_run, mesh_of, outcome, records, text_run
 
-from lacuna import checkpoint, sft, trainer, weights
+from lacuna import checkpoint, cli, trainer
 from lacuna.config import ModelKeys, SamplingKeys, UserError
 from lacuna.data import Batch, Dataset
 from lacuna.metrics import RunLog
@@ -31,7 +31,7 @@ RUNS = {
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
     make, changes = RUNS[name]
     whole = make(small, run_name="whole", **changes)
-    sft.run(whole)
+    cli.run(whole)
     steps = checkpoint.saved_steps(whole.run_directory)
     assert len(steps) >= 2
     cut = make(small, run_name="cut", **changes)
@@ -40,14 +40,14 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str, small: Pa
         (cut.run_directory / file).write_bytes((whole.run_directory / file).read_bytes())
     first = checkpoint.checkpoint_directory(whole.run_directory, steps[0])
     first.rename(checkpoint.checkpoint_directory(cut.run_directory, steps[0]))
-    sft.run(make(small, run_name="cut", resume=True, **changes))
+    cli.run(make(small, run_name="cut", resume=True, **changes))
     assert outcome(cut) == outcome(whole)
     assert [record["step"] for record in records(cut)] == list(range(1, len(records(whole)) + 1))
 
 
 def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
     page = chat_run(small, epochs=1)
-    sft.run(page)
+    cli.run(page)
     directory = page.run_directory
     assert {path.name for path in directory.iterdir()} >= {
         "config.toml", "metrics.jsonl", "run.log", "report.html", "summary.json", "checkpoints", "best", "model",
@@ -65,7 +65,7 @@ def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
     assert summary["best_eval_loss"] == rows[-1]["eval_loss"] and summary["final_loss"] == rows[-1]["loss"]
     assert (directory / "best").resolve() == checkpoint.checkpoint_directory(directory, len(rows)).resolve()
     exported = read_model_config(directory / "model")
-    params = weights.load_params(directory / "model", exported, mesh_of(1, 1, 1))
+    params = checkpoint.load_params(directory / "model", exported, mesh_of(1, 1, 1))
     state = checkpoint.load_checkpoint(
         directory / "best",
         checkpoint.read_manifest(directory / "best"),
@@ -80,7 +80,7 @@ def test_each_sample_is_seen_once_an_epoch_and_the_last_batch_is_filled_with_emp
     page = chat_run(
         small, data=({"path": str(TINY / "heldout.jsonl"), "split": "train[:100]"},), epochs=2, batch_size=8
     )
-    sft.run(page)
+    cli.run(page)
     summary = json.loads((page.run_directory / "summary.json").read_text())
     assert summary["data"]["documents"] == 100
     assert summary["tokens"] == 2 * summary["data"]["tokens"]
@@ -89,13 +89,13 @@ def test_each_sample_is_seen_once_an_epoch_and_the_last_batch_is_filled_with_emp
 
 def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(small: Path) -> None:
     page = text_run(small, steps=1)
-    sft.run(page)
+    cli.run(page)
     before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
     with pytest.raises(UserError, match="--resume .* --overwrite"):
-        sft.run(page)
+        cli.run(page)
     assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
     with pytest.raises(UserError, match="seed was 0 and is 1. It may change: .*learning_rate, .*steps, .*save_every"):
-        sft.run(text_run(small, steps=2, seed=1, resume=True))
+        cli.run(text_run(small, steps=2, seed=1, resume=True))
 
 
 @pytest.mark.parametrize("place", ["prepare", "evaluate"])
@@ -104,22 +104,22 @@ def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)
     page = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
-    usual = getattr(sft.Loop, place)
+    usual = getattr(trainer.RowLoop, place)
 
-    def interrupted(loop: sft.Loop, *arguments: Any, **named: Any) -> Any:
+    def interrupted(loop: trainer.RowLoop, *arguments: Any, **named: Any) -> Any:
         if loop.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             monkeypatch.undo()
         return usual(loop, *arguments, **named)
 
-    monkeypatch.setattr(sft.Loop, place, interrupted)
-    sft.run(page)
+    monkeypatch.setattr(trainer.RowLoop, place, interrupted)
+    cli.run(page)
     (step,) = checkpoint.saved_steps(page.run_directory)
     assert step < 8 and records(page)[-1]["step"] == step and not (page.run_directory / "model").exists()
     assert "config.toml --resume" in (page.run_directory / "run.log").read_text()
-    sft.run(page.model_copy(update={"resume": True}))
+    cli.run(page.model_copy(update={"resume": True}))
     whole = page.model_copy(update={"run_name": "whole"})
-    sft.run(whole)
+    cli.run(whole)
     assert outcome(page) == outcome(whole)
 
 
@@ -129,17 +129,17 @@ def test_overwrite_deletes_a_run_and_nothing_else(small: Path) -> None:
     thesis = page.run_directory / "thesis.tex"
     thesis.write_text("years of work")
     with pytest.raises(UserError, match="files that are no run"):
-        sft.run(page)
+        cli.run(page)
     assert thesis.exists()
     thesis.unlink()
-    sft.run(page)
-    sft.run(page)
+    cli.run(page)
+    cli.run(page)
     own = page.model_copy(update={"model_name": str(page.run_directory), "from_scratch": False})
     with pytest.raises(UserError, match="would delete"):
-        sft.run(own)
+        cli.run(own)
     wrong = page.model_copy(update={"model_name": str(small), "from_scratch": False})
     with pytest.raises(UserError, match="no such file; to train from random weights"):
-        sft.run(wrong)
+        cli.run(wrong)
     assert (page.run_directory / "model" / "config.json").exists()
 
 
@@ -148,16 +148,16 @@ def test_data_that_changed_since_the_checkpoint_are_refused(small: Path) -> None
     lines = (TINY / "pretrain.jsonl").read_text().splitlines(keepends=True)
     data.write_text("".join(lines[:50]))
     page = text_run(small, data=({"path": str(data)},), steps=1)
-    sft.run(page)
+    cli.run(page)
     data.write_text("".join(lines[:49]))
     with pytest.raises(UserError, match="texts.jsonl: its content has changed"):
-        sft.run(page.model_copy(update={"resume": True, "steps": 2}))
+        cli.run(page.model_copy(update={"resume": True, "steps": 2}))
 
 
 def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(small: Path) -> None:
     page = text_run(small, learning_rate=1e30, steps=12)
     with pytest.raises(UserError, match=r"step \d+: .* not finite.*rows \d+ to \d+, beginning .*5 steps in a row"):
-        sft.run(page)
+        cli.run(page)
     assert [row["gradient_norm"] for row in records(page)][-5:] == [None] * 5
 
 
@@ -165,7 +165,7 @@ def test_nothing_is_compiled_after_the_first_steps_evaluation_and_save(
     small: Path, compiled: list[tuple[int, str]]
 ) -> None:
     page = chat_run(small, eval_every=3, save_every=2, keep=9)
-    sft.run(page)
+    cli.run(page)
     assert len(records(page)) >= 9 and len(checkpoint.saved_steps(page.run_directory)) >= 4
     assert any(step == 0 for step, _ in compiled)
     assert [each for each in compiled if each[0] > 3] == []
@@ -174,9 +174,9 @@ def test_nothing_is_compiled_after_the_first_steps_evaluation_and_save(
 
 def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, events, loops = text_run(small), [], []
-    prepare, source, log = sft.Loop.prepare, Dataset.batch, RunLog.step
+    prepare, source, log = trainer.RowLoop.prepare, Dataset.batch, RunLog.step
 
-    def watched(loop: sft.Loop, index: int) -> Any:
+    def watched(loop: trainer.RowLoop, index: int) -> Any:
         loops.append(loop)
         return prepare(loop, index)
 
@@ -192,10 +192,10 @@ def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytes
         events.append(("logged", record["step"], True))
         log(self, record)
 
-    monkeypatch.setattr(sft.Loop, "prepare", watched)
+    monkeypatch.setattr(trainer.RowLoop, "prepare", watched)
     monkeypatch.setattr(Dataset, "batch", slow)
     monkeypatch.setattr(RunLog, "step", logged)
-    sft.run(page)
+    cli.run(page)
     begun = {index: at for at, (kind, index, _) in enumerate(events) if kind == "begun"}
     fetched = {index: at for at, (kind, index, _) in enumerate(events) if kind == "logged"}
     assert len(begun) == page.steps - 1 and all(begun[step] < fetched[step] for step in begun)
@@ -204,7 +204,7 @@ def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytes
 
 def test_training_lowers_the_loss(small: Path) -> None:
     page = chat_run(small, epochs=12, learning_rate=1e-2)
-    sft.run(page)
+    cli.run(page)
     losses = [row["loss"] for row in records(page)]
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
 
@@ -215,7 +215,7 @@ def test_a_full_disk_is_said_loudly_and_training_goes_on_to_the_next_save(
     page = text_run(small, steps=8, save_every=2)
     free, usual = [1000, 1000, 10**12, 10**12], shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usual(path)._replace(free=free.pop(0)))
-    sft.run(page)
+    cli.run(page)
     log = (page.run_directory / "run.log").read_text()
     assert log.count("WARNING: step") == 2 and "are needed, 1 KB are free; training goes on" in log
     assert checkpoint.saved_steps(page.run_directory) == [6, 8] and len(records(page)) == 8
@@ -228,57 +228,58 @@ def test_three_full_disks_in_a_row_end_the_run_which_then_goes_on_where_it_was_s
     free, usual = [10**12, 1000, 1000, 1000, 10**12, 10**12], shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usual(path)._replace(free=free.pop(0)))
     with pytest.raises(UserError, match="3 saves in a row failed: make room and add --resume"):
-        sft.run(page)
+        cli.run(page)
     assert checkpoint.saved_steps(page.run_directory) == [2] and not free[2:]
     monkeypatch.undo()
-    sft.run(page.model_copy(update={"resume": True}))
+    cli.run(page.model_copy(update={"resume": True}))
     whole = page.model_copy(update={"run_name": "whole"})
-    sft.run(whole)
+    cli.run(whole)
     assert outcome(page) == outcome(whole)
 
 
 def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked_for(small: Path) -> None:
     page = text_run(small, steps=4, save_every=2)
-    sft.run(page)
+    cli.run(page)
     shards = [checkpoint.checkpoint_directory(page.run_directory, step) / "shard-00000.safetensors" for step in (2, 4)]
     os.truncate(shards[1], 100)
     with pytest.raises(UserError, match="step_00000004.* 100 bytes"):
-        sft.run(page.model_copy(update={"resume_from": str(shards[1].parent)}))
-    sft.run(page.model_copy(update={"resume": True}))
+        cli.run(page.model_copy(update={"resume_from": str(shards[1].parent)}))
+    cli.run(page.model_copy(update={"resume": True}))
     log = (page.run_directory / "run.log").read_text()
     assert f"checkpoint passed over: {shards[1]}" in log and f"resuming from {shards[0].parent}" in log
     assert "set aside as" in log and [record["step"] for record in records(page)] == [1, 2, 3, 4]
     for shard in shards:
         os.truncate(shard, 100)
     with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
-        sft.run(page.model_copy(update={"resume": True}))
+        cli.run(page.model_copy(update={"resume": True}))
 
 
 def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resumed(small: Path) -> None:
     page = text_run(small, steps=2)
-    sft.run(page)
+    cli.run(page)
     shutil.rmtree(page.run_directory / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
     with pytest.raises(UserError, match="whose checkpoints are gone"):
-        sft.run(page.model_copy(update={"resume": True}))
+        cli.run(page.model_copy(update={"resume": True}))
     assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
     foreign = text_run(small, steps=2, run_name="foreign", resume=True)
     foreign.run_directory.mkdir()
     (foreign.run_directory / "metrics.jsonl").write_text("mine")
     with pytest.raises(UserError, match="no run of ours"):
-        sft.run(foreign)
+        cli.run(foreign)
     assert (foreign.run_directory / "metrics.jsonl").read_text() == "mine"
 
 
 def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
     prompts = ("Nora has 18 marbles.", "How many are 2 jars?")
     run = chat_run(small, steps=2, eval_every=1, sample_prompts=prompts, sample_tokens=9)
-    assert sft.run(run)
+    assert cli.run(run)
     logged = [record["samples"] for record in records(run)]
     assert len(logged) == 2 and all(tuple(samples) == prompts for samples in logged)
     mesh = mesh_of(1, 1, 1)
-    source, config, tokenizer = weights.open_model(ModelKeys(model_name=str(run.run_directory)), mesh)
-    sampler = Sampler(weights.load_params(source, config, mesh), config, tokenizer, mesh, 1, 64, "float32")
+    opened = checkpoint.open_model(ModelKeys(model_name=str(run.run_directory)), mesh)
+    source, config, tokenizer, _, _ = opened
+    sampler = Sampler(checkpoint.load_params(source, config, mesh), opened, 1, 64, "float32")
     for prompt in prompts:
         text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         token = encode(tokenizer, text, add_special_tokens=False)
@@ -292,5 +293,5 @@ def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
 
 def test_a_sample_prompt_that_does_not_fit_is_refused_before_the_run(small: Path) -> None:
     with pytest.raises(UserError, match="max_position_embeddings"):
-        sft.run(chat_run(small, sample_prompts=("word " * 3000,)))
+        cli.run(chat_run(small, sample_prompts=("word " * 3000,)))
     assert not (small.parent / "runs" / "run" / "metrics.jsonl").exists()

@@ -11,15 +11,14 @@ import pytest
 from conftest import REFERENCE, TINY, chat_run, make_small, mesh_of, records
 from pydantic import ValidationError
 
+from lacuna import checkpoint, cli
 from lacuna import eval as evaluation
-from lacuna import tasks, weights
-from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError
-from lacuna.likelihood import log_likelihoods
+from lacuna.cli import parse
+from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, to_toml
+from lacuna.eval import Predictions, log_likelihoods
 from lacuna.model import initial_params, read_model_config
-from lacuna.options import parse, to_toml
-from lacuna.predictions import Predictions
-from lacuna.sft import run as train
 from lacuna.tokenizer import encode, load_tokenizer
+from lacuna.trainer import run_training as train
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config_only = make_small(tmp_path_factory.mktemp("model") / "small")
     config = read_model_config(config_only)
     directory = config_only.parent / "random"
-    weights.save_model(directory, initial_params(jax.random.key(0), config), config, config_only)
+    checkpoint.save_model(directory, initial_params(jax.random.key(0), config), config, config_only)
     return directory
 
 
@@ -56,7 +55,7 @@ def summary(page: EvalConfig) -> dict[str, Any]:
 @pytest.mark.parametrize(("samples", "correct", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 2), (7, 5, 4)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples: int, correct: int, k: int) -> None:
     subsets = list(itertools.combinations([True] * correct + [False] * (samples - correct), k))
-    assert tasks.pass_at(k, samples, correct) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert evaluation.pass_at(k, samples, correct) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_the_standard_error_is_over_problems_not_samples() -> None:
@@ -64,7 +63,7 @@ def test_the_standard_error_is_over_problems_not_samples() -> None:
     lines = [
         {"correct": each, "finish_reason": "length", "parsed": False, "tokens": 4} for row in right for each in row
     ]
-    figures = tasks.generation_figures(lines, samples=2)
+    figures = evaluation.generation_figures(lines, samples=2)
     assert figures["pass@1"] == figures["mean@2"] == 0.5
     assert figures["pass@1_stderr"] == pytest.approx(np.std([1, 0.5, 0], ddof=1) / np.sqrt(3))
     assert figures["pass@2"] == pytest.approx(2 / 3)
@@ -77,7 +76,7 @@ def test_the_standard_error_is_over_problems_not_samples() -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalConfig:
     page = page_of(model, tmp_path_factory.mktemp("whole"))
-    evaluation.run(page)
+    cli.run(page)
     return page
 
 
@@ -107,12 +106,12 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(
     with monkeypatch.context() as patch:
         patch.setattr(Predictions, "add", killed)
         with pytest.raises(KeyboardInterrupt, match="7 answers are kept in .* the same command again goes on"):
-            evaluation.run(page)
+            cli.run(page)
     path = page.run_directory / "predictions.jsonl"
     half = path.read_bytes()
     assert half.count(b"\n") == 7 and not (page.run_directory / "summary.json").exists()
     path.write_bytes(half[:-20])  # the kill hit the last line
-    evaluation.run(page)
+    cli.run(page)
     assert path.read_bytes().startswith(half[: half[:-1].rfind(b"\n") + 1])
     assert predictions(page) == predictions(uninterrupted)
     assert summary(page)["generate"] == summary(uninterrupted)["generate"]
@@ -120,19 +119,19 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(
 
 def test_another_evaluation_is_not_mixed_in(uninterrupted: EvalConfig, model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--overwrite"):
-        evaluation.run(uninterrupted)
+        cli.run(uninterrupted)
     page = page_of(model, tmp_path, data=({"path": str(TINY / "heldout.jsonl"), "split": "train[:2]"},))
-    evaluation.run(page)
+    cli.run(page)
     (page.run_directory / "summary.json").unlink()
     with pytest.raises(UserError, match="temperature was 1.0 and is 0.5"):
-        evaluation.run(page.model_copy(update={"temperature": 0.5}))
-    evaluation.run(page.model_copy(update={"temperature": 0.5, "overwrite": True}))
+        cli.run(page.model_copy(update={"temperature": 0.5}))
+    cli.run(page.model_copy(update={"temperature": 0.5, "overwrite": True}))
     assert len(predictions(page)) == 6
     path = page.run_directory / "predictions.jsonl"
     (page.run_directory / "summary.json").unlink()
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(UserError, match="line 1 is damaged"):
-        evaluation.run(page.model_copy(update={"temperature": 0.5}))
+        cli.run(page.model_copy(update={"temperature": 0.5}))
 
 
 def test_an_evaluation_that_cannot_run_is_refused(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +146,7 @@ def test_an_evaluation_that_cannot_run_is_refused(tmp_path: Path, model: Path, m
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Is it?", "completion": "perhaps", "choices": ["yes", "no"]}\n')
     with pytest.raises(UserError, match=r"rows.jsonl line 1: the answer 'perhaps' is none of its 2 choices"):
-        evaluation.run(page_of(model, tmp_path, tasks=("choices",), data=({"path": str(path)},)))
+        cli.run(page_of(model, tmp_path, tasks=("choices",), data=({"path": str(path)},)))
 
 
 # Choices
@@ -172,12 +171,12 @@ def test_the_right_choice_is_named_by_text_label_or_number(
     path.write_text(json.dumps({"question": "Which?"} | row) + "\n")
     source = {"path": str(path), "prompt_column": "question", "completion_column": "answer"}
     page = page_of(model, tmp_path, tasks=("choices",), data=(source,), labels=("positive", "negative"))
-    opened = weights.open_model(ModelKeys(model_name=str(model)), mesh_of(1, 1, 1))
+    opened = checkpoint.open_model(ModelKeys(model_name=str(model)), mesh_of(1, 1, 1))
     if right is None:
         with pytest.raises(UserError, match="nor the number of one"):
-            tasks.read_questions(page, opened)
+            evaluation.read_questions(page, opened)
     else:
-        assert tasks.read_questions(page, opened).choices[0].right == right
+        assert evaluation.read_questions(page, opened).choices[0].right == right
 
 
 @pytest.mark.reference
@@ -189,7 +188,7 @@ def test_choices_have_transformers_log_likelihoods(shelf: Path, tmp_path: Path) 
     page = page_of(
         shelf / "weights" / "stories260k", tmp_path, tasks=("choices",), data=(source,), batch_size=3, samples=1
     )
-    evaluation.run(page)
+    cli.run(page)
     for line, row in zip(predictions(page), rows, strict=True):
         np.testing.assert_allclose(line["log_likelihoods"], row["sums"], atol=2e-4, rtol=0)
     figures, sums = summary(page)["choices"], [np.array(row["sums"]) for row in rows]
@@ -213,9 +212,9 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
             pairs.append((context, encode(tokenizer, f"{row['question']} {choice}", True).tolist()[len(context) :]))
         greedy += row["is_greedy"]
     for mesh, batch_size in ((mesh_of(1, 1, 1), 4), (mesh_of(2, 2, 2), 1)):
-        _, config, _ = weights.open_model(ModelKeys(model_name=str(directory)), mesh)
-        params = weights.load_params(directory, config, mesh)
-        scored = sorted(log_likelihoods(params, pairs, config, mesh, "float32", batch_size, longest=512))
+        opened = checkpoint.open_model(ModelKeys(model_name=str(directory)), mesh)
+        params = checkpoint.load_params(directory, opened.model, mesh)
+        scored = sorted(log_likelihoods(params, pairs, opened, "float32", batch_size, longest=512))
         found.append([each.log_likelihood for _, each in scored])
         assert [each.is_greedy for _, each in scored] == greedy
     np.testing.assert_allclose(found[0], found[1], atol=1e-4, rtol=0)
@@ -240,7 +239,7 @@ def test_a_run_measures_tasks_as_eval_does_on_its_model(small: Path, tmp_path: P
     train(run)
     logged = [record for record in records(run) if "eval/generate/pass@1" in record]
     assert [record["step"] for record in logged] == [1, 2]
-    evaluation.run(page.model_copy(update={"model_name": str(run.run_directory)}))
+    cli.run(page.model_copy(update={"model_name": str(run.run_directory)}))
     for task in ("generate", "choices"):
         for name, value in summary(page)[task].items():
             if isinstance(value, float):

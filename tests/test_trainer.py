@@ -13,21 +13,14 @@ from conftest import REFERENCE, SIZES, assert_trees_close, mesh_of
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from lacuna import trainer, weights
+from lacuna import checkpoint, trainer
 from lacuna.config import SftConfig
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
-from lacuna.model import (
-    ModelConfig,
-    initial_params,
-    model_config,
-    parameter_counts,
-    parameter_table,
-    read_model_config,
-)
+from lacuna.model import ModelConfig, initial_params, model_config, parameter_counts, parameter_table, read_model_config
 
 
-def page(**changes: Any) -> SftConfig:
+def config(**changes: Any) -> SftConfig:
     settings: dict[str, Any] = {
         "model_name": "unused", "run_name": "run", "data": ({"path": "unused"},), "batch_size": 4,
         "compute_dtype": "float32", "learning_rate": 1e-3, "weight_decay": 0.1, "steps": 50, "warmup_steps": 5,
@@ -57,7 +50,7 @@ def regrouped(batch: Batch, micro_batches: int) -> Batch:
 def test_fifty_steps_follow_pytorch(family: str) -> None:
     model = read_model_config(REFERENCE / family)
     expected = np.load(REFERENCE / "training.npz")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
     step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
     losses, norms, rates = [], [], []
     for number in range(50):
@@ -65,7 +58,7 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
         weight = expected["weights"][number][None].astype(np.float32)
         position = np.broadcast_to(np.arange(token.shape[-1], dtype=np.int32), token.shape)
         arrays: Any = (token, target, weight, np.ones_like(token), position)
-        state, facts = step(state, Batch(*arrays), trainer.recipe_of(page(), 50), model, page())
+        state, facts = step(state, Batch(*arrays), trainer.recipe_of(config(), 50), model, config())
         losses.append(float(facts["loss"]))
         norms.append(float(facts["gradient_norm"]))
         rates.append(float(facts["learning_rate"]))
@@ -74,16 +67,16 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
     np.testing.assert_allclose(norms, expected[f"{family}/gradient_norms"], rtol=1e-3)
     rows, leaves = jax.tree.leaves(parameter_table(model)), jax.tree.leaves(state.params)
     for row, leaf in zip(rows, leaves, strict=True):
-        for layer, name in enumerate(weights.file_names(row, model)):
-            norm = np.linalg.norm(weights.file_tensor(leaf, row, layer, model, np.float32))
+        for layer, name in enumerate(checkpoint.file_names(row, model)):
+            norm = np.linalg.norm(checkpoint.file_tensor(leaf, row, layer, model, np.float32))
             index = list(expected[f"{family}/parameter_names"]).index(name)
             np.testing.assert_allclose(norm, expected[f"{family}/parameter_norms"][index], rtol=1e-4, err_msg=name)
 
 
 def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
     model = read_model_config(REFERENCE / "qwen2")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
-    batch, settings = random_batch(0, 1, 4, 24, model.vocabulary_size), page(clip_norm=0.5)
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
+    batch, settings = random_batch(0, 1, 4, 24, model.vocabulary_size), config(clip_norm=0.5)
     recipe = trainer.recipe_of(settings, 50)
     loss, gradients = trainer.whole_batch_gradient(state.params, batch, jnp.int32(0), recipe, model, settings)
     after, facts = trainer.train_step(state, batch, recipe, model, settings)
@@ -110,8 +103,8 @@ def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 5.0])
 def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
-    whole, settings = random_batch(1, 1, 8, 24, model.vocabulary_size), page(neftune_alpha=alpha)
+    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    whole, settings = random_batch(1, 1, 8, 24, model.vocabulary_size), config(neftune_alpha=alpha)
     gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))
     recipe = trainer.recipe_of(settings, 50)
     expected = gradient(params, whole, jnp.int32(3), recipe, model, settings)
@@ -154,7 +147,7 @@ def curve(model: ModelConfig, mesh: Mesh, steps: int, rows: int, length: int) ->
         step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
         for number in range(steps):
             batch = put_batch(random_batch(number, 1, rows, length, model.vocabulary_size), mesh)
-            state, metrics = step(state, batch, trainer.recipe_of(page(), 50), model, page())
+            state, metrics = step(state, batch, trainer.recipe_of(config(), 50), model, config())
             facts.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
     return state, np.array(facts)
 
@@ -185,14 +178,14 @@ def test_a_vocabulary_that_does_not_divide_is_padded_without_effect(tmp_path: Pa
     assert rows > 152_225 and rows % tensor == 0
     for tree in (state.params, state.moments.mu, state.moments.nu):
         assert not np.any(np.asarray(tree["embedding"])[152_225:])
-    weights.save_model(tmp_path / "out", state.params, replace(model, padded_vocabulary=rows), REFERENCE / "qwen3")
+    checkpoint.save_model(tmp_path / "out", state.params, replace(model, padded_vocabulary=rows), REFERENCE / "qwen3")
     assert load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"].shape == (152_225, 8)
 
 
 @pytest.mark.parametrize(("dtype", "counts"), [("float32", (2, 8)), ("bfloat16", (8,))])
 def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[int, ...]) -> None:
     model = sized(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8, head_dim=32)
-    settings, held, temporary, at_birth = page(compute_dtype=dtype), {}, {}, {}
+    settings, held, temporary, at_birth = config(compute_dtype=dtype), {}, {}, {}
     layer = 4 * parameter_counts(model)["all"] / model.layers
     for count in (1, *counts):
         mesh = mesh_of(1, count, 1)
@@ -217,15 +210,15 @@ def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[in
 
 def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     step = jax.jit(trainer.train_step, static_argnums=(3, 4))
     good = random_batch(0, 1, 4, 16, model.vocabulary_size)
     bad = good._replace(weight=good.weight + jnp.inf)
-    broken, facts = step(state, bad, trainer.recipe_of(page(), 50), model, page())
+    broken, facts = step(state, bad, trainer.recipe_of(config(), 50), model, config())
     assert int(facts["skipped"]) == 1 and int(broken.step) == 1
     for before, after in zip(*(jax.tree.leaves((s.params, s.moments)) for s in (state, broken)), strict=True):
         np.testing.assert_array_equal(before, after)
-    mended, facts = step(broken, good, trainer.recipe_of(page(), 50), model, page())
+    mended, facts = step(broken, good, trainer.recipe_of(config(), 50), model, config())
     assert int(facts["skipped"]) == 0
     assert not np.array_equal(mended.params["embedding"], state.params["embedding"])
 
@@ -235,24 +228,24 @@ def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
 
 def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
-    batch, settings = random_batch(0, 1, 2, 8, model.vocabulary_size), page(neftune_alpha=1.0)
+    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    batch, settings = random_batch(0, 1, 2, 8, model.vocabulary_size), config(neftune_alpha=1.0)
     programs = {
         jax.jit(trainer.train_step, static_argnums=(3, 4)).lower(state, batch, recipe, model, settings).as_text()
-        for recipe in (trainer.recipe_of(settings, 50), trainer.recipe_of(page(learning_rate=1.0, seed=7), 9))
+        for recipe in (trainer.recipe_of(settings, 50), trainer.recipe_of(config(learning_rate=1.0, seed=7), 9))
     }
     assert len(programs) == 1
 
 
 def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_times() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
     batch = random_batch(0, 1, 8, 256, model.vocabulary_size)
     batch = batch._replace(token=jnp.where(np.arange(256) % 2, 7, batch.token))
     gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))
     found = {}
     for dtype in ("float32", "bfloat16"):
-        settings = page(compute_dtype=dtype)
+        settings = config(compute_dtype=dtype)
         recipe = trainer.recipe_of(settings, 50)
         found[dtype] = gradient(params, batch, jnp.int32(0), recipe, model, settings)
     (wide_loss, wide), (loss, narrow) = found["float32"], found["bfloat16"]

@@ -33,7 +33,7 @@ RESIDUAL = "attention"  # names what attention leaves for its backward pass
 HIDDEN = -1e30  # finite, so that a block without a visible key makes no NaN
 
 
-def choose_backend(page: ModelKeys, mesh: Mesh, head: int) -> tuple[Backend, str]:
+def choose_backend(config: ModelKeys, mesh: Mesh, head: int) -> tuple[Backend, str]:
     """The backend for a model with heads of that size on these devices, and the start-up line that names it.
 
     Raises:
@@ -45,17 +45,19 @@ def choose_backend(page: ModelKeys, mesh: Mesh, head: int) -> tuple[Backend, str
         against["cudnn"] = f"cuDNN runs on NVIDIA GPUs, and this is {device.device_kind}"
     elif not is_hopper(getattr(device, "compute_capability", "")):
         against["cudnn"] = f"cuDNN's packed form needs Hopper or newer, and this is {device.device_kind}"
-    elif page.compute_dtype != "bfloat16":
-        against["cudnn"] = f"cuDNN's kernel needs bfloat16, and compute_dtype is {page.compute_dtype}"
+    elif config.compute_dtype != "bfloat16":
+        against["cudnn"] = f"cuDNN's kernel needs bfloat16, and compute_dtype is {config.compute_dtype}"
     elif head % 8 or head > 256:
         against["cudnn"] = f"cuDNN's kernel needs heads of a multiple of 8 up to 256, and the model's are {head}"
     if device.platform != "tpu":
         against["splash"] = f"the splash kernel runs on TPUs, and this is {device.device_kind}"
     names: dict[Backend, str] = {"cudnn": "cuDNN, packed rows", "splash": "splash kernel", "xla": "XLA, in blocks"}
-    if page.attention != "auto":
-        if against[page.attention]:
-            raise UserError(f"attention = {page.attention}: {against[page.attention]}; set attention to auto or xla")
-        return page.attention, f"attention: {names[page.attention]}"
+    if config.attention != "auto":
+        if against[config.attention]:
+            raise UserError(
+                f"attention = {config.attention}: {against[config.attention]}; set attention to auto or xla"
+            )
+        return config.attention, f"attention: {names[config.attention]}"
     backend = next(name for name in names if not against[name])
     is_second_best = backend == "xla" and device.platform in ("gpu", "cuda")
     return backend, f"attention: {names[backend]}" + (f" ({against['cudnn']})" if is_second_best else "")

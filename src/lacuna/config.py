@@ -1,28 +1,86 @@
-"""The pages a user fills in, one per command: each key with its default, its bounds and its description."""
+"""The config of each command: its keys with their defaults, bounds and descriptions. Never imports jax."""
 
+import difflib
 import importlib.util
+import json
+import os
 import re
+from collections.abc import Iterable
 from datetime import date
-from functools import cached_property
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
-    SecretStr,
     field_validator,
     model_validator,
 )
-
-from lacuna.options import Page, UserError, did_you_mean, parse
+from pydantic.fields import FieldInfo
 
 GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # JAX's own, one of which is installed for GPUs
 DEVICE_MEMORY_SHARE = 0.92  # that XLA may take; the rest goes to the driver and to communication
 
 
-class DataSource(Page):
+class UserError(ValueError):
+    """A refusal that the user can mend: the commands print it without a traceback and exit with 2."""
+
+
+class Keys(BaseModel):
+    """Keys and their checks; a command's page inherits its sections, the first of them as its last base."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def booleans_are_not_numbers(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("should be a number")
+        return value
+
+    @property
+    def cache_dir(self) -> Path:
+        """The directory of what is kept between runs: packing plans, compiled programs."""
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacuna"
+
+
+def to_toml(config: Keys, without: Iterable[str] = ()) -> str:
+    """The page as TOML that reads back as an equal page, but for the keys left out."""
+    plain, tables = [], []
+    for key, value in config.model_dump(exclude=set(without)).items():
+        if table_of(type(config).model_fields[key]):
+            for entry in value:
+                tables += ["", f"[[{key}]]", *(f"{name} = {toml_value(entry[name])}" for name in entry)]
+        else:
+            plain.append(f"{key} = {toml_value(value)}")
+    return "\n".join(plain + tables) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """The value as TOML: JSON, but for the delete character, and `${NAME}` for a secret that the environment holds."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    for name, secret in os.environ.items() if isinstance(value, str) else ():
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(secret) >= 8:
+            value = value.replace(secret, f"${{{name}}}")
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+
+
+def table_of(field: FieldInfo) -> type[Keys] | None:
+    """The page of each entry, where a key takes tables."""
+    return next(
+        (kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Keys)), None
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class DataSource(Keys):
     path: str = Field(min_length=1, description="File, glob, or data set on the hub (path:config for one of several)")
     split: str = Field("train", min_length=1, description="Split, or a slice of one such as train[:95%]")
     weight: float = Field(1.0, gt=0, description="Passes over this source per epoch")
@@ -33,7 +91,7 @@ class DataSource(Page):
     text_column: str = Field("text", description="Column of plain text")
 
 
-class ModelKeys(Page):
+class ModelKeys(Keys):
     """Model"""
 
     model_name: str = Field(min_length=1, description="Directory in Hugging Face layout, run directory, or hub id")
@@ -43,7 +101,7 @@ class ModelKeys(Page):
     )
 
 
-class DataKeys(Page):
+class DataKeys(Keys):
     """Data"""
 
     data: tuple[DataSource, ...] = Field(description="What to read")
@@ -71,7 +129,7 @@ TemplateDate = Annotated[
 DAY = "2024-07-26"
 
 
-class ChatKeys(Page):
+class ChatKeys(Keys):
     """Chats"""
 
     packing: bool = Field(True, description="Pack several chats into a row; otherwise one row each")
@@ -83,7 +141,7 @@ class ChatKeys(Page):
 LearningRate = Annotated[float, Field(gt=0, description="Highest learning rate, reached after the warm-up")]
 
 
-class OptimizationKeys(Page):
+class OptimizationKeys(Keys):
     """Optimization"""
 
     from_scratch: bool = Field(False, description="Take only config and tokenizer from model_name, no weights")
@@ -100,7 +158,7 @@ class OptimizationKeys(Page):
     )
 
 
-class DeviceKeys(Page):
+class DeviceKeys(Keys):
     """Devices"""
 
     data_parallel: int = Field(1, ge=1, description="Devices along the data axis of the mesh")
@@ -109,7 +167,7 @@ class DeviceKeys(Page):
     compilation_cache: bool = Field(True, description="Keep compiled programs between runs")
 
 
-class RunKeys(Page):
+class RunKeys(Keys):
     """Run"""
 
     run_name: str = Field("", max_length=200, description="Name of the run's folder in output_dir")
@@ -129,7 +187,7 @@ class RunKeys(Page):
         return Path(self.output_dir) / self.run_name
 
 
-class RecordKeys(Page):
+class RecordKeys(Keys):
     """Logs, held-out loss and checkpoints"""
 
     eval_data: tuple[DataSource, ...] = Field((), description="Held-out data")
@@ -144,7 +202,7 @@ class RecordKeys(Page):
     wandb_project: str = Field("lacuna", min_length=1, description="Project there")
 
 
-class SamplingKeys(Page):
+class SamplingKeys(Keys):
     """Sampling"""
 
     temperature: float = Field(1.0, ge=0, description="Divides the logits; 0: always the likeliest token")
@@ -176,23 +234,10 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: in
 class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys, ModelKeys):
     """What all commands that train have in common."""
 
-    @cached_property
-    def evaluation(self) -> "EvalConfig | None":
-        """The page of eval_config, as it is when the run begins."""
-        if not self.eval_config:
-            return None
-        page = parse(EvalConfig, ["@", self.eval_config, "--model-name", self.model_name], "eval")
-        if "loss" in page.tasks:
-            raise UserError(
-                f"{self.eval_config}: tasks has loss, which a run measures on [[eval_data]]; take it out, or give "
-                'tasks, as in tasks = ["generate"]'
-            )
-        return page
-
     @property
     def has_evaluation(self) -> bool:
         """Whether there is anything to do at an evaluation."""
-        return bool(self.evaluation or self.eval_data)
+        return bool(self.eval_config or self.eval_data)
 
     @property
     def leaves_a_run(self) -> bool:
@@ -212,14 +257,14 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
             )
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
-        if not self.has_evaluation and self.eval_every:  # in this order: eval_config is read, and refused, in any case
+        if self.eval_every and not self.has_evaluation:
             raise ValueError(
                 f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or eval_config, or drop it"
             )
         return self
 
 
-class BatchKeys(Page):
+class BatchKeys(Keys):
     """Batch and samples"""
 
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
@@ -259,7 +304,7 @@ class SftConfig(ChatKeys, RowsConfig):
         return not self.show
 
 
-class ProblemKeys(Page):
+class ProblemKeys(Keys):
     """Problems"""
 
     system_prompt: str = Field("", description="System message before each problem")
@@ -275,7 +320,7 @@ class ProblemKeys(Page):
         return value
 
 
-class RolloutKeys(Page):
+class RolloutKeys(Keys):
     """Rollouts"""
 
     prompts_per_step: int = Field(16, ge=1, description="Problems per step")
@@ -295,7 +340,7 @@ class RolloutKeys(Page):
         return SamplingKeys(max_tokens=self.max_completion_tokens, **shared)
 
 
-class ObjectiveKeys(Page):
+class ObjectiveKeys(Keys):
     """Objective"""
 
     reward: tuple[str, ...] = Field(
@@ -346,31 +391,10 @@ class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
         return self
 
 
-class PlanKeys(Page):
-    """Plan"""
-
-    topology: str = Field(min_length=1, description="Accelerators to plan for, as in h200:8, a100:1, v5e:16, v5p:4x4x4")
-    plan_file: str = Field("plan.json", min_length=1, description="JSON file that the figures are written to")
-    search: bool = Field(True, description="Look for the largest micro-batch that fits, or what would make it fit")
-
-
-class PretrainPlan(PlanKeys, PretrainConfig):
-    """What a run of pretrain would take on accelerators that are not here."""
-
-
-class SftPlan(PlanKeys, SftConfig):
-    """What a run of sft would take on accelerators that are not here."""
-
-
-class GrpoPlan(PlanKeys, GrpoConfig):
-    """What a run of grpo would take on accelerators that are not here."""
-
-
-PLANS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainPlan, "sft": SftPlan, "grpo": GrpoPlan}
 OWN_TASKS = ("loss", "generate", "choices")
 
 
-class TaskKeys(Page):
+class TaskKeys(Keys):
     """Tasks"""
 
     tasks: tuple[str, ...] = Field(
@@ -421,78 +445,3 @@ class EvalConfig(TaskKeys, SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatK
     @property
     def run_directory(self) -> Path:
         return Path(self.output_dir) / (self.run_name or f"eval_{Path(self.model_name).resolve().name}")
-
-
-class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
-    """Generation"""
-
-    model_name: str = Field("", description="Run, directory in Hugging Face layout, or hub id; empty: the newest run")
-    output_dir: str = Field("runs", min_length=1, description="Folder of all runs")
-    capacity: int = Field(4096, ge=2, description="Most tokens of prompt and answer together, where the model has more")
-    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
-    template_date: TemplateDate = DAY
-
-
-class ChatConfig(GenerationConfig):
-    """Talk to a model in the terminal, to one on this machine or behind a server."""
-
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every answer: the same turns get the same answers")
-    system: str = Field("", description="System message to begin with")
-    instruct: bool = Field(
-        True, description="Use the chat template, or continue plain text; unless given: as the model has a template"
-    )
-    endpoint: str = Field("", pattern="^(https?://.+)?$", description="URL of an OpenAI-style server to talk to")
-    api_key: SecretStr = Field(SecretStr(""), description="Key for the endpoint; empty: OPENAI_API_KEY's value, if any")
-
-    @model_validator(mode="after")
-    def keys_belong_to_one_place(self) -> "ChatConfig":
-        here = (
-            "output_dir",
-            "capacity",
-            "chat_template",
-            "template_date",
-            "compute_dtype",
-            "attention",
-            *DeviceKeys.model_fields,
-        )
-        if self.endpoint and (given := [key for key in here if key in self.model_fields_set]):
-            raise ValueError(f"{', '.join(given)} can't be chosen for a server; leave it out, or leave endpoint out")
-        if self.api_key.get_secret_value() and not self.endpoint:
-            raise ValueError("api_key is for a server; add its URL as --endpoint URL, or leave api_key out")
-        if self.system and not self.instruct:
-            raise ValueError("system needs a chat template, which instruct = false does without; leave one of them out")
-        return self
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine alone."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class ServeConfig(GenerationConfig):
-    """Serve a model over HTTP as OpenAI does, with a page to chat with."""
-
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen at; any but this machine needs api_key")
-    port: int = Field(8000, ge=0, lt=2**16, description="Port to listen at; 0: any free one, which is printed")
-    api_key: SecretStr = Field(SecretStr(""), description="Key that requests need, as in ${SERVE_KEY}; empty: none")
-    served_name: str = Field("", description="The model's name in requests; empty: the last part of model_name")
-    slots: int = Field(16, ge=1, description="Completions generated at once")
-    queue_size: int = Field(64, ge=0, description="Completions that may wait for a slot; more are sent away")
-    body_bytes: int = Field(2**20, ge=1024, description="Longest body of a request, in bytes")
-    drain_seconds: int = Field(60, ge=0, description="Time for what has begun to end after SIGTERM or Ctrl-C")
-
-    @model_validator(mode="after")
-    def others_need_a_key(self) -> "ServeConfig":
-        if not is_loopback(self.host) and not self.api_key.get_secret_value():
-            raise ValueError(f"host = {self.host} opens this server to others; set api_key, or leave host out")
-        return self
-
-    @field_validator("api_key")
-    @classmethod
-    def api_key_fits_a_header(cls, value: SecretStr) -> SecretStr:
-        if not re.fullmatch(r"[!-~]*", value.get_secret_value()):
-            raise ValueError("should be ASCII without spaces, as a header carries it")
-        return value

@@ -105,7 +105,7 @@ def to_first(name: str, value: str) -> list[str]:
     """What each process gives for `name`, in their order, waited for and told to the first process alone."""
     if jax.process_count() == 1:
         return [value]
-    tell(name, value)
+    publish(name, value)
     if not is_first():
         return []
     values = [ask(f"{name}/{process}") for process in range(jax.process_count())]
@@ -118,7 +118,7 @@ def from_first(name: str, value: str) -> str:
     if jax.process_count() == 1:
         return value
     if is_first():
-        tell(name, value)
+        publish(name, value)
     return ask(f"{name}/0")
 
 
@@ -127,7 +127,7 @@ def store() -> Any:
     return global_state.client
 
 
-def tell(name: str, value: str) -> None:
+def publish(name: str, value: str) -> None:
     store().key_value_set(f"lacuna/{name}/{jax.process_index()}", value)
 
 
@@ -185,7 +185,7 @@ def hold_on(has_left: threading.Event) -> None:
     with suppress(Exception):  # without this connection the process ends all the same, only later
         if is_first():
             with socket.create_server(("", 0)) as server:
-                tell("lifeline", str(server.getsockname()[1]))
+                publish("lifeline", str(server.getsockname()[1]))
                 _connections = [server.accept()[0] for _ in range(jax.process_count() - 1)]
                 threading.Event().wait()  # they are to last as long as this process does
         host, port = str(global_state.coordinator_address).rpartition(":")[0], int(ask("lifeline/0"))
@@ -293,10 +293,10 @@ def watchdog(finished: Callable[[], int | None], log: Path) -> Generator[None]:
 # Devices
 
 
-def enable_compilation_cache(page: DeviceKeys) -> None:
+def enable_compilation_cache(config: DeviceKeys) -> None:
     """Keep compiled programs on disk, small ones too."""
-    if page.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(page.cache_dir / "programs"))
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache_dir / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

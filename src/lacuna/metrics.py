@@ -124,7 +124,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def text_of(path: Path) -> str:
+def read_text(path: Path) -> str:
     """What the file holds, "" if there is none."""
     return path.read_text(encoding="utf-8") if path.exists() else ""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from lacuna.attention import RESIDUAL, attention
 from lacuna.config import UserError
-from lacuna.distributed import AXIS_RULES, platform, shard_rows
+from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
 
 PAGE = 64
 TRANSPOSED_BLOCK = 64
@@ -129,16 +129,16 @@ FINAL_NORM = Parameter("embed", "norm", "model.norm.weight", "embed")
 HEAD = Parameter("vocab embed", "matmul", "lm_head.weight", "vocab embed")
 
 
-def parameter_table(config: ModelConfig) -> PyTree[Parameter]:
+def parameter_table(model: ModelConfig) -> PyTree[Parameter]:
     """Every weight of the model, in the shape of the parameter tree."""
     layers = (
         LAYERS
-        | (QKV_BIAS if config.has_qkv_bias else {})
-        | (OUTPUT_BIAS if config.has_output_bias else {})
-        | (QUERY_KEY_NORM if config.has_query_key_norm else {})
+        | (QKV_BIAS if model.has_qkv_bias else {})
+        | (OUTPUT_BIAS if model.has_output_bias else {})
+        | (QUERY_KEY_NORM if model.has_query_key_norm else {})
     )
     table = {"embedding": EMBEDDING, "layers": layers, "final_norm": FINAL_NORM}
-    return table if config.is_tied else table | {"head": HEAD}
+    return table if model.is_tied else table | {"head": HEAD}
 
 
 def shape_of(row: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -151,16 +151,16 @@ def partition_spec(row: Parameter) -> PartitionSpec:
     return PartitionSpec(*(AXIS_RULES.get(axis) for axis in row.axes.split()))
 
 
-def parameter_counts(config: ModelConfig) -> dict[str, int]:
+def parameter_counts(model: ModelConfig) -> dict[str, int]:
     """Parameters in all, with weight decay, and in matrix products (the head counts once, the look-up does not)."""
-    sizes = config.sizes | {"vocab": config.vocabulary_size}
-    rows = jax.tree.leaves(parameter_table(config))
+    sizes = model.sizes | {"vocab": model.vocabulary_size}
+    rows = jax.tree.leaves(parameter_table(model))
     count = {row: math.prod(shape_of(row, sizes)) for row in rows}
     matmul = sum(count[row] for row in rows if row.role in ("matmul", "residual"))
     return {
         "all": sum(count.values()),
         "decayed": sum(count[row] for row in rows if row.decays),
-        "matmul": matmul + (count[EMBEDDING] if config.is_tied else 0),
+        "matmul": matmul + (count[EMBEDDING] if model.is_tied else 0),
     }
 
 
@@ -271,21 +271,21 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     )
 
 
-def check_sequence_length(config: ModelConfig, sequence_length: int) -> None:
+def check_sequence_length(model: ModelConfig, sequence_length: int) -> None:
     """Refuse rows longer than the model's positions or than a sliding window, which would then bind."""
-    if config.sliding_window and sequence_length > config.sliding_window:
+    if model.sliding_window and sequence_length > model.sliding_window:
         raise UserError(
-            f"sequence_length = {sequence_length} exceeds the model's sliding window of {config.sliding_window}, which "
-            f"is not supported; set sequence_length to {config.sliding_window} or less"
+            f"sequence_length = {sequence_length} exceeds the model's sliding window of {model.sliding_window}, which "
+            f"is not supported; set sequence_length to {model.sliding_window} or less"
         )
-    if sequence_length > config.max_positions:
+    if sequence_length > model.max_positions:
         raise UserError(
             f"sequence_length = {sequence_length} exceeds the model's max_position_embeddings = "
-            f"{config.max_positions}; set sequence_length to {config.max_positions} or less"
+            f"{model.max_positions}; set sequence_length to {model.max_positions} or less"
         )
 
 
-def initial_params(key: Key[Array, ""], config: ModelConfig) -> PyTree[Float[Array, "..."]]:
+def initial_params(key: Key[Array, ""], model: ModelConfig) -> PyTree[Float[Array, "..."]]:
     """Random float32 weights: normal with the config's std (0.02), residual projections over √(2 × layers), norms one.
 
     The practice of GPT-2 (Radford et al. 2019) and Llama. Each key is folded from the row's path, so a new row never
@@ -293,20 +293,20 @@ def initial_params(key: Key[Array, ""], config: ModelConfig) -> PyTree[Float[Arr
     """
 
     def draw(path: tuple[Any, ...], row: Parameter) -> Float[Array, "..."]:
-        shape = shape_of(row, config.sizes)
+        shape = shape_of(row, model.sizes)
         if row.role in ("norm", "bias"):
             return (jnp.ones if row.role == "norm" else jnp.zeros)(shape)
-        scale = config.initializer_range / (math.sqrt(2 * config.layers) if row.role == "residual" else 1)
+        scale = model.initializer_range / (math.sqrt(2 * model.layers) if row.role == "residual" else 1)
         own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         if not row.axes.startswith("vocab"):
             return scale * jax.random.normal(own_key, shape)
-        padding = (0, config.padded_vocabulary - config.vocabulary_size)
-        return jnp.pad(scale * jax.random.normal(own_key, (config.vocabulary_size, config.embed)), (padding, (0, 0)))
+        padding = (0, model.padded_vocabulary - model.vocabulary_size)
+        return jnp.pad(scale * jax.random.normal(own_key, (model.vocabulary_size, model.embed)), (padding, (0, 0)))
 
-    return jax.tree.map_with_path(draw, parameter_table(config))
+    return jax.tree.map_with_path(draw, parameter_table(model))
 
 
-def cast(params: PyTree, config: ModelConfig, dtype: DTypeLike) -> PyTree:
+def cast(params: PyTree, model: ModelConfig, dtype: DTypeLike) -> PyTree:
     """Weights in the dtype of compute; norm scales stay float32, and so does what has a row for each token.
 
     Those rows are cast where they are used, so the gradient of one met a thousand times is a sum in float32.
@@ -315,13 +315,13 @@ def cast(params: PyTree, config: ModelConfig, dtype: DTypeLike) -> PyTree:
     def stays(row: Parameter) -> bool:
         return row.role == "norm" or row.axes.startswith("vocab")
 
-    return jax.tree.map(lambda row, x: x if stays(row) else x.astype(dtype), parameter_table(config), params)
+    return jax.tree.map(lambda row, x: x if stays(row) else x.astype(dtype), parameter_table(model), params)
 
 
-def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
+def rotary_frequencies(model: ModelConfig) -> Float[np.ndarray, " half"]:
     """Radians per position of each channel pair (Su et al. 2021), stretched where the config asks for it."""
-    frequency = config.rope_theta ** -(np.arange(0, config.head, 2) / config.head)
-    if scaling := config.rope_scaling:
+    frequency = model.rope_theta ** -(np.arange(0, model.head, 2) / model.head)
+    if scaling := model.rope_scaling:
         turns = scaling.original_positions * frequency / (2 * np.pi)
         keep = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
         keep = np.clip(keep, 0, 1)
@@ -341,9 +341,9 @@ def rms_norm(
 Rotation = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"]]
 
 
-def rotation_at(position: Int[Array, "batch token"], config: ModelConfig) -> Rotation:
+def rotation_at(position: Int[Array, "batch token"], model: ModelConfig) -> Rotation:
     """Cosine and sine for each position and pair of channels."""
-    angle = position[..., None] * rotary_frequencies(config)
+    angle = position[..., None] * rotary_frequencies(model)
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -418,23 +418,23 @@ def layer_forward(
     layer: PyTree[Array],
     rotation: Rotation,
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
-    config: ModelConfig,
+    model: ModelConfig,
 ) -> tuple[Float[Array, "batch token embed"], Any]:
     """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual.
 
     `attend` takes query, key and value, and what it returns besides their mix is handed on: decoding keeps its cache.
     """
-    normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
+    normed = rms_norm(x, layer["attention_norm"], model.norm_epsilon)
     query, key, value = (linear(normed, layer[name]) for name in ("query", "key", "value"))
-    if config.has_qkv_bias:
+    if model.has_qkv_bias:
         query, key, value = query + layer["query_bias"], key + layer["key_bias"], value + layer["value_bias"]
-    if config.has_query_key_norm:
-        query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
-        key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
+    if model.has_query_key_norm:
+        query = rms_norm(query, layer["query_norm"], model.norm_epsilon)
+        key = rms_norm(key, layer["key_norm"], model.norm_epsilon)
     mixed, kept = attend(rotate(query, rotation), rotate(key, rotation), value)
     mixed = linear(mixed, layer["output"])
-    x = shard_rows(x + (mixed + layer["output_bias"] if config.has_output_bias else mixed))
-    normed = rms_norm(x, layer["feedforward_norm"], config.norm_epsilon)
+    x = shard_rows(x + (mixed + layer["output_bias"] if model.has_output_bias else mixed))
+    normed = rms_norm(x, layer["feedforward_norm"], model.norm_epsilon)
     hidden = jax.nn.silu(linear(normed, layer["gate"])) * linear(normed, layer["up"])
     return shard_rows(x + linear(hidden, layer["down"])), kept
 
@@ -449,7 +449,7 @@ def forward(
     x: Float[Array, "batch token embed"],
     segment: Int[Array, "batch token"],
     position: Int[Array, "batch token"],
-    config: ModelConfig,
+    model: ModelConfig,
     rematerialisation: str = "none",
     behind: Int[Array, "batch token"] | None = None,
 ) -> Float[Array, "batch token embed"]:
@@ -461,9 +461,9 @@ def forward(
     """
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return attention(query, key, value, segment, config.attention, behind), None
+        return attention(query, key, value, segment, model.attention, behind), None
 
-    body = partial(layer_forward, rotation=rotation_at(position, config), attend=attend, config=config)
+    body = partial(layer_forward, rotation=rotation_at(position, model), attend=attend, model=model)
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
         matmuls = policies.save_from_both_policies(
@@ -472,50 +472,50 @@ def forward(
         policy = policies.nothing_saveable if rematerialisation == "layer" else matmuls
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan's passes can't be merged
     x, _ = jax.lax.scan(body, x, params["layers"])
-    return rms_norm(x, params["final_norm"], config.norm_epsilon)
+    return rms_norm(x, params["final_norm"], model.norm_epsilon)
 
 
-def decoding_params(params: PyTree[Array], config: ModelConfig, dtype: DTypeLike) -> PyTree[Array]:
+def decoding_params(params: PyTree[Array], model: ModelConfig, dtype: DTypeLike) -> PyTree[Array]:
     """The weights as decoding reads them: all but norms in the dtype of compute, each layer by itself.
 
     A scan over layers would copy the cache in and out of a stack at every step.
     """
-    params = cast(params, config, dtype)
-    layers = tuple(jax.tree.map(lambda leaf, at=at: leaf[at], params["layers"]) for at in range(config.layers))
+    params = cast(params, model, dtype)
+    layers = tuple(jax.tree.map(lambda leaf, at=at: leaf[at], params["layers"]) for at in range(model.layers))
     vocabulary = {name: params[name].astype(dtype) for name in ("embedding", "head") if name in params}
     return params | vocabulary | {"layers": layers}
 
 
-def empty_cache(config: ModelConfig, slots: int, pages: int, dtype: DTypeLike) -> Cache:
+def empty_cache(model: ModelConfig, slots: int, pages: int, dtype: DTypeLike) -> Cache:
     """Room for `pages` × PAGE tokens in each slot."""
-    rows = (slots, config.kv_heads, pages)
+    rows = (slots, model.kv_heads, pages)
     return tuple(
-        (jnp.zeros((*rows, config.head, PAGE), dtype), jnp.zeros((*rows, PAGE, config.head), dtype))
-        for _ in range(config.layers)
+        (jnp.zeros((*rows, model.head, PAGE), dtype), jnp.zeros((*rows, PAGE, model.head), dtype))
+        for _ in range(model.layers)
     )
 
 
-def prefill(params: PyTree[Array], token: Int[Array, "batch token"], config: ModelConfig) -> Cache:
+def prefill(params: PyTree[Array], token: Int[Array, "batch token"], model: ModelConfig) -> Cache:
     """The cache of prompts that fill whole pages; what stands behind a shorter one is never read."""
-    rotation = rotation_at(jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape), config)
+    rotation = rotation_at(jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape), model)
     segment = jnp.ones_like(token)
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
         paged = (x.reshape(x.shape[0], -1, PAGE, *x.shape[2:]) for x in (key, value))
         keys, values = (jnp.einsum("bpskh->bkpsh", x) for x in paged)
-        return attention(query, key, value, segment, config.attention), (jnp.swapaxes(keys, -1, -2), values)
+        return attention(query, key, value, segment, model.attention), (jnp.swapaxes(keys, -1, -2), values)
 
     x, cache = shard_rows(params["embedding"][token]), []
     for layer in params["layers"]:
-        x, kept = layer_forward(x, layer, rotation, attend, config)
+        x, kept = layer_forward(x, layer, rotation, attend, model)
         cache.append(kept)
     return tuple(cache)
 
 
-def rotation_table(cache: Cache, config: ModelConfig) -> Rotation:
+def rotation_table(cache: Cache, model: ModelConfig) -> Rotation:
     """The rotation of every position that a cache has room for, to be made once for many steps: inside of them XLA
     would make it anew for each layer, head and page."""
-    return rotation_at(jnp.arange(cache[0][0].shape[2] * PAGE)[:, None], config)
+    return rotation_at(jnp.arange(cache[0][0].shape[2] * PAGE)[:, None], model)
 
 
 def decode_step(
@@ -524,26 +524,26 @@ def decode_step(
     token: Int[Array, " slot"],
     length: Int[Array, " slot"],
     rotations: Rotation,
-    config: ModelConfig,
+    model: ModelConfig,
 ) -> tuple[Float[Array, "slot 1 embed"], Cache]:
     """Final normed hidden state behind one more token in each slot, and the cache of `length` tokens with it."""
     rotation = rotations[0][length], rotations[1][length]
     # One slot is written twice: XLA would fuse a scatter of one row into its readers and copy the cache at each step.
     slot = jnp.arange(max(len(token), 2)) % len(token)
-    page, offset = length[slot] // PAGE, length[slot] % PAGE
+    config, offset = length[slot] // PAGE, length[slot] % PAGE
     x, grown = shard_rows(params["embedding"][token[:, None]]), []
     for layer, (keys, values) in zip(params["layers"], cache, strict=True):
 
         def attend(
             query: Array, key: Array, value: Array, keys: Array = keys, values: Array = values
         ) -> tuple[Array, tuple[Array, Array]]:
-            keys = keys.at[slot, :, page, :, offset].set(key[slot, 0])
-            values = values.at[slot, :, page, offset].set(value[slot, 0])
+            keys = keys.at[slot, :, config, :, offset].set(key[slot, 0])
+            values = values.at[slot, :, config, offset].set(value[slot, 0])
             return cached_attention(query[:, 0], keys, values, length)[:, None], (keys, values)
 
-        x, kept = layer_forward(x, layer, rotation, attend, config)
+        x, kept = layer_forward(x, layer, rotation, attend, model)
         grown.append(kept)
-    return rms_norm(x, params["final_norm"], config.norm_epsilon), tuple(grown)
+    return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(grown)
 
 
 def cached_attention(
@@ -568,9 +568,9 @@ def cached_attention(
     return (jnp.sum(mixed, axis=2) / total[..., None]).astype(values.dtype)
 
 
-def head_of(params: PyTree[Array], config: ModelConfig) -> Float[Array, "vocab embed"]:
+def head_of(params: PyTree[Array], model: ModelConfig) -> Float[Array, "vocab embed"]:
     """The output matrix: the embedding itself where the model ties them."""
-    return params["embedding"] if config.is_tied else params["head"]
+    return params["embedding"] if model.is_tied else params["head"]
 
 
 def logits_of(
@@ -581,3 +581,141 @@ def logits_of(
     if head.shape[0] == vocabulary_size:
         return logits
     return jnp.where(jnp.arange(head.shape[0]) < vocabulary_size, logits, -jnp.inf)
+
+
+LOSS_CHUNK = {"cpu": 512}  # tokens of a device, elsewhere 2048
+
+
+def _split_tokens(chunk: int, x: Shaped[Array, "batch token *more"]) -> Shaped[Array, "chunk batch chunk_token *more"]:
+    """Chunks of that many tokens of each row, zero-padded at the end."""
+    count = -(-x.shape[1] // chunk)
+    x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+
+def _joined_tokens(
+    length: int, x: Shaped[Array, "chunk batch chunk_token *more"]
+) -> Shaped[Array, "batch token *more"]:
+    """Rows of `length` tokens from their chunks."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _chunk_length(hidden: Array) -> int:
+    """Tokens of each row in a chunk, such that no device has more than LOSS_CHUNK of them in its part of the rows."""
+    rows_of_a_device = max(hidden.shape[0] // row_shards(jax.sharding.get_abstract_mesh()), 1)
+    most = max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device)
+    chunks = -(-hidden.shape[1] // most)
+    return -(-hidden.shape[1] // chunks)
+
+
+def whole_head(head: Float[Array, "vocab embed"], dtype: DTypeLike) -> Float[Array, "vocab embed"]:
+    """The head as the chunks need it, sent to all devices before the loop over them, which would send it for each."""
+    return shard(head.astype(dtype), AXIS_RULES["vocab"])
+
+
+class TokenStatistics(NamedTuple):
+    """Of each target: its negative log-likelihood and the entropy of its distribution (nats), and whether it was the
+    likeliest token."""
+
+    loss: Float[Array, "batch token"]
+    is_correct: Bool[Array, "batch token"]
+    entropy: Float[Array, "batch token"]
+
+
+def _chunk_statistics(
+    logits: Float[Array, "batch token vocab"], target: Int[Array, "batch token"]
+) -> tuple[TokenStatistics, Float[Array, "batch token vocab"], Bool[Array, "batch token vocab"]]:
+    """Statistics of the targets, the distributions, and which logits are the targets' own."""
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    is_target = target[..., None] == jnp.arange(logits.shape[-1])
+    loss = normalizer - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    probability = jnp.exp(logits - normalizer[..., None])
+    entropy = normalizer - jnp.sum(probability * jnp.where(probability > 0, logits, 0), axis=-1)
+    return TokenStatistics(loss, jnp.argmax(logits, axis=-1) == target, entropy), probability, is_target
+
+
+def token_statistics(
+    hidden: Float[Array, "batch token embed"],
+    head: Float[Array, "vocab embed"],
+    target: Int[Array, "batch token"],
+    vocabulary_size: int,
+) -> TokenStatistics:
+    """Statistics of each target, chunk by chunk; those that nobody uses cost nothing."""
+
+    def chunk_statistics(chunk: tuple[Array, Array]) -> TokenStatistics:
+        return _chunk_statistics(logits_of(chunk[0], head, vocabulary_size), chunk[1])[0]
+
+    head = whole_head(head, hidden.dtype)
+    chunks = jax.tree.map(partial(_split_tokens, _chunk_length(hidden)), (hidden, target))
+    found = jax.lax.map(chunk_statistics, chunks)
+    return jax.tree.map(partial(_joined_tokens, hidden.shape[1]), found)
+
+
+def summed_cross_entropy(
+    hidden: Float[Array, "batch token embed"],
+    head: Float[Array, "vocab embed"],
+    target: Int[Array, "batch token"],
+    weight: Float[Array, "batch token"],
+    vocabulary_size: int,
+) -> Float[Array, ""]:
+    """Weighted sum of the targets' negative log-likelihoods, in nats."""
+    return summed_token_loss(hidden, head, target, weight, _weighted, vocabulary_size)[0]
+
+
+def _weighted(log_probability: Float[Array, "batch token"], weight: Float[Array, "batch token"]) -> Float[Array, ""]:
+    return -jnp.sum(log_probability * weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_token_loss(
+    hidden: Float[Array, "batch token embed"],
+    head: Float[Array, "vocab embed"],
+    target: Int[Array, "batch token"],
+    fields: PyTree[Array],
+    loss_of: Callable[[Float[Array, "batch token"], Any], Float[Array, ""]],
+    vocabulary_size: int,
+) -> tuple[Float[Array, ""], TokenStatistics]:
+    """A loss that is a sum over targets, `loss_of` their log-probabilities and `fields`, and the targets' statistics.
+
+    Works through the tokens in chunks; differentiated, it makes the gradient of each chunk while its logits are at
+    hand, so logits are computed once and the array [batch, token, vocab] never exists. Each device sums the head's
+    gradient over its own rows, and these sums are added up once. The statistics have no gradient.
+    """
+    statistics = token_statistics(hidden, head, target, vocabulary_size)
+    return loss_of(-statistics.loss, fields), statistics
+
+
+def _token_loss_forward(
+    hidden: Array, head: Array, target: Array, fields: PyTree[Array], loss_of: Callable, vocabulary_size: int
+) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
+    parts = row_shards(jax.sharding.get_abstract_mesh())
+    chunks = jax.tree.map(partial(_split_tokens, _chunk_length(hidden)), (hidden, target, fields))
+    compute_head = whole_head(head, hidden.dtype)
+
+    def step(total: tuple[Array, Array], chunk: tuple[Array, Array, PyTree]) -> tuple[tuple[Array, Array], Any]:
+        hidden, target, fields = chunk
+        logits = logits_of(hidden, compute_head, vocabulary_size)
+        statistics, probability, is_target = _chunk_statistics(logits, target)
+        loss, slope = jax.value_and_grad(loss_of)(-statistics.loss, fields)
+        logit_gradient = (is_target - probability) * slope[..., None]
+        logit_gradient = jax.lax.optimization_barrier(logit_gradient.astype(hidden.dtype))
+        of_parts = (x.reshape(parts, -1, x.shape[-1]) for x in (logit_gradient, hidden))
+        head_gradients = jax.vmap(product_over_tokens)(*of_parts)
+        hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, compute_head, preferred_element_type=jnp.float32)
+        return (total[0] + loss, total[1] + head_gradients), (hidden_gradient.astype(hidden.dtype), statistics)
+
+    zeros = shard(jnp.zeros((parts, *head.shape), jnp.float32), ROW_AXES, AXIS_RULES["vocab"])
+    (loss, head_gradients), kept = jax.lax.scan(step, (jnp.zeros(()), zeros), chunks)
+    hidden_gradient, statistics = jax.tree.map(partial(_joined_tokens, hidden.shape[1]), kept)
+    return (loss, statistics), (hidden_gradient, jnp.sum(head_gradients, axis=0).astype(head.dtype))
+
+
+def _token_loss_backward(
+    loss_of: Callable, vocabulary_size: int, residual: tuple[Array, Array], gradient: tuple[Array, TokenStatistics]
+) -> tuple[Array, Array, None, None]:
+    hidden_gradient, head_gradient = ((part * gradient[0]).astype(part.dtype) for part in residual)
+    return hidden_gradient, head_gradient, None, None
+
+
+summed_token_loss.defvjp(_token_loss_forward, _token_loss_backward)

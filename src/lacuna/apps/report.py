@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lacuna.metrics import duration, percent, read_metrics, short, summarise, task_figures, text_of, write_atomically
+from lacuna.metrics import duration, percent, read_metrics, read_text, short, summarise, task_figures, write_atomically
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndar
     return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], float)
 
 
-def draw(chart: Chart, records: list[dict[str, Any]]) -> tuple[str, int]:
+def plot(chart: Chart, records: list[dict[str, Any]]) -> tuple[str, int]:
     """An inline SVG in the page's colours, "" without values, and how many values lie above its axis.
 
     Long runs show median and range of up to 300 groups of steps; only in the loss may rare large values set the scale.
@@ -121,13 +121,13 @@ def write_report(directory: Path) -> None:
     """report.html from config.toml, metrics.jsonl and summary.json, as far as they are there yet."""
     from jinja2 import Environment
 
-    config, summary = (text_of(directory / name) for name in ("config.toml", "summary.json"))
+    config, summary = (read_text(directory / name) for name in ("config.toml", "summary.json"))
     records = read_metrics(directory / "metrics.jsonl")
     live, ended = summarise(records), json.loads(summary or "{}")
     facts = live | ended if ended.get("steps") == live["steps"] else ended | live
     steps, total = facts["steps"], tomllib.loads(config).get("steps") or 0
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
-    html = page.render(
+    config = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(HTML)
+    html = config.render(
         name=directory.resolve().name,
         command=facts.get("command", "run"),
         steps=f"{steps:,} of {total:,} steps" if total > steps else f"{steps:,} steps",
@@ -135,7 +135,7 @@ def write_report(directory: Path) -> None:
         lost_count=sum("loss" in record and record["loss"] is None for record in records),
         figures={name: write(facts[key]) for key, (name, write) in FIGURES.items() if facts.get(key) is not None},
         is_evaluated=live["best_eval_loss"] is not None,
-        charts=[(chart, *draw(chart, records)) for chart in charts_of(records)],
+        charts=[(chart, *plot(chart, records)) for chart in charts_of(records)],
         samples=next(((each["step"], each["samples"]) for each in reversed(records) if each.get("samples")), None),
         facts={key: fact(value) for key, value in facts.items()},
         config=config,
@@ -143,7 +143,7 @@ def write_report(directory: Path) -> None:
     write_atomically(directory / "report.html", html)
 
 
-PAGE = """<!doctype html>
+HTML = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

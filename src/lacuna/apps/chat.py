@@ -32,11 +32,13 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from lacuna.config import ChatConfig, SamplingKeys, UserError
-from lacuna.options import did_you_mean, explain
+from lacuna.apps.configs import ChatConfig
+from lacuna.cli import explain
+from lacuna.config import SamplingKeys, UserError, did_you_mean
+from lacuna.sampler import Request, load_generator, rules_by_origin, rules_in_force
 from lacuna.tokenizer import Message, check_messages, encode, finished, render
 
-COMMANDS = {
+CHAT_COMMANDS = {
     "/system": "TEXT: set the system message; without text, remove it",
     "/reset": "forget all turns",
     "/undo": "take the last turn back",
@@ -57,7 +59,7 @@ VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(32) if c
 VISIBLE |= {13: None, 0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0x2426)
 
 
-class Piece(NamedTuple):
+class AnswerPiece(NamedTuple):
     """The next part of an answer; the last says how it ended, `stop` where the model found its end."""
 
     text: str
@@ -73,40 +75,36 @@ class Local:
 
     counts_exactly = True
 
-    def __init__(self, page: ChatConfig) -> None:
+    def __init__(self, config: ChatConfig) -> None:
         """Raises UserError where the model can't be loaded, or can't be talked to in the way that the page asks."""
         import jax
 
-        from lacuna.sampler import load_generator
-
-        self.generator = load_generator(page, jax.device_count() // page.tensor)
+        self.generator = load_generator(config, jax.device_count() // config.tensor)
         self.tokenizer = self.generator.sampler.tokenizer
         has_template = self.tokenizer.template is not None
-        self.is_chat = page.instruct if "instruct" in page.model_fields_set else has_template
-        if not has_template and (self.is_chat or page.system):
+        self.is_chat = config.instruct if "instruct" in config.model_fields_set else has_template
+        if not has_template and (self.is_chat or config.system):
             raise UserError(
                 f"{self.generator.source} has no chat template; give one, as in --chat-template "
                 "configs/chat_template.jinja, or leave out --instruct and --system, and it continues plain text"
             )
 
-    def introduction(self, page: ChatConfig) -> list[str]:
-        newest = "" if page.model_name else f", the newest run in {page.output_dir}"
+    def introduction(self, config: ChatConfig) -> list[str]:
+        newest = "" if config.model_name else f", the newest run in {config.output_dir}"
         way = "answers by its chat template" if self.is_chat else "continues plain text, without a chat template"
         capacity = f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together"
         return [f"model: {self.generator.source}{newest}; {way}", capacity]
 
-    def rules(self, page: ChatConfig) -> str:
-        from lacuna.sampler import rules_by_origin
+    def rules(self, config: ChatConfig) -> str:
 
-        return f"{rules_by_origin(page, self.generator.rules)}; seed={page.seed}"
+        return f"{rules_by_origin(config, self.generator.rules)}; seed={config.seed}"
 
-    def rules_of(self, page: ChatConfig) -> SamplingKeys:
-        from lacuna.sampler import rules_in_force
+    def rules_of(self, config: ChatConfig) -> SamplingKeys:
 
-        return rules_in_force(page, self.generator.rules)
+        return rules_in_force(config, self.generator.rules)
 
-    def is_greedy(self, page: ChatConfig) -> bool:
-        return self.rules_of(page).temperature == 0
+    def is_greedy(self, config: ChatConfig) -> bool:
+        return self.rules_of(config).temperature == 0
 
     def prompt(self, messages: list[Message]) -> tuple[int, ...]:
         if not self.is_chat:
@@ -120,15 +118,14 @@ class Local:
     def size(self, messages: list[Message]) -> str:
         return f"{len(self.prompt(messages)):,} of {self.generator.sampler.capacity:,} tokens"
 
-    def answer(self, messages: list[Message], page: ChatConfig, seed: int) -> Generator[Piece]:
+    def answer(self, messages: list[Message], config: ChatConfig, seed: int) -> Generator[AnswerPiece]:
         """Raises UserError where the conversation leaves no room for an answer."""
-        from lacuna.decoding import BLOCK
-        from lacuna.sampler import Request
+        from lacuna.sampler import BLOCK
 
-        sampler, prompt, rules = self.generator.sampler, self.prompt(messages), self.rules_of(page)
+        sampler, prompt, rules = self.generator.sampler, self.prompt(messages), self.rules_of(config)
         room = sampler.capacity - len(prompt)
         if room < 1:
-            limit = min(sampler.config.max_positions, sampler.config.sliding_window or sampler.config.max_positions)
+            limit = min(sampler.model.max_positions, sampler.model.sliding_window or sampler.model.max_positions)
             larger = f", a larger --capacity (the model has {limit:,}) makes room" if limit > sampler.capacity else ""
             raise UserError(
                 f"the conversation has {len(prompt):,} tokens and the capacity, answer included, is "
@@ -146,7 +143,7 @@ class Local:
                 for part in parts:
                     is_going = not part.finish_reason
                     ended = cut if part.finish_reason == "length" else part.finish_reason
-                    yield Piece(finished(part.text) if ended else part.text, len(part.tokens), ended)
+                    yield AnswerPiece(finished(part.text) if ended else part.text, len(part.tokens), ended)
         finally:
             sampler.cancel(number)
 
@@ -154,17 +151,17 @@ class Local:
 class Remote:
     """A model behind an OpenAI-style server."""
 
-    def __init__(self, page: ChatConfig) -> None:
+    def __init__(self, config: ChatConfig) -> None:
         """Raises UserError where the client is missing, or the server has to name a model and does not."""
         try:
             from openai import OpenAI
         except ImportError as error:
             raise UserError("--endpoint needs the openai client; get it by uv run --extra endpoint chat …") from error
-        self.url = page.endpoint.rstrip("/") + ("" if urlsplit(page.endpoint).path.strip("/") else "/v1")
-        key = page.api_key.get_secret_value() or os.environ.get("OPENAI_API_KEY") or "none"
+        self.url = config.endpoint.rstrip("/") + ("" if urlsplit(config.endpoint).path.strip("/") else "/v1")
+        key = config.api_key.get_secret_value() or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = OpenAI(base_url=self.url, api_key=key, max_retries=0)
-        self.is_chat, self.usage = page.instruct, None
-        self.model, self.found = page.model_name, ""
+        self.is_chat, self.usage = config.instruct, None
+        self.model, self.found = config.model_name, ""
         if not self.model:
             with refusals_of(self.url):
                 offered = [model.id for model in self.client.models.list().data]
@@ -177,16 +174,16 @@ class Remote:
         """Whether the server told how many tokens its last answer had."""
         return self.usage is not None
 
-    def introduction(self, page: ChatConfig) -> list[str]:
+    def introduction(self, config: ChatConfig) -> list[str]:
         way = "answers as a chat" if self.is_chat else "continues plain text (--no-instruct)"
         return [f"model: {self.model} at {self.url}{self.found}; {way}"]
 
-    def rules(self, page: ChatConfig) -> str:
-        typed = [f"{name}={getattr(page, name):g}" for name in SETTABLE if name in page.model_fields_set]
+    def rules(self, config: ChatConfig) -> str:
+        typed = [f"{name}={getattr(config, name):g}" for name in SETTABLE if name in config.model_fields_set]
         return f"{' '.join(typed)} (typed); all else as the server has it" if typed else "all as the server has them"
 
-    def is_greedy(self, page: ChatConfig) -> bool:
-        return "temperature" in page.model_fields_set and page.temperature == 0
+    def is_greedy(self, config: ChatConfig) -> bool:
+        return "temperature" in config.model_fields_set and config.temperature == 0
 
     def size(self, messages: list[Message]) -> str:
         if self.usage is None:
@@ -194,11 +191,11 @@ class Remote:
         prompt, answer = self.usage.prompt_tokens, self.usage.completion_tokens
         return f"{prompt:,} + {answer:,} tokens, prompt and answer, by the server's count at the last turn"
 
-    def answer(self, messages: list[Message], page: ChatConfig, seed: int) -> Generator[Piece]:
+    def answer(self, messages: list[Message], config: ChatConfig, seed: int) -> Generator[AnswerPiece]:
         """What the user did not choose is left to the server. Raises UserError with what it or the way to it said."""
-        rules = page.model_dump(include={*RULES} & page.model_fields_set)
+        rules = config.model_dump(include={*RULES} & config.model_fields_set)
         beyond = {name: rules.pop(name) for name in BEYOND_OPENAI if name in rules}
-        if "seed" in page.model_fields_set:
+        if "seed" in config.model_fields_set:
             rules["seed"] = seed
         request: dict[str, Any] = {
             "model": self.model, "stream": True, "stream_options": {"include_usage": True}, "extra_body": beyond,
@@ -210,17 +207,17 @@ class Remote:
             for chunk in stream:
                 self.usage = chunk.usage or self.usage
                 for choice in chunk.choices[:1]:
-                    text, thought = text_of(choice)
+                    text, thought = part_text(choice)
                     turns = "" if bool(thought) == is_thinking else "<think>\n" if thought else "\n</think>\n\n"
                     if text or thought:
                         is_thinking, count = bool(thought), count + 1
-                        yield Piece(turns + thought + text, 1)
+                        yield AnswerPiece(turns + thought + text, 1)
                     reason = choice.finish_reason
                     ended = "cut off at max_tokens" if reason == "length" else reason or ended
-        yield Piece("", self.usage.completion_tokens - count if self.usage else 0, ended)
+        yield AnswerPiece("", self.usage.completion_tokens - count if self.usage else 0, ended)
 
 
-def text_of(choice: Any) -> tuple[str, str]:
+def part_text(choice: Any) -> tuple[str, str]:
     """The text in a part of an answer, and the reasoning that some servers send beside it."""
     delta = getattr(choice, "delta", choice)
     reasoning = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
@@ -249,7 +246,7 @@ def plain_text(messages: list[Message]) -> str:
 class Chat:
     """A conversation, and where its answers come from and go to; `attempt` counts the answers to the last turn."""
 
-    page: ChatConfig
+    config: ChatConfig
     source: Local | Remote
     is_terminal: bool
     messages: list[Message] = field(default_factory=list)
@@ -258,8 +255,8 @@ class Chat:
     def __post_init__(self) -> None:
         self.console = Console(highlight=False)
         self.notes = Console(highlight=False, stderr=not self.is_terminal)
-        if self.page.system:
-            self.messages = [{"role": "system", "content": self.page.system}]
+        if self.config.system:
+            self.messages = [{"role": "system", "content": self.config.system}]
 
     def say(self, text: str, style: str = "dim") -> None:
         self.notes.print(Text(text.translate(VISIBLE), style), soft_wrap=not self.is_terminal)
@@ -299,7 +296,7 @@ class Chat:
                 turn = self.cut_off_last_turn()
                 self.messages.append(turn)
                 self.attempt += is_answered
-                if self.source.is_greedy(self.page):
+                if self.source.is_greedy(self.config):
                     self.say("temperature is 0, so the answer will be the same; /set temperature=0.7 changes that")
                 self.answer()
             case "/save":
@@ -307,16 +304,16 @@ class Chat:
             case "/load":
                 self.load(argument)
             case "/set":
-                self.page = with_settings(self.page, argument)
-                self.say(f"rules: {self.source.rules(self.page)}")
+                self.config = with_settings(self.config, argument)
+                self.say(f"rules: {self.source.rules(self.config)}")
             case "/tokens":
                 self.say(self.source.size(self.messages) if self.messages else "nothing was said yet")
             case "/help":
-                self.say("\n".join(f"{name:8} {text}" for name, text in COMMANDS.items()))
+                self.say("\n".join(f"{name:8} {text}" for name, text in CHAT_COMMANDS.items()))
             case "/quit":
                 return False
             case _:
-                mend = did_you_mean(command, COMMANDS) or "; /help lists them"
+                mend = did_you_mean(command, CHAT_COMMANDS) or "; /help lists them"
                 raise UserError(f"{command} is not a command{mend} (a space before it makes it a text)")
         return True
 
@@ -368,14 +365,14 @@ class Chat:
         """Answer the last turn and tell how it went. An answer that was interrupted, or broken off by an error, stays
         as far as it came; where nothing came the turn is left without one."""
         turn = sum(message["role"] == "user" for message in self.messages)
-        seed = random.Random(f"{self.page.seed} {turn} {self.attempt}").getrandbits(31)
+        seed = random.Random(f"{self.config.seed} {turn} {self.attempt}").getrandbits(31)
         text, count, ended, began, first = "", 0, "", time.perf_counter(), 0.0
         is_markdown = self.is_terminal and self.source.is_chat
         try:
             with (
                 silent_keys() if self.is_terminal else nullcontext(),
                 GrowingMarkdown(self.console) if is_markdown else GrowingText() as shown,
-                closing(self.source.answer(self.messages, self.page, seed)) as pieces,
+                closing(self.source.answer(self.messages, self.config, seed)) as pieces,
             ):
                 for piece in pieces:
                     first = first or time.perf_counter() - began
@@ -399,7 +396,7 @@ class Chat:
         )
 
 
-def with_settings(page: ChatConfig, text: str) -> ChatConfig:
+def with_settings(config: ChatConfig, text: str) -> ChatConfig:
     """The page with what `/set` names. Raises UserError where that can't be."""
     settings = {}
     for part in text.split():
@@ -409,7 +406,7 @@ def with_settings(page: ChatConfig, text: str) -> ChatConfig:
             raise UserError(f"/set {part}: should be NAME=VALUE with a name of {', '.join(SETTABLE)}{mend}")
         settings[name] = value
     try:
-        return ChatConfig.model_validate(page.model_dump(exclude_unset=True) | settings)
+        return ChatConfig.model_validate(config.model_dump(exclude_unset=True) | settings)
     except ValidationError as error:
         raise UserError("\n".join(explain(one, ChatConfig, "chat", {}, {}) for one in error.errors())) from None
 
@@ -471,11 +468,11 @@ PARSER = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrou
 
 def markdown(text: str) -> Markdown:
     """Markdown in which tags are shown as they are, a line ends where its source does, and links show their address."""
-    page = Markdown("", hyperlinks=False)
-    page.parsed = PARSER.parse(text)
-    for child in (child for token in page.parsed for child in token.children or ()):
+    config = Markdown("", hyperlinks=False)
+    config.parsed = PARSER.parse(text)
+    for child in (child for token in config.parsed for child in token.children or ()):
         child.type = "hardbreak" if child.type == "softbreak" else child.type
-    return page
+    return config
 
 
 def blocks_of(text: str) -> list[str]:
@@ -526,9 +523,9 @@ def drawn(block: str, console: Console) -> list[list[Segment]]:
 # What is typed
 
 
-def typed_turns(page: ChatConfig) -> Iterator[str]:
+def typed_turns(config: ChatConfig) -> Iterator[str]:
     """What the user writes at the prompt: Enter sends, Alt-Enter or Ctrl-J begins a line, Ctrl-D leaves."""
-    path = page.cache_dir / "chat_history"
+    path = config.cache_dir / "chat_history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
@@ -536,7 +533,7 @@ def typed_turns(page: ChatConfig) -> Iterator[str]:
     except OSError:
         history = InMemoryHistory()
     settings = [f"/set {name}=" for name in SETTABLE]
-    completer = WordCompleter([*COMMANDS, *settings], sentence=True, meta_dict=dict(COMMANDS))
+    completer = WordCompleter([*CHAT_COMMANDS, *settings], sentence=True, meta_dict=dict(CHAT_COMMANDS))
     session = PromptSession(multiline=True, history=history, completer=completer, key_bindings=keys())
     while True:
         try:
@@ -580,20 +577,20 @@ def piped_turns(is_chat: bool) -> Iterator[str]:
             yield text
 
 
-def run(page: ChatConfig) -> None:
+def run_chat(config: ChatConfig) -> None:
     """The command chat: answers at the terminal, or to each line of standard input.
 
     Raises:
         UserError: whatever about model, server or, without a terminal, input can't be used.
     """
-    source = Remote(page) if page.endpoint else Local(page)
-    chat = Chat(page, source, is_terminal=sys.stdin.isatty() and sys.stdout.isatty())
-    chat.say("\n".join([*source.introduction(page), f"rules: {source.rules(page)}"]))
+    source = Remote(config) if config.endpoint else Local(config)
+    chat = Chat(config, source, is_terminal=sys.stdin.isatty() and sys.stdout.isatty())
+    chat.say("\n".join([*source.introduction(config), f"rules: {source.rules(config)}"]))
     if chat.is_terminal:
         chat.say(
             "Enter sends, Alt-Enter begins a line, Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands"
         )
-    for typed in typed_turns(page) if chat.is_terminal else piped_turns(source.is_chat):
+    for typed in typed_turns(config) if chat.is_terminal else piped_turns(source.is_chat):
         try:
             if not chat.take(typed):
                 break

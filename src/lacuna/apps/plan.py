@@ -23,27 +23,24 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lacuna import trainer, weights
-from lacuna.attention import choose_backend
+from lacuna import checkpoint, trainer
+from lacuna.apps.configs import PlanKeys
+from lacuna.apps.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
 from lacuna.config import (
     DEVICE_MEMORY_SHARE,
     GPU_PLUGINS,
     GrpoConfig,
-    PlanKeys,
     RowsConfig,
     TrainingConfig,
     UserError,
     accumulation_steps,
 )
 from lacuna.data import Batch
-from lacuna.decoding import cast_params, decode_block, empty_slots, fill_cache
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
+from lacuna.grpo import INTEGERS, RolloutBatch, add_gradient, zeros
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, check_sequence_length, parameter_counts
-from lacuna.objective import INTEGERS, RolloutBatch, add_gradient, zeros
-from lacuna.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
-from lacuna.sampler import PREFILL_PAGES
-from lacuna.sampling import forest_of
+from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots, fill_cache, forest_of
 from lacuna.trainer import TrainState
 
 MOST_ROWS = 64  # the largest micro-batch that is tried
@@ -225,77 +222,79 @@ def compiled(name: str, function: Any, *arguments: Any, beside: float = 0.0, att
     return Program(name, program, counted + (attention or 0.0), time.perf_counter() - began, beside)
 
 
-def attention_flops(page: TrainingConfig, model: ModelConfig, row_count: int) -> float:
+def attention_flops(config: TrainingConfig, model: ModelConfig, row_count: int) -> float:
     """FLOPs of attention, forward and backward, over rows of one document each: two matrix products forward, five
     backward, as the scores are made again, and the forward ones once more where layers are recomputed."""
     width = model.kv_heads * model.group * model.head
-    counted = step_flops(0, width, model.layers, 0, row_count * page.sequence_length**2)
-    return counted * (9 if page.rematerialisation == "layer" else 7) / 6
+    counted = step_flops(0, width, model.layers, 0, row_count * config.sequence_length**2)
+    return counted * (9 if config.rematerialisation == "layer" else 7) / 6
 
 
-def programs_of(page: TrainingConfig, model: ModelConfig, mesh: Mesh) -> list[Program]:
+def programs_of(config: TrainingConfig, model: ModelConfig, mesh: Mesh) -> list[Program]:
     """The programs that a run of this page spends its time in."""
     state = trainer.abstract_state(model, mesh)
-    recipe = placed(jax.eval_shape(lambda: trainer.recipe_of(page, 2)), NamedSharding(mesh, PartitionSpec()))
+    recipe = placed(jax.eval_shape(lambda: trainer.recipe_of(config, 2)), NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        if isinstance(page, RowsConfig):
-            return [rows_program(page, model, mesh, state, recipe)]
-        assert isinstance(page, GrpoConfig)
-        return list(grpo_programs(page, model, mesh, state, recipe))
+        if isinstance(config, RowsConfig):
+            return [rows_program(config, model, mesh, state, recipe)]
+        assert isinstance(config, GrpoConfig)
+        return list(grpo_programs(config, model, mesh, state, recipe))
 
 
-def rows_program(page: RowsConfig, model: ModelConfig, mesh: Mesh, state: TrainState, recipe: Any) -> Program:
+def rows_program(config: RowsConfig, model: ModelConfig, mesh: Mesh, state: TrainState, recipe: Any) -> Program:
     """The step of sft and pretrain."""
     shards = row_shards(mesh)
-    shape = (accumulation_steps(page.batch_size, page.micro_batch_size, shards), page.micro_batch_size * shards,
-             page.sequence_length)  # fmt: skip
+    shape = (accumulation_steps(config.batch_size, config.micro_batch_size, shards), config.micro_batch_size * shards,
+             config.sequence_length)  # fmt: skip
     rows = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
     batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in Batch._fields]
-    step = jax.jit(partial(trainer.train_step, model=model, page=page), donate_argnames="state")
-    return compiled("step", step, state, Batch(*batch), recipe, attention=attention_flops(page, model, page.batch_size))
+    step = jax.jit(partial(trainer.train_step, model=model, config=config), donate_argnames="state")
+    return compiled(
+        "step", step, state, Batch(*batch), recipe, attention=attention_flops(config, model, config.batch_size)
+    )
 
 
 def kind_of(name: str) -> Any:
     return jnp.int32 if name in INTEGERS else jnp.float32
 
 
-def planned_slots(page: GrpoConfig, model: ModelConfig, mesh: Mesh) -> Any:
+def abstract_slots(config: GrpoConfig, model: ModelConfig, mesh: Mesh) -> Any:
     """The batch of the sampler, with the largest cache that a run comes to need."""
     shards = row_shards(mesh)
-    count, pages = -(-slots_of(page) // shards) * shards, -(-page.sequence_length // PAGE)
-    slots = jax.eval_shape(partial(empty_slots, model, count, pages, page.compute_dtype))
+    count, pages = -(-planned_slots(config) // shards) * shards, -(-config.sequence_length // PAGE)
+    slots = jax.eval_shape(partial(empty_slots, model, count, pages, config.compute_dtype))
     slots = placed(slots, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
     return slots._replace(cache=placed(slots.cache, NamedSharding(mesh, PartitionSpec(ROW_AXES, "tensor"))))
 
 
 def grpo_programs(
-    page: GrpoConfig, model: ModelConfig, mesh: Mesh, state: TrainState, recipe: Any
+    config: GrpoConfig, model: ModelConfig, mesh: Mesh, state: TrainState, recipe: Any
 ) -> Iterator[Program]:
     """Prefill, decoding, the gradient of a micro-batch and the optimizer's step, which share the devices' memory."""
     shards = row_shards(mesh)
     rows, first = NamedSharding(mesh, PartitionSpec(ROW_AXES)), NamedSharding(mesh, PartitionSpec())
-    slots, pages = planned_slots(page, model, mesh), -(-page.sequence_length // PAGE)
+    slots, pages = abstract_slots(config, model, mesh), -(-config.sequence_length // PAGE)
     count = len(slots.token)
-    casting = cast_params.trace(state.params, model, page.compute_dtype)
+    casting = cast_params.trace(state.params, model, config.compute_dtype)
     params = placed(casting.out_info, casting.lower().compile().output_shardings)
     forest = placed(jax.eval_shape(lambda: forest_of([])[0]), first)
     flags = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=first)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=first)
     trained, generating = device_bytes(state), device_bytes((params, slots))
-    longest = -(-(page.sequence_length - page.max_completion_tokens) // PAGE) * PAGE
-    most = min(page.prompts_per_step, max(PREFILL_PAGES // pages, 1))
+    longest = -(-(config.sequence_length - config.max_completion_tokens) // PAGE) * PAGE
+    most = min(config.prompts_per_step, max(PREFILL_PAGES // pages, 1))
     prompts = jax.ShapeDtypeStruct((-(-most // shards) * shards, longest), jnp.int32, sharding=rows)
     yield compiled("prefill", fill_cache, params, prompts, model, beside=trained + device_bytes(slots))
     yield compiled("decode", decode_block, params, slots, forest, flags, number, number, model, beside=trained)
-    shape = page.micro_batch_size * shards, page.sequence_length
+    shape = config.micro_batch_size * shards, config.sequence_length
     batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in RolloutBatch._fields]
-    compute = jax.eval_shape(lambda leaves: trainer.cast(leaves, model, page.compute_dtype), state.params)
+    compute = jax.eval_shape(lambda leaves: trainer.cast(leaves, model, config.compute_dtype), state.params)
     compute = jax.tree.map(lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
                            compute, state.params)  # fmt: skip
     sums = jax.eval_shape(zeros, state.params)
     sums = placed(sums[0], jax.tree.map(lambda leaf: leaf.sharding, state.params)), *placed(sums[1:], first)
-    attention, beside = attention_flops(page, model, shape[0]), trained + generating
-    arguments = sums, compute, RolloutBatch(*batch), model, page
+    attention, beside = attention_flops(config, model, shape[0]), trained + generating
+    arguments = sums, compute, RolloutBatch(*batch), model, config
     yield compiled("update", add_gradient, *arguments, beside=beside, attention=attention)
     step = jax.jit(trainer.apply_gradient, static_argnames="model", donate_argnames="state")
     beside = generating + device_bytes(compute)
@@ -382,28 +381,28 @@ def fits(programs: list[Program], chip: Chip) -> bool:
     return 0 < max((program.bytes for program in programs), default=0) <= DEVICE_MEMORY_SHARE * chip.memory
 
 
-def run(page: TrainingConfig) -> None:
+def run_plan(config: TrainingConfig) -> None:
     """The command plan: compile what a page's run would, and print and write down what it takes.
 
     Raises:
         UserError: the topology, the model or the mesh is not to be had.
     """
-    assert isinstance(page, PlanKeys)
-    if not Path(page.plan_file).parent.is_dir():
-        raise UserError(f"plan_file = {page.plan_file}: no such directory; make it, or choose another")
+    assert isinstance(config, PlanKeys)
+    if not Path(config.plan_file).parent.is_dir():
+        raise UserError(f"plan_file = {config.plan_file}: no such directory; make it, or choose another")
     jax.config.update("jax_platforms", "cpu")
-    topology = read_topology(page.topology)
+    topology = read_topology(config.topology)
     with heard_of(topology):
-        tell(page, topology)
+        report_plan(config, topology)
 
 
-def tell(page: TrainingConfig, topology: Topology) -> None:
+def report_plan(config: TrainingConfig, topology: Topology) -> None:
     """Print and write down what a run of the page takes on these devices."""
-    assert isinstance(page, PlanKeys)
-    chip, source = topology.chip, weights.resolve_model(page.model_name, with_weights=False)
-    mesh = make_mesh(page.data_parallel, page.fsdp, page.tensor, topology.devices)
-    model = weights.config_on(source, page, mesh)
-    check_sequence_length(model, page.sequence_length)
+    assert isinstance(config, PlanKeys)
+    chip, source = topology.chip, checkpoint.resolve_model(config.model_name, with_weights=False)
+    mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor, topology.devices)
+    model, attention = checkpoint.model_on(source, config, mesh)
+    check_sequence_length(model, config.sequence_length)
     count, state = mesh.size, trainer.abstract_state(model, mesh)
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(
@@ -412,12 +411,13 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
         + (f", {byte_size(chip.network)}/s between nodes of {chip.per_node}" if count > chip.per_node else "")
     )
     counts = parameter_counts(model)
-    print(f"model: {page.model_name} ({model.family}), {counts['all']:,} parameters, compute in {page.compute_dtype}")
-    attention = choose_backend(page, mesh, model.head)[1]
+    print(
+        f"model: {config.model_name} ({model.family}), {counts['all']:,} parameters, compute in {config.compute_dtype}"
+    )
     print(attention)
     refusal = ""
     try:
-        programs = programs_of(page, model, mesh)
+        programs = programs_of(config, model, mesh)
     except TooLarge as error:
         programs, refusal = [], f"DOES NOT FIT: {error}"
     plans = [program_plan(each, chip, count) for each in programs]
@@ -428,34 +428,34 @@ def tell(page: TrainingConfig, topology: Topology) -> None:
         f"{byte_size(weight_bytes)} of the temporaries"
     )
     cache_bytes = 0.0
-    if isinstance(page, GrpoConfig):
-        cache_bytes = device_bytes(planned_slots(page, model, mesh).cache)
-        print(f"its part of the cache: {byte_size(cache_bytes)} for {slots_of(page):,} completions at once")
+    if isinstance(config, GrpoConfig):
+        cache_bytes = device_bytes(abstract_slots(config, model, mesh).cache)
+        print(f"its part of the cache: {byte_size(cache_bytes)} for {planned_slots(config):,} completions at once")
     for each in plans:
         print("\n".join(program_lines(each, chip)))
     facts: dict[str, Any] = {
         "topology": topology.name, "devices": count, "mesh": dict(mesh.shape), "chip": chip._asdict(),
-        "model": page.model_name, "parameters": counts["all"], "parameter_bytes": weight_bytes,
+        "model": config.model_name, "parameters": counts["all"], "parameter_bytes": weight_bytes,
         "optimizer_bytes": state_bytes - weight_bytes, "gradient_bytes": weight_bytes, "cache_bytes": cache_bytes,
         "attention": attention, "fits": fits(programs, chip),
         "programs": [asdict(each) | {"collectives": [talk._asdict() for talk in each.collectives]} for each in plans],
     }  # fmt: skip
-    if isinstance(page, RowsConfig) and plans:
-        facts |= step_facts(page, model, plans[0], chip, count)
-        rated = "" if page.compute_dtype == "bfloat16" else " of bfloat16; float32 takes several times as long"
+    if isinstance(config, RowsConfig) and plans:
+        facts |= step_facts(config, model, plans[0], chip, count)
+        rated = "" if config.compute_dtype == "bfloat16" else " of bfloat16; float32 takes several times as long"
         print(
-            f"a step of {page.batch_size} rows × {page.sequence_length} tokens, each row one document: model "
+            f"a step of {config.batch_size} rows × {config.sequence_length} tokens, each row one document: model "
             f"{flop_size(facts['model_flops'])}, {percent(facts['recomputed_share'])} more in the program; no faster "
             f"than {plans[0].seconds:.3g} s, which is {short(facts['tokens_per_second'])} tokens/s and "
             f"{percent(facts['mfu'])} MFU (an estimate from published figures{rated})"
         )
     print(refusal or verdict(programs, chip))
     facts["advice"] = []
-    for line in advice(page, model, topology, programs) if page.search else ():
+    for line in advice(config, model, topology, programs) if config.search else ():
         facts["advice"].append(line)
         print(line)
-    Path(page.plan_file).write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"all of it: {page.plan_file}")
+    Path(config.plan_file).write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"all of it: {config.plan_file}")
 
 
 def program_lines(plan: ProgramPlan, chip: Chip) -> Iterator[str]:
@@ -478,11 +478,11 @@ def program_lines(plan: ProgramPlan, chip: Chip) -> Iterator[str]:
         yield f"  {each.count} × {each.kind} among {each.group}: {byte_size(each.bytes)} a device, {beside}"
 
 
-def step_facts(page: RowsConfig, model: ModelConfig, plan: ProgramPlan, chip: Chip, count: int) -> dict[str, float]:
+def step_facts(config: RowsConfig, model: ModelConfig, plan: ProgramPlan, chip: Chip, count: int) -> dict[str, float]:
     """What a step costs and how fast it can be."""
-    tokens = page.batch_size * page.sequence_length
+    tokens = config.batch_size * config.sequence_length
     width = model.kv_heads * model.group * model.head
-    squares = page.batch_size * page.sequence_length**2
+    squares = config.batch_size * config.sequence_length**2
     flops = step_flops(parameter_counts(model)["matmul"], width, model.layers, tokens, squares)
     return {
         "model_flops": flops,
@@ -499,34 +499,34 @@ def verdict(programs: list[Program], chip: Chip) -> str:
     return f"{'fits' if fits(programs, chip) else 'DOES NOT FIT'}: {most.name} needs {byte_size(most.bytes)} {room}"
 
 
-def advice(page: TrainingConfig, model: ModelConfig, topology: Topology, programs: list[Program]) -> Iterator[str]:
+def advice(config: TrainingConfig, model: ModelConfig, topology: Topology, programs: list[Program]) -> Iterator[str]:
     """The largest micro-batch that fits, or the cheapest change after which the run does."""
-    chip, mesh = topology.chip, make_mesh(page.data_parallel, page.fsdp, page.tensor, topology.devices)
+    chip, mesh = topology.chip, make_mesh(config.data_parallel, config.fsdp, config.tensor, topology.devices)
 
     def needed(**changes: Any) -> list[Program]:
         try:
-            return programs_of(page.model_copy(update=changes), model, mesh)
+            return programs_of(config.model_copy(update=changes), model, mesh)
         except TooLarge:
             return []
 
-    sizes = sizes_of(page, mesh)
+    sizes = sizes_of(config, mesh)
     if fits(programs, chip):
-        largest = page.micro_batch_size
-        for size in (size for size in sizes if size > page.micro_batch_size):
+        largest = config.micro_batch_size
+        for size in (size for size in sizes if size > config.micro_batch_size):
             if not fits(needed(micro_batch_size=size), chip):
                 yield f"largest micro_batch_size that fits: {largest} ({size} does not)"
                 return
             largest = size
         yield f"largest micro_batch_size that fits: {largest}, the largest that divides the batch"
         return
-    for change in cheapest_first(page):
-        smaller = [size for size in sizes if size < page.micro_batch_size + bool(change)]
+    for change in cheapest_first(config):
+        smaller = [size for size in sizes if size < config.micro_batch_size + bool(change)]
         if smaller and fits(needed(**change, micro_batch_size=smaller[0]), chip):
             for size in reversed(smaller):
                 if fits(found := needed(**change, micro_batch_size=size), chip):
-                    changed = page.model_copy(update=change | {"micro_batch_size": size})
+                    changed = config.model_copy(update=change | {"micro_batch_size": size})
                     told = ", ".join(f"{key} = {getattr(changed, key)}" for key in ("micro_batch_size", *change))
-                    more = work(changed, found) / work(page, programs) - 1 if programs else 0.0
+                    more = work(changed, found) / work(config, programs) - 1 if programs else 0.0
                     told += f", which computes {percent(more)} more" if more > 0.005 else ""
                     told += ", whose decoding reads the weights once for fewer tokens" if "slots" in change else ""
                     yield f"it fits with {told}"
@@ -534,30 +534,30 @@ def advice(page: TrainingConfig, model: ModelConfig, topology: Topology, program
     yield f"nothing that plan tries makes it fit on {topology.name}; try more devices, or a smaller model"
 
 
-def cheapest_first(page: TrainingConfig) -> Iterator[dict[str, Any]]:
+def cheapest_first(config: TrainingConfig) -> Iterator[dict[str, Any]]:
     """What can be changed besides the micro-batch, which goes with each of them; a smaller one makes no more work."""
     kinds = [kind for kind, _ in SAVINGS]
-    for kind, parts in SAVINGS[kinds.index(page.rematerialisation) :]:
-        change = {"rematerialisation": kind} if kind != page.rematerialisation else {}
+    for kind, parts in SAVINGS[kinds.index(config.rematerialisation) :]:
+        change = {"rematerialisation": kind} if kind != config.rematerialisation else {}
         if parts == 1:
             yield change
-        elif isinstance(page, GrpoConfig) and slots_of(page) >= parts:
-            yield change | {"slots": slots_of(page) // parts}
+        elif isinstance(config, GrpoConfig) and planned_slots(config) >= parts:
+            yield change | {"slots": planned_slots(config) // parts}
 
 
-def slots_of(page: GrpoConfig) -> int:
+def planned_slots(config: GrpoConfig) -> int:
     """Completions that are generated at once."""
-    return min(page.slots, page.prompts_per_step * page.completions_per_prompt)
+    return min(config.slots, config.prompts_per_step * config.completions_per_prompt)
 
 
-def work(page: TrainingConfig, programs: list[Program]) -> float:
+def work(config: TrainingConfig, programs: list[Program]) -> float:
     """FLOPs of a step, or of a row of grpo's update."""
     flops = {each.name: each.flops for each in programs}
-    return flops["step"] if "step" in flops else flops["update"] / page.micro_batch_size
+    return flops["step"] if "step" in flops else flops["update"] / config.micro_batch_size
 
 
-def sizes_of(page: TrainingConfig, mesh: Mesh) -> list[int]:
+def sizes_of(config: TrainingConfig, mesh: Mesh) -> list[int]:
     """Micro-batches that a page could have, smallest first."""
-    most = page.batch_size // row_shards(mesh) if isinstance(page, RowsConfig) else MOST_ROWS
+    most = config.batch_size // row_shards(mesh) if isinstance(config, RowsConfig) else MOST_ROWS
     powers = [2**power for power in range(MOST_ROWS.bit_length()) if 2**power <= min(most, MOST_ROWS)]
-    return [size for size in powers if not isinstance(page, RowsConfig) or most % size == 0]
+    return [size for size in powers if not isinstance(config, RowsConfig) or most % size == 0]

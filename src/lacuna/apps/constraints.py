@@ -1,10 +1,10 @@
 """Beam search, over all outputs or over a trie of allowed ones: deterministic, with exact sums of log-probabilities."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,47 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna.config import SamplingKeys, UserError
-from lacuna.model import (
-    PAGE,
-    Cache,
-    ModelConfig,
-    decode_step,
-    empty_cache,
-    head_of,
-    logits_of,
-    prefill,
-    rotation_table,
+from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, head_of, logits_of, prefill, rotation_table
+from lacuna.sampler import (
+    Forest,
+    Request,
+    Sampler,
+    Trie,
+    check_request,
+    edges_of,
+    forest_of,
+    is_leaf,
+    page_bucket,
+    prompt_pages,
 )
-from lacuna.sampler import Request, Sampler, check_request, page_bucket, prompt_pages
-from lacuna.sampling import Forest, Trie, edges_of, forest_of, is_leaf
+
+
+def token_trie(sequences: Iterable[Sequence[int]], end_id: int | None = None) -> Trie:
+    """The trie of these token sequences, each followed by `end_id` where one is given.
+
+    Raises:
+        UserError: no sequence, an empty one, or one that begins another, which needs an `end_id`.
+    """
+    root: dict[int, Any] = {}
+    ends = []
+    for sequence in sequences:
+        node = root
+        for token in (*sequence, *(() if end_id is None else (end_id,))):
+            node = node.setdefault(int(token), {})
+        ends.append((node, sequence))
+    if not ends or root in [node for node, _ in ends]:
+        raise UserError("a trie of allowed outputs needs at least one, and none that is empty")
+    if longer := [sequence for node, sequence in ends if node]:
+        raise UserError(f"the allowed output {list(longer[0])} begins another one; give an end_id that ends each")
+    nodes = [root]
+    first, tokens, children = [0], [], []
+    for node in nodes:
+        for token, child in sorted(node.items()):
+            tokens.append(token)
+            children.append(len(nodes))
+            nodes.append(child)
+        first.append(len(tokens))
+    return Trie(*(np.array(values, np.int32) for values in (first, tokens, children)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +96,7 @@ def beam_search(
         )
     for prompt in prompts:
         rules = SamplingKeys(max_tokens=max_tokens)
-        check_request(Request(tuple(prompt), rules, tuple(stop_ids), trie=trie), sampler.config, sampler.capacity)
+        check_request(Request(tuple(prompt), rules, tuple(stop_ids), trie=trie), sampler.model, sampler.capacity)
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_tokens > sampler.capacity:
         raise UserError(
@@ -83,7 +111,7 @@ def beam_search(
     stop = np.array([*stop_ids, -1], np.int32)
     with jax.set_mesh(sampler.mesh):
         beams = search(
-            sampler.params, token, length, forest_of([trie])[0] if trie else None, stop, sampler.config,
+            sampler.params, token, length, forest_of([trie])[0] if trie else None, stop, sampler.model,
             beam_count, max_tokens, page_bucket(longest + max_tokens, sampler.capacity),
         )  # fmt: skip
     score, history, is_done = jax.device_get((beams.score, beams.history, beams.is_done))
@@ -101,14 +129,14 @@ def beam_search(
     ]
 
 
-@partial(jax.jit, static_argnames=("config", "beam_count", "max_tokens", "pages"))
+@partial(jax.jit, static_argnames=("model", "beam_count", "max_tokens", "pages"))
 def search(
     params: PyTree[Array],
     prompt: Int[Array, "prompt token"],
     prompt_length: Int[Array, " prompt"],
     forest: Forest | None,
     stop_ids: Int[Array, " stop"],
-    config: ModelConfig,
+    model: ModelConfig,
     beam_count: int,
     max_tokens: int,
     pages: int,
@@ -116,8 +144,8 @@ def search(
     """Every hypothesis goes on by each of its tokens, and the best sums go on; one that is done stays as it is."""
     shape = (len(prompt), beam_count)
     last = jnp.take_along_axis(prompt, prompt_length[:, None] - 1, axis=1)
-    filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, config))
-    empty = empty_cache(config, math.prod(shape), pages, filled[0][0].dtype)
+    filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, model))
+    empty = empty_cache(model, math.prod(shape), pages, filled[0][0].dtype)
     start = Beams(
         cache=jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled),
         token=jnp.broadcast_to(last, shape),
@@ -128,15 +156,15 @@ def search(
         history=jnp.full((*shape, max_tokens), -1, jnp.int32),
     )
 
-    rotations = rotation_table(start.cache, config)
+    rotations = rotation_table(start.cache, model)
 
     def step(carry: tuple[Array, Beams]) -> tuple[Array, Beams]:
         number, beams = carry
         token, length = beams.token.ravel(), beams.length.ravel()
-        hidden, cache = decode_step(params, beams.cache, token, length, rotations, config)
-        log_probability = jax.nn.log_softmax(logits_of(hidden, head_of(params, config), config.vocabulary_size)[:, 0])
+        hidden, cache = decode_step(params, beams.cache, token, length, rotations, model)
+        log_probability = jax.nn.log_softmax(logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0])
         if forest is None:
-            tokens = jnp.broadcast_to(jnp.arange(config.padded_vocabulary), log_probability.shape)
+            tokens = jnp.broadcast_to(jnp.arange(model.padded_vocabulary), log_probability.shape)
             children = jnp.zeros_like(tokens)
         else:
             tokens, children = edges_of(forest, beams.node.ravel())

@@ -13,10 +13,8 @@ from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError
-from lacuna.likelihood import log_likelihoods
-from lacuna.options import did_you_mean
-from lacuna.predictions import Figures, Predictions, Subject, Tick, capacity_of, sampler_for, seed_of
+from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
+from lacuna.eval import Figures, Predictions, Subject, Tick, capacity_of, log_likelihoods, sampler_for, seed_of
 from lacuna.sampler import Completion, Request, generation_defaults
 from lacuna.tokenizer import before_stop, encode, end_of_text_id, plain, render
 
@@ -28,37 +26,37 @@ IGNORED_KEYS = {"until", "do_sample", "num_beams", "use_cache", *LENGTH_KEYS}
 class Model(TemplateLM):
     """Our model as the harness asks it; what was answered before is read from the predictions."""
 
-    def __init__(self, page: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> None:
+    def __init__(self, config: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> None:
         super().__init__()
-        self.page, self.subject, self.predictions, self.tick = page, subject, predictions, tick
-        self.longest = capacity_of(page, subject.model)
-        _, self.stop_ids = generation_defaults(subject.model.source, subject.model.tokenizer)
+        self.config, self.subject, self.predictions, self.tick = config, subject, predictions, tick
+        self.longest = capacity_of(config, subject.opened)
+        _, self.stop_ids = generation_defaults(subject.opened.source, subject.opened.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
-        return end_of_text_id(self.subject.model.tokenizer)
+        return end_of_text_id(self.subject.opened.tokenizer)
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.subject.model.tokenizer.bos_id
+        bos = self.subject.opened.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        return self.page.model_name
+        return self.config.model_name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Tokens, with BOS where the tokenizer wants it, but never two."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(
-                self.subject.model.tokenizer.special_tokens.get("bos_token") or "\0"
+                self.subject.opened.tokenizer.special_tokens.get("bos_token") or "\0"
             )
-        return encode(self.subject.model.tokenizer, string, add_special_tokens).tolist()
+        return encode(self.subject.opened.tokenizer, string, add_special_tokens).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         messages: list[dict[str, Any]] = [dict(message) for message in chat_history]
         try:
-            text = render(self.subject.model.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+            text = render(self.subject.opened.tokenizer, messages, add_generation_prompt=add_generation_prompt)
         except ValueError as error:
             raise UserError(f"harness_chat: {error}") from error
         last = messages[-1]["content"]
@@ -74,10 +72,10 @@ class Model(TemplateLM):
                 f"a continuation has {len(requests[long[0]][2]):,} tokens, and there is room for {self.longest:,}; "
                 "raise capacity, or leave this task out"
             )
-        (_, config, _), params, mesh = self.subject
+        opened, params = self.subject
         pairs = [requests[place][1:] for place in missing]
         done = len(requests) - len(missing)
-        settings = config, mesh, self.page.compute_dtype, self.page.batch_size, self.longest
+        settings = opened, self.config.compute_dtype, self.config.batch_size, self.longest
         for number, scored in log_likelihoods(params, pairs, *settings):
             place = missing[number]
             text = requests[place][0] or ("", "")
@@ -115,7 +113,7 @@ class Model(TemplateLM):
             self.tick(done := done + 1, len(requests))
 
         if wanted:
-            sampler_for(self.page, self.subject, len(wanted)).generate(wanted, keep)
+            sampler_for(self.config, self.subject, len(wanted)).generate(wanted, keep)
         return [self.predictions.lines[name]["output"] for name in names]
 
     def written(self, request: Request, completion: Completion) -> str:
@@ -124,7 +122,7 @@ class Model(TemplateLM):
         tokens = completion.tokens
         if tokens[-1] in request.stop_ids:
             tokens = tokens[:-1]
-        return "".join(before_stop(plain(self.subject.model.tokenizer, tokens), request.stop)[:2])
+        return "".join(before_stop(plain(self.subject.opened.tokenizer, tokens), request.stop)[:2])
 
     def request(self, context: str, settings: dict[str, Any], name: tuple[str, str, int]) -> Request:
         """What the sampler is to do for one of the harness's requests."""
@@ -146,7 +144,7 @@ class Model(TemplateLM):
             SamplingKeys(**rules | {"temperature": temperature, "max_tokens": length}),
             self.stop_ids,
             tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-            seed_of(self.page.seed, name),
+            seed_of(self.config.seed, name),
         )
 
 
@@ -161,43 +159,43 @@ def named(kind: str, requests: Sequence[Any]) -> list[tuple[str, str, int]]:
 
 
 @lru_cache(maxsize=1)
-def load_tasks(page: EvalConfig) -> TaskManager:
+def load_tasks(config: EvalConfig) -> TaskManager:
     """The page's tasks and their data, as the harness finds them.
 
     Raises:
         UserError: no such task, or one whose data are not to be had.
     """
-    if page.task_path and not os.path.isdir(page.task_path):
+    if config.task_path and not os.path.isdir(config.task_path):
         raise UserError(
-            f"task_path = {page.task_path!r} is no directory; name the one that holds the tasks' YAML files"
+            f"task_path = {config.task_path!r} is no directory; name the one that holds the tasks' YAML files"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=page.task_path or None)
-    if unknown := [task for task in page.harness_tasks if task not in manager.all_tasks]:
+    manager = TaskManager(include_path=config.task_path or None)
+    if unknown := [task for task in config.harness_tasks if task not in manager.all_tasks]:
         raise UserError(
             f"tasks: {unknown[0]} is none of {', '.join(OWN_TASKS)}, nor a task of lm-evaluation-harness"
             f"{did_you_mean(unknown[0], manager.all_tasks)}; a directory with tasks of your own is given by --task-path"
         )
     try:
-        manager.load(list(page.harness_tasks))
+        manager.load(list(config.harness_tasks))
     except Exception as error:  # of tasks, which are foreign code, and of the clients that fetch their data
-        raise UserError(f"{', '.join(page.harness_tasks)}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{', '.join(config.harness_tasks)}: {type(error).__name__}: {error}") from error
     return manager
 
 
-def run_tasks(page: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> Figures:
+def run_tasks(config: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> Figures:
     """The harness's figures of the page's tasks, under the names it has for them."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes for bootstrapping are forked, and JAX has threads
     found = simple_evaluate(
-        Model(page, subject, predictions, tick),
-        tasks=list(page.harness_tasks),
-        task_manager=load_tasks(page),
-        apply_chat_template=page.harness_chat,
-        system_instruction=page.system_prompt or None,
+        Model(config, subject, predictions, tick),
+        tasks=list(config.harness_tasks),
+        task_manager=load_tasks(config),
+        apply_chat_template=config.harness_chat,
+        system_instruction=config.system_prompt or None,
         log_samples=False,
-        random_seed=page.seed,
-        numpy_random_seed=page.seed,
-        fewshot_random_seed=page.seed,
+        random_seed=config.seed,
+        numpy_random_seed=config.seed,
+        fewshot_random_seed=config.seed,
     )
     assert found is not None, "the first process is the only one that the harness knows of"
     return {

@@ -36,9 +36,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lacuna import sampler
-from lacuna.api import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
-from lacuna.attention import choose_backend
-from lacuna.config import SamplingKeys, ServeConfig, UserError, is_loopback
+from lacuna.apps.configs import ServeConfig, is_loopback
+from lacuna.apps.protocol import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
+from lacuna.config import SamplingKeys, UserError
 from lacuna.sampler import Completion, Generator, Sampler, load_generator, rules_by_origin
 
 STEPS = 8  # tokens between two looks at what came: the grain of a stream
@@ -52,7 +52,7 @@ FAILED = 500, "the model failed on this server; its log says why", None, "intern
 # The thread that drives the sampler
 
 
-class Figures:
+class ServerFigures:
     """What /metrics tells."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Driver:
 
     def __init__(self, sampler: Sampler, most: int) -> None:
         self.sampler, self.most = sampler, most
-        self.figures = Figures()
+        self.figures = ServerFigures()
         self.tickets: dict[int, Ticket] = {}
         self.wake = threading.Event()
         self.is_stopping = self.is_dead = False
@@ -183,7 +183,7 @@ class Driver:
 class Service(NamedTuple):
     """All that the endpoints need."""
 
-    page: ServeConfig
+    config: ServeConfig
     generator: Generator
     driver: Driver
     name: str
@@ -275,7 +275,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
 
 async def read_body(request: Request) -> bytes:
     """The body of a request in JSON, no longer than the page allows."""
-    limit = service_of(request).page.body_bytes
+    limit = service_of(request).config.body_bytes
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json")
     body = bytearray()
@@ -296,7 +296,7 @@ def check_name(name: str, service: Service) -> None:
         raise ApiError(404, message, "model", "model_not_found")
 
 
-def model_facts(service: Service) -> dict[str, Any]:
+def model_card(service: Service) -> dict[str, Any]:
     return {
         "id": service.name,
         "object": "model",
@@ -307,13 +307,13 @@ def model_facts(service: Service) -> dict[str, Any]:
 
 
 async def models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [model_facts(service_of(request))]})
+    return JSONResponse({"object": "list", "data": [model_card(service_of(request))]})
 
 
 async def one_model(request: Request) -> Response:
     service = service_of(request)
     check_name(request.path_params["name"], service)
-    return JSONResponse(model_facts(service))
+    return JSONResponse(model_card(service))
 
 
 async def health(request: Request) -> Response:
@@ -365,9 +365,9 @@ async def api_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), error.status, headers)
 
 
-def check_entry(request: Request, page: ServeConfig) -> None:
+def check_entry(request: Request, config: ServeConfig) -> None:
     """Refuse who has no key, or where none is needed, a page of the web whose name was made to point here."""
-    if key := page.api_key.get_secret_value():
+    if key := config.api_key.get_secret_value():
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         is_open = request.url.path in ("/", "/health")
         is_right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) and scheme.lower() == "bearer"
@@ -400,7 +400,7 @@ def guarded(app: ASGIApp, service: Service) -> ASGIApp:
 
         request = Request(scope)
         try:
-            check_entry(request, service.page)
+            check_entry(request, service.config)
         except ApiError as error:
             response = await api_error(request, error)
             return await response(scope, receive, counted)
@@ -422,11 +422,11 @@ ROUTES = [
 ]
 
 
-def make_service(page: ServeConfig, generator: Generator, listener: socket.socket) -> Service:
-    driver = Driver(generator.sampler, page.slots + page.queue_size)
+def make_service(config: ServeConfig, generator: Generator, listener: socket.socket) -> Service:
+    driver = Driver(generator.sampler, config.slots + config.queue_size)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return Service(page, generator, driver, served_name(page, generator.source), url, int(time.time()))
+    return Service(config, generator, driver, served_name(config, generator.source), url, int(time.time()))
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -437,9 +437,9 @@ def make_app(service: Service) -> ASGIApp:
         service.driver.start()
         sampler = service.generator.sampler
         print(f"{service.name} at {service.url}, API under /v1; Ctrl-C stops")
-        print(choose_backend(service.page, sampler.mesh, sampler.config.head)[1])
+        print(sampler.opened.attention_line)
         print(f"slots: {len(sampler.running)}, each of {sampler.capacity:,} tokens, prompt and answer together")
-        rules = rules_by_origin(service.page, service.generator.rules)
+        rules = rules_by_origin(service.config, service.generator.rules)
         print(f"rules, unless a request says otherwise: {rules}", flush=True)
         yield
         await run_in_threadpool(service.driver.stop)
@@ -451,12 +451,12 @@ def make_app(service: Service) -> ASGIApp:
     return guarded(app, service)
 
 
-def served_name(page: ServeConfig, source: Path) -> str:
+def served_name(config: ServeConfig, source: Path) -> str:
     """The model's name in answers: what the page says, a hub id as it is, of a directory only the last part."""
-    if page.served_name:
-        return page.served_name
-    if page.model_name and not Path(page.model_name).exists():
-        return page.model_name
+    if config.served_name:
+        return config.served_name
+    if config.model_name and not Path(config.model_name).exists():
+        return config.model_name
     return source.resolve().parent.name if source.name == "model" else source.resolve().name
 
 
@@ -479,25 +479,25 @@ class Protocol(H11Protocol):
             self.transport.close()
 
 
-def make_server(page: ServeConfig, app: ASGIApp) -> uvicorn.Server:
+def make_server(config: ServeConfig, app: ASGIApp) -> uvicorn.Server:
     settings = uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="on", backlog=BACKLOG, log_level="error", access_log=False,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=page.drain_seconds,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=config.drain_seconds,
     )  # fmt: skip
     return uvicorn.Server(settings)
 
 
-def bind(page: ServeConfig) -> socket.socket:
+def bind(config: ServeConfig) -> socket.socket:
     """The socket of the page's address, not listening yet. Raises UserError where it can't be had."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(page.host, page.port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         return listener
     except OSError as error:
         raise UserError(
-            f"host = {page.host}, port = {page.port}: {error.strerror}; choose another, or --port 0 for any free one"
+            f"host = {config.host}, port = {config.port}: {error.strerror}; choose another, or --port 0 for any free one"
         ) from error
 
 
@@ -513,12 +513,12 @@ def leave(*_: Any) -> NoReturn:
     sys.exit(0)
 
 
-def run(page: ServeConfig) -> None:
+def run_serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C; what has begun is finished first. Raises UserError where it can't begin."""
     signal.signal(signal.SIGTERM, leave)
-    with bind(page) as listener:
-        generator = load_generator(page, page.slots)
+    with bind(config) as listener:
+        generator = load_generator(config, config.slots)
         warm_up(generator)
         listener.listen(BACKLOG)
-        server = make_server(page, make_app(make_service(page, generator, listener)))
+        server = make_server(config, make_app(make_service(config, generator, listener)))
         server.run(sockets=[listener])

@@ -210,12 +210,12 @@ def dot_flops(dot: Instruction, here: Computation) -> float:
     """FLOPs of a matrix product."""
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.text)
     assert contracted
-    sizes = shape_of(here[dot.operands[0]].shape)
+    sizes = hlo_shape(here[dot.operands[0]].shape)
     depth = math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
-    return 2.0 * depth * math.prod(shape_of(dot.shape))
+    return 2.0 * depth * math.prod(hlo_shape(dot.shape))
 
 
-def shape_of(shape: str) -> list[int]:
+def hlo_shape(shape: str) -> list[int]:
     """The sizes of an array in XLA's notation."""
     sizes = SHAPE.findall(shape)[0][1]
     return [int(size) for size in sizes.split(",") if size]

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from lacuna.config import SamplingKeys
-from lacuna.decoding import TOP_LOGPROBS
-from lacuna.sampler import Completion, Generator, Request, check_request, joined
+from lacuna.sampler import TOP_LOGPROBS, Completion, Generator, Request, check_request, joined_parts
 from lacuna.tokenizer import REPLACEMENT, Tokenizer, decode, encode, render
 
 LEAST_TOP_P = 1e-6  # in float32 a smaller one would leave no token over
@@ -31,7 +30,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "tool_calls": ([],), "refusal": ("",), "annotations": ([],),
 }  # fmt: skip
-REASONS = dict.fromkeys(
+OPENAI_REASONS = dict.fromkeys(
     ("tools", "tool_choice", "functions", "function_call", "tool_calls"), "this server calls no tools"
 )
 
@@ -65,7 +64,7 @@ class Body(BaseModel):
             return raw
         for name in raw.keys() & UNSUPPORTED.keys():
             if raw[name] is not None and raw[name] not in UNSUPPORTED[name]:
-                reason = REASONS.get(name, "this server does not support it")
+                reason = OPENAI_REASONS.get(name, "this server does not support it")
                 raise ApiError(400, f"{name}: {reason}; leave {name} out", name, "unsupported_parameter")
         return {name: value for name, value in raw.items() if name not in IGNORED and name not in UNSUPPORTED}
 
@@ -130,7 +129,7 @@ class GenerationBody(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class Message(Body):
+class MessageBody(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(joined_text)]
     name: str | None = None
@@ -138,7 +137,7 @@ class Message(Body):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    messages: Annotated[list[MessageBody], Field(min_length=1), FailFast()]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
@@ -203,7 +202,7 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
     ]
     for request in requests:
         try:
-            check_request(request, generator.sampler.config, generator.sampler.capacity)
+            check_request(request, generator.sampler.model, generator.sampler.capacity)
         except ValueError as error:
             is_long = len(request.prompt) >= generator.sampler.capacity
             raise ApiError(400, str(error), place, "context_length_exceeded" if is_long else None) from None
@@ -246,7 +245,7 @@ class Answer:
         found: dict[tuple[int, int], list[Completion]] = {}
         for place, part in parts:
             found.setdefault((place, part.index), []).append(part)
-        choices = [self.choice(key[0], joined(found[key]), "message") for key in sorted(found)]
+        choices = [self.choice(key[0], joined_parts(found[key]), "message") for key in sorted(found)]
         return self.framed("chat.completion", choices) | {"usage": self.usage()}
 
     def opening(self) -> list[dict[str, Any]]:

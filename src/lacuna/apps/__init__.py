@@ -1,0 +1,1 @@
+"""What stands on the core: a file for each command or concern."""
