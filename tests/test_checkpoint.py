@@ -24,7 +24,7 @@ MODEL = read_model_config(REFERENCE / "qwen3")
 
 def facts(step: int) -> checkpoint.RunFacts:
     return checkpoint.RunFacts(
-        step=step, best_eval_loss=0.1 + 0.2, wall_seconds=1.5, config={"seed": 0}, model={}, data=("a",), versions={}
+        step=step, best=0.1 + 0.2, wall_seconds=1.5, config={"seed": 0}, model={}, data=("a",), versions={}
     )
 
 

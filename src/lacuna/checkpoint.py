@@ -398,7 +398,7 @@ def replace_directory(scratch: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 FAILURES_IN_A_ROW = 3
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -434,10 +434,13 @@ class FileRecord(Record):
 
 
 class RunFacts(Record):
-    """What a run must know beside its state to go on, and what it must not have changed meanwhile."""
+    """What a run needs besides its state to resume, and what must not have changed by then.
+
+    `best` is the best held-out loss of pretrain and sft so far, or grpo's best held-out reward.
+    """
 
     step: int
-    best_eval_loss: float | None
+    best: float | None
     wall_seconds: float
     config: dict[str, Any]
     model: dict[str, Any]

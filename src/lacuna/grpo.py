@@ -578,8 +578,8 @@ def train_policy(
         slots = -(-min(config.slots, config.prompts_per_step * config.completions_per_prompt) // shards) * shards
         sampler = Sampler(state.params, inputs.opened, slots, config.sequence_length, config.compute_dtype)
         loop = RolloutLoop(config, inputs, run, recipe, sampler, reference, start.step)
-        if start.resumed and start.resumed[1].run.best_eval_loss is not None:
-            loop.best_reward = -start.resumed[1].run.best_eval_loss
+        if start.resumed:
+            loop.best_reward = start.resumed[1].run.best
         loop.train(state)
         run.end(loop.step, loop.summary, write_report)
 
@@ -663,8 +663,7 @@ class RolloutLoop:
                 self.run.log.step({"step": self.step, **record})
                 is_stop = stop.is_due(self.step)
                 if is_last or is_best or is_stop or (config.save_every and self.step % config.save_every == 0):
-                    worst = None if self.best_reward is None else -self.best_reward
-                    self.run.save(state, self.step, worst, is_best)
+                    self.run.save(state, self.step, self.best_reward, is_best)
                 self.run.tell_saved()
                 if is_stop:
                     break

@@ -460,12 +460,12 @@ class Run:
         with stop.listening(self.log.info), watchdog(finished, log_file), self.saver.finishing():
             yield stop
 
-    def save(self, state: TrainState, step: int, best_eval_loss: float | None, is_best: bool) -> float:
+    def save(self, state: TrainState, step: int, best: float | None, is_best: bool) -> float:
         """Begin to save the checkpoint of a step; the seconds for which this held up the caller."""
         self.log.sync()
         facts = RunFacts(
             step=step,
-            best_eval_loss=best_eval_loss,
+            best=best,
             wall_seconds=self.seconds,
             config=masked_config(self.config),
             model=model_facts(self.opened.model),
@@ -680,7 +680,7 @@ def train_rows(
         recipe = jax.device_put(recipe_of(config, steps), NamedSharding(mesh, PartitionSpec()))
         loop = RowLoop(config, inputs, run, row_limit, recipe, evaluation)
         if start.resumed and (config.run_directory / "best").exists():
-            loop.best_eval_loss = start.resumed[1].run.best_eval_loss
+            loop.best_eval_loss = start.resumed[1].run.best
         state = loop.train(state)
         run.end(loop.step, loop.summary, write_report)
     return loop, state
