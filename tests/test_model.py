@@ -240,3 +240,9 @@ def test_rows_beyond_a_sliding_window_or_the_positions_are_refused() -> None:
         model.check_sequence_length(config, 65)
     with pytest.raises(UserError, match="max_position_embeddings = 2048"):
         model.check_sequence_length(model.read_model_config(REFERENCE / "llama2"), 4096)
+
+
+def test_capacity_is_what_is_wanted_within_positions_and_sliding_window() -> None:
+    raw = json.loads((REFERENCE / "mistral" / "config.json").read_text())
+    for window, wanted, capacity in [(None, 48, 48), (None, 10**6, raw["max_position_embeddings"]), (64, 96, 64)]:
+        assert model.model_config(raw | {"sliding_window": window}, "config.json").capacity(wanted) == capacity

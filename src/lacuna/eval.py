@@ -433,16 +433,12 @@ class Subject(NamedTuple):
     params: PyTree[Array]
 
 
-def capacity_of(config: EvalConfig, opened: OpenedModel) -> int:
-    """Most tokens of prompt and answer together."""
-    return min(config.capacity, opened.model.max_positions, opened.model.sliding_window or config.capacity)
-
-
 def sampler_for(config: EvalConfig, subject: Subject, wanted: int) -> Sampler:
     """A sampler with no more slots than are wanted."""
     shards = row_shards(subject.opened.mesh)
     slots = -(-min(config.slots, wanted) // shards) * shards
-    return Sampler(subject.params, subject.opened, slots, capacity_of(config, subject.opened), config.compute_dtype)
+    capacity = subject.opened.model.capacity(config.capacity)
+    return Sampler(subject.params, subject.opened, slots, capacity, config.compute_dtype)
 
 
 def seed_of(seed: int, name: Any) -> int:
@@ -534,7 +530,7 @@ def read_questions(config: EvalConfig, opened: OpenedModel) -> Questions:
         return Questions((), (), "", ())
     skips_bad = config.on_bad_data == "skip"
     found = read_problems(
-        config.data, config, opened.tokenizer, capacity_of(config, opened) - 1, skips_bad, wants_answers=True
+        config.data, config, opened.tokenizer, opened.model.capacity(config.capacity) - 1, skips_bad, wants_answers=True
     )
     choices, bad = [], list(found.bad)
     for problem in found.problems if "choices" in config.tasks else ():
@@ -707,10 +703,10 @@ def choose(
         pairs = [
             pair
             for row in rows
-            for pair in pairs_of(choices[row], opened.tokenizer, capacity_of(config, subject.opened))
+            for pair in pairs_of(choices[row], opened.tokenizer, subject.opened.model.capacity(config.capacity))
         ]
         found = log_likelihoods(
-            params, pairs, opened, config.compute_dtype, config.batch_size, capacity_of(config, opened)
+            params, pairs, opened, config.compute_dtype, config.batch_size, opened.model.capacity(config.capacity)
         )
         scores = iter([scored.log_likelihood for _, scored in sorted(found)])
         continuations = iter(pairs)

@@ -82,6 +82,10 @@ class ModelConfig:
             "feedforward": self.feedforward,
         }
 
+    def capacity(self, wanted: int) -> int:
+        """The longest sequence the model takes, up to `wanted`: its positions and any sliding window limit it."""
+        return min(wanted, self.max_positions, self.sliding_window or wanted)
+
 
 @dataclass(frozen=True)
 class Parameter:

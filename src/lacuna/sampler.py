@@ -878,7 +878,7 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     source, model, tokenizer, _, _ = opened
     defaults, stop_ids = generation_defaults(source, tokenizer)
     enable_compilation_cache(config)
-    capacity = min(config.capacity, model.max_positions, model.sliding_window or config.capacity)
+    capacity = model.capacity(config.capacity)
     params = checkpoint.load_params(source, model, mesh)
     sampler = Sampler(params, opened, slots, capacity, config.compute_dtype)
     return Generator(sampler, source, rules_in_force(config, defaults), stop_ids)

@@ -125,7 +125,7 @@ class Local:
         sampler, prompt, rules = self.generator.sampler, self.prompt(messages), self.rules_of(config)
         room = sampler.capacity - len(prompt)
         if room < 1:
-            limit = min(sampler.model.max_positions, sampler.model.sliding_window or sampler.model.max_positions)
+            limit = sampler.model.capacity(sampler.model.max_positions)
             larger = f", a larger --capacity (the model has {limit:,}) makes room" if limit > sampler.capacity else ""
             raise UserError(
                 f"the conversation has {len(prompt):,} tokens and the capacity, answer included, is "

@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
-from lacuna.eval import Figures, Predictions, Subject, Tick, capacity_of, log_likelihoods, sampler_for, seed_of
+from lacuna.eval import Figures, Predictions, Subject, Tick, log_likelihoods, sampler_for, seed_of
 from lacuna.sampler import Completion, Request, generation_defaults
 from lacuna.tokenizer import before_stop, encode, end_of_text_id, plain, render
 
@@ -29,7 +29,7 @@ class Model(TemplateLM):
     def __init__(self, config: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> None:
         super().__init__()
         self.config, self.subject, self.predictions, self.tick = config, subject, predictions, tick
-        self.longest = capacity_of(config, subject.opened)
+        self.longest = subject.opened.model.capacity(config.capacity)
         _, self.stop_ids = generation_defaults(subject.opened.source, subject.opened.tokenizer)
 
     @property
