@@ -148,7 +148,7 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
         ended = cli.run(page)
     assert ended
     loop, state = ended
-    records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
+    records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]
     length, program = max(loop.programs.items())
     batch, _ = loop.prepare(0)
@@ -217,7 +217,7 @@ def save(page: RowsConfig) -> dict[str, Any]:
     assert ended
     loop, state = ended
     held_up = list(loop.save_seconds)
-    records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
+    records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
     timed = records[WARM_STEPS:]
     during = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY == 1]
     others = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY not in (0, 1)]
@@ -376,7 +376,7 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
 
     with unsaved():
         cli.run(page)
-    records = metrics.read_metrics(page.run_directory / "metrics.jsonl")
+    records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]
     sums = {
         key: sum(record[key] for record in timed)

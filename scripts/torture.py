@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from lacuna.checkpoint import checkpoint_directory, content_hash, read_manifest, saved_steps
 from lacuna.config import UserError
-from lacuna.metrics import read_metrics
+from lacuna.metrics import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY = 5
@@ -319,7 +319,7 @@ def wrong_with(start: Start, end: End, first: int, damaged: set[int]) -> list[st
 
 def compared(whole: Path, run: Path, steps: int, is_same: bool) -> tuple[float | None, list[str]]:
     """The largest relative difference of two runs' losses, and whatever must not differ or not be there."""
-    wanted, found = (read_metrics(path / "metrics.jsonl") for path in (whole, run))
+    wanted, found = (read_json_lines(path / "metrics.jsonl") for path in (whole, run))
     problems = [f"left over: {path}" for pattern in ("*.tmp", "*.old", "lock") for path in run.rglob(pattern)]
     for step in saved_steps(run):
         try:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from lacuna import distributed
 from lacuna.config import UserError
+from lacuna.distributed import Watchdog
 
 
 def test_without_a_job_nothing_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +45,61 @@ def test_half_a_description_of_a_job_is_refused(described: dict[str, str], monke
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="JAX_PROCESS_ID describe a job together"), distributed.cluster():
         pass
+
+
+class Stall:
+    """A watchdog that looks often and allows for 1 s and 2 usual intervals, on a clock that the test sets."""
+
+    def __init__(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {"WATCH_SECONDS": 0.005, "STALL_SECONDS": 1.0, "STALL_MEDIANS": 2}.items():
+            monkeypatch.setattr(distributed, name, value)
+        self.now, self.lines, self.watchdog = 0.0, list[str](), Watchdog(log)
+        monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(distributed, "end_job", lambda line, code: self.lines.append(f"{code}: {line}"))
+
+    def is_noticed_at(self, now: float) -> bool:
+        """Whether the watchdog, looking at this time, would end the job."""
+        self.now, before = now, len(self.lines)
+        time.sleep(0.1)
+        return len(self.lines) > before
+
+
+def test_a_watchdog_ends_a_job_that_reports_nothing_more_and_logs_the_stacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stall = Stall(tmp_path / "log", monkeypatch)
+    with stall.watchdog.watching():
+        stall.watchdog.report_progress()
+        assert not stall.is_noticed_at(0.9)
+        assert stall.is_noticed_at(2.0)
+    assert stall.lines[0].startswith("124: no step has finished for 2 s") and str(tmp_path / "log") in stall.lines[0]
+    text = (tmp_path / "log").read_text()
+    assert stall.lines[0].endswith(text.splitlines()[0]) and "Thread 0x" in text and "in is_noticed_at" in text
+
+
+def test_a_watchdogs_clock_stands_still_before_the_first_report_during_a_pause_and_after_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stall = Stall(tmp_path / "log", monkeypatch)
+    with stall.watchdog.watching():
+        assert not stall.is_noticed_at(100.0)
+        stall.watchdog.report_progress()
+        stall.watchdog.pause()
+        assert not stall.is_noticed_at(200.0)
+        stall.watchdog.report_progress()
+        assert not stall.is_noticed_at(200.9)
+        assert stall.is_noticed_at(202.0)
+    time.sleep(0.05)
+    assert not stall.is_noticed_at(300.0)
+
+
+def test_a_watchdog_allows_for_as_many_of_the_usual_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stall = Stall(tmp_path / "log", monkeypatch)
+    with stall.watchdog.watching():
+        for stall.now in (0.0, 3.0, 6.0, 6.1):
+            stall.watchdog.report_progress()
+        assert not stall.is_noticed_at(12.0)
+        assert stall.is_noticed_at(12.2)
 
 
 def test_the_watchdog_ends_what_stands_still_but_not_what_moves_or_compiles(

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lacuna import metrics
 from lacuna.config import UserError
-from lacuna.metrics import RunLog, peak_flops, read_metrics, short, step_flops, write_summary
+from lacuna.metrics import RunLog, peak_flops, read_json_lines, short, step_flops, write_summary
 
 
 def record(step: int, **values: Any) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def record(step: int, **values: Any) -> dict[str, Any]:
 
 
 def steps_on_disk(directory: Path) -> list[int]:
-    return [entry["step"] for entry in read_metrics(directory / "metrics.jsonl")]
+    return [entry["step"] for entry in read_json_lines(directory / "metrics.jsonl")]
 
 
 def write_steps(directory: Path, first: int, last: int) -> None:
@@ -54,7 +55,7 @@ def test_peak_goes_by_the_longest_name_and_is_unknown_for_slices(device_kind: st
 def test_step_flops_of_an_example_worked_by_hand() -> None:
     parameters = 6 * 1_000_000 * 300
     attention = 6 * 2 * 64 * (100**2 + 200**2)
-    assert step_flops(1_000_000, 64, 2, token_count=300, squared_length_sum=100**2 + 200**2) == parameters + attention
+    assert step_flops(1_000_000, 64, 2, np.array([100, 200])) == parameters + attention
 
 
 def test_attention_flops_equal_a_count_over_visible_keys() -> None:
@@ -65,7 +66,7 @@ def test_attention_flops_equal_a_count_over_visible_keys() -> None:
             visible = query + 0.5  # the convention: half a square, so the diagonal counts half
             scores = mixed = 2 * heads * head * visible
             total += 3 * layers * (scores + mixed)
-    assert step_flops(0, heads * head, layers, sum(lengths), sum(n**2 for n in lengths)) == pytest.approx(total)
+    assert step_flops(0, heads * head, layers, np.array(lengths)) == pytest.approx(total)
 
 
 def test_memory_is_at_least_what_this_process_holds() -> None:
@@ -111,10 +112,18 @@ def test_a_line_cut_short_by_a_kill_is_dropped_even_if_it_parses(tmp_path: Path)
         assert steps_on_disk(tmp_path) == [1, 2, 3, 5]
 
 
+def test_only_line_feeds_end_a_line_of_json(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\u0085d", "e\x1cf"]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    (tmp_path / "lines.jsonl").write_text(lines, "utf-8", newline="")
+    assert [entry["text"] for entry in read_json_lines(tmp_path / "lines.jsonl")] == texts
+    assert read_json_lines(tmp_path / "missing.jsonl") == []
+
+
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(UserError, match="metrics.jsonl line 2: b'nonsense"):
-        read_metrics(tmp_path / "metrics.jsonl")
+        read_json_lines(tmp_path / "metrics.jsonl")
 
 
 def test_each_step_is_on_disk_before_the_next(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ AXIS_RULES: dict[str, str] = {"embed": "fsdp", "vocab": "tensor", "kv_head": "te
 HEARTBEAT_SECONDS = 20.0
 PULSE_SECONDS = 1.0
 AGREEMENT_SECONDS = 7 * 24 * 3600.0
+WATCH_SECONDS = 1.0
 STALL_SECONDS, STALL_MEDIANS = 300.0, 20
 ECHO_SECONDS = 1.0
 STALL_EXIT_CODE = 124  # as of timeout(1)
@@ -258,6 +259,53 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Watchdog:
+    """Ends the process when nothing was reported for 300 s and for 20 of its usual intervals.
+
+    Its clock stands still until the first report.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.reported_at: float | None = None
+        self.intervals: deque[float] = deque(maxlen=100)
+
+    def report_progress(self) -> None:
+        """A unit of work is done; the clock runs from now on."""
+        now, before = time.monotonic(), self.reported_at
+        self.reported_at = now
+        if before is not None:
+            self.intervals.append(now - before)
+
+    def pause(self) -> None:
+        """What comes now may take its time, such as compiling: the clock stands still until the next report."""
+        self.reported_at = None
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Watch in a thread of its own; on a stall the stacks of all threads go to the log."""
+        has_ended = threading.Event()
+
+        def watch() -> None:
+            while not has_ended.wait(WATCH_SECONDS):
+                since = self.reported_at
+                seconds = time.monotonic() - since if since is not None else 0.0
+                if seconds > max(STALL_SECONDS, STALL_MEDIANS * statistics.median(tuple(self.intervals) or (0.0,))):
+                    line = (
+                        f"no step has finished for {seconds:.0f} s, so this run has hung; its stacks are in {self.log}"
+                    )
+                    with self.log.open("a") as file:
+                        print(line, file=file, flush=True)
+                        faulthandler.dump_traceback(file, all_threads=True)
+                    end_job(line, STALL_EXIT_CODE)
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            has_ended.set()
 
 
 @contextmanager

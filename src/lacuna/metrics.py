@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
+import numpy as np
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
@@ -51,12 +53,13 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def step_flops(
-    matmul_parameters: int, attention_width: int, layers: int, token_count: int, squared_length_sum: int
+    matmul_parameters: int, attention_width: int, layers: int, lengths: Int[np.ndarray, " document"]
 ) -> float:
-    """Model FLOPs of a forward and backward pass over real tokens (Chowdhery et al. 2022, PaLM, appendix B).
+    """Model FLOPs of a forward and backward pass over documents (Chowdhery et al. 2022, PaLM, appendix B).
 
     Attention is causal, hence half of theirs: 12 × layers × attention_width (heads × head size) × length² / 2.
     """
+    token_count, squared_length_sum = int(np.sum(lengths)), int(np.sum(np.square(lengths, dtype=np.int64)))
     return 6.0 * matmul_parameters * token_count + 6.0 * layers * attention_width * squared_length_sum
 
 
@@ -115,7 +118,7 @@ def strict(value: Any) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new, whatever happens in between."""
+    """Write a small file whole: it holds the old text or the new, whatever happens in between."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -133,11 +136,15 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write_atomically(directory / "summary.json", json.dumps(strict(summary), indent=2, allow_nan=False) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl, none if there is no file; a last line cut short by a kill is left out."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, none if there is no file; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     records = []
-    for number, line in enumerate((line for line in lines if line.endswith(b"\n")), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             records.append({} | json.loads(line))
         except (ValueError, TypeError) as error:
@@ -256,7 +263,7 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl" if is_kept else Path(os.devnull)
         if is_kept:
-            kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if resume_step else []
+            kept = [record for record in read_json_lines(path) if record["step"] <= resume_step] if resume_step else []
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.metrics_file = LineFile(path, "ab")
         self.text_file = LineFile(directory / "run.log" if is_kept else path, "ab" if resume_step else "wb")

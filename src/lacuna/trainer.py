@@ -516,7 +516,7 @@ class Run:
     ) -> None:
         """The files of `end`."""
         directory, command = self.config.run_directory, COMMAND_OF[type(self.config)]
-        records = metrics.read_metrics(directory / "metrics.jsonl")
+        records = metrics.read_json_lines(directory / "metrics.jsonl")
         facts = metrics.summarise(records) | {
             "command": command,
             "parameters": parameter_counts(self.opened.model)["all"],
@@ -798,8 +798,7 @@ class RowLoop:
                 parameter_counts(model)["matmul"],
                 model.kv_heads * model.group * model.head,
                 model.layers,
-                int(lengths.sum()),
-                int(np.sum(lengths**2)),
+                lengths,
             ),
         }
         accumulation = accumulation_steps(self.config.batch_size, self.config.micro_batch_size, row_shards(mesh))

@@ -226,7 +226,7 @@ def attention_flops(config: TrainingConfig, model: ModelConfig, row_count: int) 
     """FLOPs of attention, forward and backward, over rows of one document each: two matrix products forward, five
     backward, as the scores are made again, and the forward ones once more where layers are recomputed."""
     width = model.kv_heads * model.group * model.head
-    counted = step_flops(0, width, model.layers, 0, row_count * config.sequence_length**2)
+    counted = step_flops(0, width, model.layers, np.full(row_count, config.sequence_length))
     return counted * (9 if config.rematerialisation == "layer" else 7) / 6
 
 
@@ -482,8 +482,8 @@ def step_facts(config: RowsConfig, model: ModelConfig, plan: ProgramPlan, chip: 
     """What a step costs and how fast it can be."""
     tokens = config.batch_size * config.sequence_length
     width = model.kv_heads * model.group * model.head
-    squares = config.batch_size * config.sequence_length**2
-    flops = step_flops(parameter_counts(model)["matmul"], width, model.layers, tokens, squares)
+    lengths = np.full(config.batch_size, config.sequence_length)
+    flops = step_flops(parameter_counts(model)["matmul"], width, model.layers, lengths)
     return {
         "model_flops": flops,
         "recomputed_share": max(plan.flops * count / flops - 1, 0.0),

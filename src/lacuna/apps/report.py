@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from lacuna.metrics import duration, percent, read_metrics, read_text, short, summarise, task_figures, write_atomically
+from lacuna.metrics import (
+    duration,
+    percent,
+    read_json_lines,
+    read_text,
+    short,
+    summarise,
+    task_figures,
+    write_atomically,
+)
 
 
 @dataclass(frozen=True)
@@ -122,12 +131,12 @@ def write_report(directory: Path) -> None:
     from jinja2 import Environment
 
     config, summary = (read_text(directory / name) for name in ("config.toml", "summary.json"))
-    records = read_metrics(directory / "metrics.jsonl")
+    records = read_json_lines(directory / "metrics.jsonl")
     live, ended = summarise(records), json.loads(summary or "{}")
     facts = live | ended if ended.get("steps") == live["steps"] else ended | live
     steps, total = facts["steps"], tomllib.loads(config).get("steps") or 0
-    config = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(HTML)
-    html = config.render(
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(HTML)
+    html = template.render(
         name=directory.resolve().name,
         command=facts.get("command", "run"),
         steps=f"{steps:,} of {total:,} steps" if total > steps else f"{steps:,} steps",
