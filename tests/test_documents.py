@@ -128,7 +128,7 @@ def test_a_parquet_table_is_read_without_a_word_through_the_cache_of_datasets(tm
     (tmp_path / "good.parquet").write_bytes(parquet(TABLE))
     (tmp_path / "half.parquet").write_bytes(parquet(TABLE)[:-20])
     script = (
-        "import sys; from lacuna.config import DataSource; from lacuna.documents import read_rows\n"
+        "import sys; from lacuna.config import DataSource; from lacuna.data import read_rows\n"
         "print([type(row).__name__ for _, row in read_rows(DataSource(path=sys.argv[1]))])"
     )
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "arrow")}
@@ -472,17 +472,17 @@ def test_whatever_the_tokens_depend_on_has_its_own_place_in_the_cache(tmp_path: 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lacuna import documents
+from lacuna import data
 from lacuna.config import DataSource
 from lacuna.tokenizer import load_tokenizer
 
-whole = documents.encode_parts
+whole = data.encode_parts
 def half(parts, tokenizer):
     yield next(whole(parts, tokenizer))
     os.kill(os.getpid(), signal.SIGKILL)
-documents.encode_parts = half
+data.encode_parts = half
 path, directory, cache = sys.argv[1:]
-documents.load_documents(DataSource(path=path), load_tokenizer(Path(directory)), "all", False, Path(cache))
+data.load_documents(DataSource(path=path), load_tokenizer(Path(directory)), "all", False, Path(cache))
 """
 
 

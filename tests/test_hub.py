@@ -40,9 +40,9 @@ LARGE = bytes(range(251)) * 100_000
 # What the client reads of its environment it reads when imported, so each is a process of its own.
 CLIENT = """
 import json, sys, time
-from lacuna.weights import resolve_model
+from lacuna.checkpoint import resolve_model
 from lacuna.config import DataSource, UserError
-from lacuna.documents import read_rows
+from lacuna.data import read_rows
 
 time.sleep = lambda seconds: None  # the hub's library waits between its attempts
 for wish in sys.argv[1:]:

@@ -1,7 +1,6 @@
 """The sampler against the full forward pass, transformers' values and formulas written out in NumPy."""
 
 import json
-import os.path
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
 from lacuna.model import PAGE, token_statistics
 from lacuna.sampler import Request
-from lacuna.tokenizer import Tokenizer, encode, load_tokenizer, plain, read_on, window_behind
+from lacuna.tokenizer import TextStream, Tokenizer, decode, encode, load_tokenizer
 
 TINY_CONFIG = model.read_model_config(REFERENCE / "qwen3")
 GREEDY = SamplingKeys(temperature=0.0, max_tokens=12)
@@ -500,45 +499,13 @@ def test_stories260k_repeats_the_greedy_text_of_its_fixtures(shelf: Path) -> Non
         assert case["text"] + completion.text == case["greedy_text"]
 
 
-TEXTS = ["plain words, and  spaces", "naïve café 東京 🦜🦜 ไทย", "a\n\n\tb", "🏳️‍🌈 e\u0301"]
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("name", ["qwen2.5", "llama-3.2", "tinyllama-1.1b-chat", "gpt2", "minimind-6400"])
-@pytest.mark.parametrize("text", TEXTS)
-def test_text_told_piece_by_piece_is_whole_and_never_half_a_character(shelf: Path, name: str, text: str) -> None:
-    tokenizer = load_tokenizer(shelf / "tokenizers" / name)
-    token = encode(tokenizer, "Say: " + text, add_special_tokens=False).tolist()
-    for prompt in range(1, len(token)):
-        window = window_behind(tokenizer, token[:prompt])
-        pieces = []
-        for each in token[prompt:]:
-            window, piece = read_on(tokenizer, window, [each])
-            pieces.append(piece)
-        assert "\ufffd" not in "".join(pieces)
-        whole = plain(tokenizer, token)
-        prefixes = [os.path.commonprefix([plain(tokenizer, token[:end]), whole]) for end in range(1, prompt + 1)]
-        assert max(prefixes, key=len) + "".join(pieces) == whole
-
-
-def test_a_broken_sequence_is_told_once_it_has_ended(tokenizer: Tokenizer) -> None:
-    bird = encode(tokenizer, "🦜", add_special_tokens=False).tolist()
-    letter = encode(tokenizer, "x", add_special_tokens=False).tolist()
-    assert len(bird) >= 2
-    window = window_behind(tokenizer, letter)
-    window, nothing = read_on(tokenizer, window, bird[:1])
-    _, at_end = read_on(tokenizer, window, [], is_last=True)
-    _, broken = read_on(tokenizer, window, letter)
-    assert (nothing, at_end, broken) == ("", "\ufffd", "\ufffdx")
-
-
 @pytest.mark.parametrize("stop", ["world", "o w", "rl", "d🦜", "🦜", "é", "lo wor", "zzz"])
 def test_text_ends_before_a_stop_string_wherever_tokens_part(
     small: sampler.Sampler, tokenizer: Tokenizer, stop: str
 ) -> None:
     text = "Hello world🦜 café\nlast"
     token = encode(tokenizer, text, add_special_tokens=False).tolist()
-    running = sampler.Running(0, 0, Request((1,), stop=(stop, "never")), window_behind(tokenizer, [1]), 0)
+    running = sampler.Running(0, 0, Request((1,), stop=(stop, "never")), TextStream(tokenizer, [1]), 0)
     told, reason, used = "", "", 0
     for start in range(0, len(token), 2):
         chunk = token[start : start + 2]
@@ -549,7 +516,7 @@ def test_text_ends_before_a_stop_string_wherever_tokens_part(
             break
     assert told == text.partition(stop)[0]
     assert reason == ("stop" if stop in text else "length")
-    assert stop not in text or stop in plain(tokenizer, token[:used])
+    assert stop not in text or stop in decode(tokenizer, token[:used])
 
 
 # Defaults

@@ -3,7 +3,9 @@ import hashlib
 import json
 import re
 from functools import cache
+from os.path import commonprefix
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from lacuna.tokenizer import (
     BLANK,
     CLOSE,
     OPEN,
+    EncodedText,
+    TextStream,
     Tokenizer,
+    TrainOn,
     chat_spans,
     check_messages,
     decode,
     encode,
-    encode_chats,
     encode_spans,
     end_of_text_id,
     load_tokenizer,
@@ -123,6 +127,10 @@ def supervised_texts(
 ) -> list[str]:
     text, spans = chat_spans(tokenizer, messages, tools, train_on)
     return [text[start:end] for start, end in spans]
+
+
+def encode_chats(tokenizer: Tokenizer, chats: list[tuple[Any, Any]], train_on: TrainOn) -> list[EncodedText]:
+    return encode_spans(tokenizer, [chat_spans(tokenizer, *chat, train_on) for chat in chats])
 
 
 def byte_lengths(tokenizer: Tokenizer, ids: np.ndarray) -> list[int]:
@@ -603,7 +611,7 @@ def test_special_tokens_of_the_map_fill_those_missing_in_the_config(tmp_path: Pa
     (directory / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>", "unk_token": {"content": "<s>"}}')
     tokenizer = load_tokenizer(directory)
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, None)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
     (directory / "tokenizer_config.json").unlink()
     assert load_tokenizer(directory).eos_id == 3
 
@@ -667,6 +675,54 @@ def test_vocabulary_size_is_one_more_than_the_largest_id(small: dict[str, Tokeni
     tokenizer = small["chatml"]
     assert tokenizer.backend.id_to_token(tokenizer.vocabulary_size - 1) is not None
     assert tokenizer.backend.id_to_token(tokenizer.vocabulary_size) is None
+
+
+# Text that grows token by token
+
+TEXTS = ["plain words, and  spaces", "naïve café 東京 🦜🦜 ไทย", "a\n\n\tb", "🏳️‍🌈 e\u0301"]
+
+
+def text_of(tokenizer: Tokenizer, token: list[int]) -> str:
+    return decode(tokenizer, token, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_shelf) for name in (*WITH_TEMPLATE, "gpt2")])
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_streamed_token_by_token_is_whole_and_never_half_a_character(name: str, text: str) -> None:
+    tokenizer = shelf(name)
+    token = encode(tokenizer, "Say: " + text, add_special_tokens=False).tolist()
+    whole = text_of(tokenizer, token)
+    for prompt in range(1, len(token)):
+        stream = TextStream(tokenizer, token[:prompt])
+        pieces = "".join(stream.add([each]) for each in token[prompt:])
+        assert "\ufffd" not in pieces and stream.rest() == ""
+        assert TextStream(tokenizer, token[:prompt]).add(token[prompt:]) == pieces
+        prefixes = [commonprefix([text_of(tokenizer, token[:end]), whole]) for end in range(1, prompt + 1)]
+        assert max(prefixes, key=len) + pieces == whole
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_shelf) for name in (*WITH_TEMPLATE, "gpt2")])
+def test_broken_characters_neither_repeat_nor_lose_other_text(name: str) -> None:
+    """Byte tokens in any order, between words: what is whole comes once, whatever the broken ones make of it."""
+    tokenizer, random = shelf(name), np.random.default_rng(0)
+    word, bird = (encode(tokenizer, text, add_special_tokens=False).tolist() for text in (" word", "🦜é🦜"))
+    for _ in range(50):
+        parts = [word if random.random() < 0.3 else [int(random.choice(bird))] for _ in range(20)]
+        token = [each for part in parts for each in part]
+        for prompt in (1, 5, 10):
+            stream = TextStream(tokenizer, token[:prompt])
+            text = "".join(stream.add([each]) for each in token[prompt:]) + stream.rest()
+            whole = text_of(tokenizer, token)
+            assert text.count("word") == whole.count("word") - text_of(tokenizer, token[:prompt]).count("word")
+
+
+def test_a_broken_character_is_streamed_once_it_has_ended(small: dict[str, Tokenizer]) -> None:
+    tokenizer = small["chatml"]
+    bird = encode(tokenizer, "ꙮ", add_special_tokens=False).tolist()
+    letter = encode(tokenizer, "x", add_special_tokens=False).tolist()
+    assert len(bird) >= 2
+    stream = TextStream(tokenizer, letter)
+    assert (stream.add(bird[:1]), stream.rest(), stream.add(letter), stream.rest()) == ("", "\ufffd", "\ufffdx", "")
 
 
 # configs/chat_template.jinja

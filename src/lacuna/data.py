@@ -775,6 +775,11 @@ class Dataset:
     documents: tuple[Documents, ...]
     facts: Counter[str]
 
+    @property
+    def bad_examples(self) -> list[str]:
+        """Where and why the first of the bad rows of each source could not be used."""
+        return [example for documents in self.documents for example in documents.facts["bad_examples"]]
+
     def batch(self, index: int, batch_size: int, row_limit: int | None = None) -> Batch:
         """Batch `index` of a run; rows from `row_limit` on are empty. Unpacked rows have the least of eight lengths."""
         first, end = index * batch_size, (index + 1) * batch_size

@@ -40,7 +40,7 @@ from lacuna.model import (
     prefill,
     rotation_table,
 )
-from lacuna.tokenizer import Tokenizer, Window, before_stop, read_json, read_on, window_behind
+from lacuna.tokenizer import TextStream, Tokenizer, read_json
 
 VOCABULARY_BLOCK = 128
 
@@ -511,7 +511,7 @@ class Running:
     number: int
     index: int
     request: Request
-    window: Window
+    stream: TextStream
     length: int
     held: str = ""
 
@@ -624,8 +624,8 @@ class Sampler:
             if running is None and self.waiting:
                 waiting = self.waiting[0]
                 request = waiting.request
-                window = window_behind(self.tokenizer, request.prompt)
-                running = Running(waiting.number, waiting.next_index, request, window, len(request.prompt) - 1)
+                stream = TextStream(self.tokenizer, request.prompt)
+                running = Running(waiting.number, waiting.next_index, request, stream, len(request.prompt) - 1)
                 self.running[slot] = running
                 arrivals[waiting].append((slot, running))
                 waiting.next_index += 1
@@ -729,15 +729,24 @@ class Sampler:
         stride = 1 if stop else max(len(shown), 1)
         told = ""
         for start in range(0, len(shown), stride):
-            running.window, piece = read_on(self.tokenizer, running.window, shown[start : start + stride])
+            piece = running.stream.add(shown[start : start + stride])
             text, running.held, is_stopped = before_stop(running.held + piece, stop)
             told += text
             if is_stopped:
                 return told, start + stride, "stop"
         if reason:
-            _, piece = read_on(self.tokenizer, running.window, (), is_last=True)
-            told += "".join(before_stop(running.held + piece, stop)[:2])
+            told += "".join(before_stop(running.held + running.stream.rest(), stop)[:2])
         return told, len(tokens), reason
+
+
+def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
+    """The text before the first stop string, the text held back as it may begin one, and whether one occurred."""
+    places = [place for string in stop if (place := text.find(string)) >= 0]
+    if places:
+        return text[: min(places)], "", True
+    sizes = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
+    cut = len(text) - max(sizes, default=0)
+    return text[:cut], text[cut:], False
 
 
 def prompt_pages(length: int, capacity: int) -> int:

@@ -21,6 +21,7 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
+from tokenizers.decoders import DecodeStream
 
 from lacuna.config import UserError
 
@@ -47,7 +48,6 @@ class Tokenizer:
     special_tokens: dict[str, str]
     bos_id: int | None
     eos_id: int | None
-    pad_id: int | None
     vocabulary_size: int
     end_of_turn: re.Pattern[str]
 
@@ -93,7 +93,6 @@ def load_tokenizer(directory: Path, chat_template: str = "", template_date: str 
         special_tokens=special_tokens,
         bos_id=token_id(backend, special_tokens, "bos_token", directory),
         eos_id=token_id(backend, special_tokens, "eos_token", directory),
-        pad_id=token_id(backend, special_tokens, "pad_token", directory),
         vocabulary_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         end_of_turn=re.compile(rf"\s*({'|'.join(map(re.escape, written)) or '(?!)'})"),
     )
@@ -383,68 +382,46 @@ def mask(encoding: tokenizers.Encoding, spans: list[Span]) -> EncodedText:
     return EncodedText(np.array(encoding.ids, np.int32), supervised, int(np.sum(touched & ~supervised)))
 
 
-def encode_chats(tokenizer: Tokenizer, chats: Sequence[tuple[Any, Any]], train_on: TrainOn) -> list[EncodedText]:
-    """Each chat's tokens and which of them are supervised; the ids are transformers' `apply_chat_template`'s."""
-    return encode_spans(tokenizer, [chat_spans(tokenizer, *chat, train_on) for chat in chats])
+def decode(
+    tokenizer: Tokenizer, token: Sequence[int] | Int[np.ndarray, " token"], skip_special_tokens: bool = False
+) -> str:
+    """The text of these ids."""
+    return tokenizer.backend.decode([int(each) for each in token], skip_special_tokens)
 
 
-def decode(tokenizer: Tokenizer, token: Sequence[int] | Int[np.ndarray, " token"]) -> str:
-    """The text of these ids, special tokens included."""
-    return tokenizer.backend.decode([int(each) for each in token], skip_special_tokens=False)
+class TextStream:
+    """The text that follows a prompt, token by token and in whole characters; the pieces and `rest` make all of it."""
 
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.pending: list[int] = []  # tokens after the last whole character
+        self.shown = 0  # characters of theirs that precede this text
+        ends_inside_a_character = self._text(prompt).endswith(REPLACEMENT)
+        self.stream = DecodeStream([] if ends_inside_a_character else list(prompt), skip_special_tokens=True)
+        if ends_inside_a_character:  # it is fed to the stream, as the character belongs to the text that follows
+            self.add(prompt)
+            self.shown = len(self.rest().rstrip(REPLACEMENT))
 
-# Text that grows token by token
+    def add(self, token: Sequence[int]) -> str:
+        """The whole characters that these tokens complete."""
+        return "".join(map(self._step, token))
 
+    def rest(self) -> str:
+        """The text of the tokens after the last whole character."""
+        return self._text(self.pending)[self.shown :]
 
-class Window(NamedTuple):
-    """Where a text being streamed stands: the tokens of its last whole piece, those since, and characters told."""
+    def _step(self, token: int) -> str:
+        self.pending.append(token)
+        try:
+            piece = self.stream.step(self.tokenizer.backend, token)
+        except Exception:  # byte tokens that are no character make the decoder undo the characters before them
+            piece = self._text(self.pending)
+            self.stream = DecodeStream(self.pending, skip_special_tokens=True)
+        if not piece:
+            return ""
+        piece = piece[self.shown :]
+        self.pending, self.shown = [], 0
+        return piece
 
-    context: tuple[int, ...]
-    pending: tuple[int, ...]
-    told: int
-
-
-def window_behind(tokenizer: Tokenizer, prompt: Sequence[int]) -> Window:
-    """A window on the end of a prompt, as a first token's space depends on it. A character may be four byte tokens, so
-    one of four cuts parts none at the end, and one of four none at the beginning."""
-    cuts = range(len(prompt), max(len(prompt) - 4, 0), -1)
-    cut = next((at for at in cuts if not plain(tokenizer, prompt[:at][-12:]).endswith(REPLACEMENT)), len(prompt))
-    contexts = (tuple(prompt[:cut][-size:]) for size in range(8, 12))
-    context = next((each for each in contexts if not plain(tokenizer, each).startswith(REPLACEMENT)), ())
-    pending = tuple(prompt[cut:])
-    whole = plain(tokenizer, (*context, *pending)).rstrip(REPLACEMENT)
-    return Window(context, pending, max(len(whole), len(plain(tokenizer, context))))
-
-
-def plain(tokenizer: Tokenizer, token: Sequence[int]) -> str:
-    """The text of these ids without special tokens."""
-    return tokenizer.backend.decode(list(token), skip_special_tokens=True)
-
-
-def finished(text: str) -> str:
-    """The text without what may be the beginning of a character at its end, which takes up to three bytes."""
-    return text[: len(text) - min(3, len(text) - len(text.rstrip(REPLACEMENT)))]
-
-
-def read_on(tokenizer: Tokenizer, window: Window, token: Sequence[int], is_last: bool = False) -> tuple[Window, str]:
-    """The text that these tokens add, whole characters only unless nothing follows, and where it then stands."""
-    pending = (*window.pending, *token)
-    text = plain(tokenizer, (*window.context, *pending))
-    if is_last or not text.endswith(REPLACEMENT):
-        piece = text[window.told :]
-        return (
-            Window(pending, (), len(plain(tokenizer, pending))) if piece else window._replace(pending=pending)
-        ), piece
-    # Byte tokens: while one character is not whole, those before it are undone too, so nothing is told.
-    whole = finished(text) if len(pending) > 3 else text[: window.told]
-    return Window(window.context, pending, max(window.told, len(whole))), whole[window.told :]
-
-
-def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
-    """What precedes the first stop string, what may begin one and so has to wait, and whether one came."""
-    places = [place for string in stop if (place := text.find(string)) >= 0]
-    if places:
-        return text[: min(places)], "", True
-    sizes = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
-    cut = len(text) - max(sizes, default=0)
-    return text[:cut], text[cut:], False
+    def _text(self, token: Sequence[int]) -> str:
+        return decode(self.tokenizer, token, skip_special_tokens=True)

@@ -36,7 +36,7 @@ from lacuna.apps.configs import ChatConfig
 from lacuna.cli import explain
 from lacuna.config import SamplingKeys, UserError, did_you_mean
 from lacuna.sampler import Request, load_generator, rules_by_origin, rules_in_force
-from lacuna.tokenizer import Message, check_messages, encode, finished, render
+from lacuna.tokenizer import REPLACEMENT, Message, check_messages, encode, render
 
 CHAT_COMMANDS = {
     "/system": "TEXT: set the system message; without text, remove it",
@@ -143,7 +143,7 @@ class Local:
                 for part in parts:
                     is_going = not part.finish_reason
                     ended = cut if part.finish_reason == "length" else part.finish_reason
-                    yield AnswerPiece(finished(part.text) if ended else part.text, len(part.tokens), ended)
+                    yield AnswerPiece(part.text.rstrip(REPLACEMENT) if ended else part.text, len(part.tokens), ended)
         finally:
             sampler.cancel(number)
 

@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 
 from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
 from lacuna.eval import Figures, Predictions, Subject, Tick, log_likelihoods, sampler_for, seed_of
-from lacuna.sampler import Completion, Request, generation_defaults
-from lacuna.tokenizer import before_stop, encode, end_of_text_id, plain, render
+from lacuna.sampler import Completion, Request, before_stop, generation_defaults
+from lacuna.tokenizer import decode, encode, end_of_text_id, render
 
 MAX_TOKENS = 256  # of tasks that do not say, as in the harness's own models
 LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -122,7 +122,8 @@ class Model(TemplateLM):
         tokens = completion.tokens
         if tokens[-1] in request.stop_ids:
             tokens = tokens[:-1]
-        return "".join(before_stop(plain(self.subject.opened.tokenizer, tokens), request.stop)[:2])
+        text = decode(self.subject.opened.tokenizer, tokens, skip_special_tokens=True)
+        return "".join(before_stop(text, request.stop)[:2])
 
     def request(self, context: str, settings: dict[str, Any], name: tuple[str, str, int]) -> Request:
         """What the sampler is to do for one of the harness's requests."""
