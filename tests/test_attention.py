@@ -91,12 +91,12 @@ def test_documents_that_go_on_from_another_are_as_if_that_stood_before_each() ->
     """A row of two prompts with completions and a document alone, one of one prompt, and one of padding."""
     lengths = [[70, 90, 33, 140, 20, 5, 15, 60], [9, 200, 190], []]
     distances = [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2], []]
-    shared, behind = segments(450, lengths), segments(450, lengths)
+    shared, prompt_offset = segments(450, lengths), segments(450, lengths)
     query, key, value, gradient = draw(shared, 2, 2, 64, "float32")
     wanted = [np.zeros(x.shape) for x in (query, query, key, value)]
     for row, (parts, back) in enumerate(zip(lengths, distances, strict=True)):
         begin = np.cumsum([0, *parts])
-        behind[row, : begin[-1]] = np.repeat(back, parts)
+        prompt_offset[row, : begin[-1]] = np.repeat(back, parts)
         for number, distance in enumerate(back):
             own = np.arange(begin[number], begin[number + 1])
             prompt = np.arange(begin[number - distance], begin[number - distance + 1]) if distance else own[:0]
@@ -107,7 +107,7 @@ def test_documents_that_go_on_from_another_are_as_if_that_stood_before_each() ->
             wanted[0][row, own] = alone[0][0, len(prompt) :]
             for sums, part in zip(wanted[1:], alone[1:], strict=True):
                 sums[row, place] += part[0]
-    attend = partial(attention.xla_attention, segment=jnp.asarray(shared), behind=jnp.asarray(behind))
+    attend = partial(attention.xla_attention, segment=jnp.asarray(shared), prompt_offset=jnp.asarray(prompt_offset))
     mixed, pull = jax.vjp(attend, query, key, value)
     for ours, expected in zip((mixed, *pull(gradient)), wanted, strict=True):
         ours = np.where((shared > 0).reshape(3, 450, *[1] * (ours.ndim - 2)), ours, 0)

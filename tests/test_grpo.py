@@ -172,9 +172,9 @@ def gradient_of(
 
 @pytest.mark.parametrize(("is_shared", "expected"), [
     (False, {"token": [1, 2, 3, 4, 7, 8, 1, 2, 3, 4, 5], "position": [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4],
-             "segment": [1] * 6 + [2] * 5, "behind": [0] * 11}),
+             "segment": [1] * 6 + [2] * 5, "prompt_offset": [0] * 11}),
     (True, {"token": [1, 2, 3, 4, 7, 8, 4, 5], "position": [0, 1, 2, 3, 4, 5, 3, 4],
-            "segment": [1, 1, 1, 2, 2, 2, 3, 3], "behind": [0, 0, 0, 1, 1, 1, 2, 2]}),
+            "segment": [1, 1, 1, 2, 2, 2, 3, 3], "prompt_offset": [0, 0, 0, 1, 1, 1, 2, 2]}),
 ])  # fmt: skip
 def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: dict[str, list[int]]) -> None:
     two = [

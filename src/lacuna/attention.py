@@ -69,17 +69,22 @@ def is_hopper(capability: str) -> bool:
 
 
 def attention(
-    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, backend: str, behind: Segment | None = None
+    query: Query,
+    key: KeyOrValue,
+    value: KeyOrValue,
+    segment: Segment,
+    backend: str,
+    prompt_offset: Segment | None = None,
 ) -> Query:
     """Causal grouped-query attention confined to each packed document; padding, segment 0, sees padding alone.
 
-    The tokens of a document stand together. With the backend xla a document may go on from another, whose tokens it
-    attends to as well: `behind` says how many documents further back that one stands, 0 where there is none. Each
-    device works on its rows and heads alone.
+    The tokens of a document are adjacent. With the backend xla a document may also attend to one before it, as a
+    completion to its prompt: `prompt_offset` is how many documents back that one is, 0 where there is none. Each device
+    works on its own rows and heads.
     """
     local: Any = {"cudnn": cudnn_attention, "splash": splash_attention, "xla": xla_attention}[backend]
-    assert behind is None or backend == "xla"
-    given = (query, key, value, segment) if behind is None else (query, key, value, segment, behind)
+    assert prompt_offset is None or backend == "xla"
+    given = (query, key, value, segment) if prompt_offset is None else (query, key, value, segment, prompt_offset)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(*given)
@@ -237,14 +242,16 @@ def splash_attention(
 
 
 def xla_attention(
-    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, behind: Segment | None = None
+    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, prompt_offset: Segment | None = None
 ) -> Query:
     """Block by block, with those blocks of keys that any row's documents ask for."""
     length, block = query.shape[1], XLA_BLOCK.get(platform(), 512)
-    block = min(block if behind is None else block // 2, length)  # documents that go on from another tend to be short
+    block = min(block if prompt_offset is None else block // 2, length)  # completions tend to be short
     query, key, value, segment = padded(-(-length // block) * block, query, key, value, segment)
     document = jnp.cumsum(begins(segment) | (segment <= 0), axis=1, dtype=jnp.int32)  # padding asks for nothing
-    before = None if behind is None else document - jnp.pad(behind, [(0, 0), (0, document.shape[1] - length)])
+    before = (
+        None if prompt_offset is None else document - jnp.pad(prompt_offset, [(0, 0), (0, document.shape[1] - length)])
+    )
     return blockwise(query, key, value, document, before, block)[:, :length]
 
 

@@ -246,9 +246,9 @@ def token_weights(kept: Sequence[Sample], config: GrpoConfig) -> Callable[[Sampl
 
 
 class RolloutBatch(NamedTuple):
-    """Packed rows as in `data.Batch`, with `behind` as in `attention`, whose documents have the positions behind those
-    they go on from. `weight` is what a token counts in the loss; `sampled` is the log-probability under the
-    distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and of the
+    """Packed rows as in `data.Batch`; `prompt_offset` links a completion to its prompt as in `attention`, and its
+    positions continue the prompt's. `weight` is what a token counts in the loss; `sampled` is the log-probability under
+    the distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and of the
     starting policy."""
 
     token: Int[Array, "*rows token"]
@@ -256,14 +256,14 @@ class RolloutBatch(NamedTuple):
     weight: Float[Array, "*rows token"]
     segment: Int[Array, "*rows token"]
     position: Int[Array, "*rows token"]
-    behind: Int[Array, "*rows token"]
+    prompt_offset: Int[Array, "*rows token"]
     advantage: Float[Array, "*rows token"]
     sampled: Float[Array, "*rows token"]
     old: Float[Array, "*rows token"]
     reference: Float[Array, "*rows token"]
 
 
-INTEGERS = ("token", "target", "segment", "position", "behind")
+INTEGERS = ("token", "target", "segment", "position", "prompt_offset")
 
 
 def shares_prompts(model: ModelConfig) -> bool:
@@ -300,7 +300,7 @@ def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], flo
         end, count = here.stop, len(sample.tokens)
         here = slice(end, end + count)
         row.token[here], row.target[here] = (last, *sample.tokens[:-1]), sample.tokens
-        row.segment[here], row.behind[here] = document + number + goes_on, (number + 1) * goes_on
+        row.segment[here], row.prompt_offset[here] = document + number + goes_on, (number + 1) * goes_on
         row.position[here] = len(prompt) + np.arange(count)
         row.weight[here], row.advantage[here] = weight_of(sample), sample.advantage
         row.sampled[here] = sample.sampled_log_probabilities
@@ -367,8 +367,8 @@ def objective(
 def hidden_states(params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, config: GrpoConfig) -> Array:
     """Hidden states whose logits are those over the temperature."""
     x = embed(params, batch.token)
-    behind = batch.behind if shares_prompts(model) else None
-    hidden = forward(params, x, batch.segment, batch.position, model, config.rematerialisation, behind)
+    prompt_offset = batch.prompt_offset if shares_prompts(model) else None
+    hidden = forward(params, x, batch.segment, batch.position, model, config.rematerialisation, prompt_offset)
     return hidden if config.temperature == 1 else hidden / config.temperature
 
 

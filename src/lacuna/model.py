@@ -455,17 +455,17 @@ def forward(
     position: Int[Array, "batch token"],
     model: ModelConfig,
     rematerialisation: str = "none",
-    behind: Int[Array, "batch token"] | None = None,
+    prompt_offset: Int[Array, "batch token"] | None = None,
 ) -> Float[Array, "batch token embed"]:
     """Embedded rows to final normed hidden states; `params` are in the dtype of compute.
 
     `rematerialisation` says what the backward pass computes again: nothing, all but matrix products and attention, or
-    whole layers. What is computed again without them costs less than to write it out and read it. `behind` is as in
-    `attention`.
+    whole layers. What is computed again without them costs less than to write it out and read it. `prompt_offset`
+    is that of `attention`.
     """
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return attention(query, key, value, segment, model.attention, behind), None
+        return attention(query, key, value, segment, model.attention, prompt_offset), None
 
     body = partial(layer_forward, rotation=rotation_at(position, model), attend=attend, model=model)
     if rematerialisation != "none":
