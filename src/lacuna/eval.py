@@ -48,6 +48,7 @@ from lacuna.data import (
     usable,
 )
 from lacuna.distributed import (
+    Watchdog,
     check_same,
     enable_compilation_cache,
     from_first,
@@ -150,17 +151,22 @@ def evaluation_of_rows(tasks: EvalConfig | None, config: RowsConfig, opened: Ope
     if tasks:
         read_questions(tasks, opened)
 
-    def measure_params(params: PyTree[Array], watch: Any) -> dict[str, Any]:
+    def measure_params(params: PyTree[Array], watchdog: Watchdog) -> dict[str, Any]:
+        def reported(batches: range) -> Iterator[int]:
+            for index in batches:
+                yield index
+                watchdog.report_progress()
+
         figures: dict[str, Any] = {}
         if config.sample_prompts:
-            with watch.untimed():
-                figures["samples"] = sampled_texts(config, params, opened)
+            figures["samples"] = sampled_texts(config, params, opened)
         if tasks:
-            with watch.untimed():
-                figures |= measure_in_training(tasks, Subject(opened, params))
+            watchdog.pause()
+            figures |= measure_in_training(tasks, Subject(opened, params))
+        watchdog.pause()
         if held_out:
             rows = config.micro_batch_size * row_shards(opened.mesh)
-            result = held_out_loss(params, held_out, rows, opened, config.compute_dtype, watch.counted)
+            result = held_out_loss(params, held_out, rows, opened, config.compute_dtype, reported)
             figures |= {key: result[key] for key in ("eval_loss", "eval_accuracy")}
         return figures
 

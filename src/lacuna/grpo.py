@@ -1,7 +1,8 @@
-"""Group-relative policy optimization: completions by the sampler, their rewards, and an update by the trainer's step.
+"""Group-relative policy optimization: completions by the sampler, their rewards, and updates by the trainer's step.
 
 One set of weights on one mesh does both. A rollout is a function of (seed, step, index) and the weights, so a run that
-was killed continues as if nothing had happened, and every step can be computed again from rollouts.jsonl.
+was killed continues as if nothing had happened, and every step can be computed again from rollouts.jsonl. The loss is
+a plain sum over tokens, each with a weight made beforehand, so neither packing nor micro-batches change it.
 """
 
 import importlib
@@ -11,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.shard_alike import shard_alike
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from lacuna import checkpoint, metrics, trainer
-from lacuna.checkpoint import OpenedModel
-from lacuna.cli import parse
+from lacuna import metrics
+from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import EvalConfig, GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Epochs, Mixture, first_fit
 from lacuna.distributed import (
@@ -60,8 +58,27 @@ from lacuna.model import (
     summed_token_loss,
     token_statistics,
 )
-from lacuna.sampler import Request, Sampler, generation_defaults
-from lacuna.trainer import Recipe, Run, Start, TrainState, apply_gradient, recipe_of, resumed_state, starting_state
+from lacuna.sampler import Completion, Request, Sampler, generation_defaults
+from lacuna.trainer import (
+    Evaluation,
+    Recipe,
+    Run,
+    Step,
+    TrainState,
+    everywhere,
+    masked_config,
+    recipe_of,
+    started_run,
+    starting_state,
+    train_step,
+)
+
+ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
+SHOWN_COMPLETIONS = 4
+SLOW_REWARD = 0.25  # of a step
+STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
+
+# Rewards
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]
 
@@ -174,7 +191,7 @@ def value_of(reward: Reward, problem: Problem, completion: str) -> float:
     raise UserError(f"reward {reward.name} on {problem.origin}: {wrong}; the completion begins {completion[:80]!r}")
 
 
-STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
+# Samples and their rows
 
 
 @dataclass(frozen=True)
@@ -200,7 +217,7 @@ class Sample:
 Group = Sequence[Sample]
 
 
-def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
+def group_by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
     """The samples of each prompt, in the order of the prompts."""
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
@@ -246,9 +263,9 @@ def token_weights(kept: Sequence[Sample], config: GrpoConfig) -> Callable[[Sampl
 
 
 class RolloutBatch(NamedTuple):
-    """Packed rows as in `data.Batch`; `prompt_offset` links a completion to its prompt as in `attention`, and its
-    positions continue the prompt's. `weight` is what a token counts in the loss; `sampled` is the log-probability under
-    the distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and of the
+    """Packed rows as in `data.Batch`, with `behind` as in `attention`, whose documents have the positions behind those
+    they go on from. `weight` is what a token counts in the loss; `sampled` is the log-probability under the
+    distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and of the
     starting policy."""
 
     token: Int[Array, "*rows token"]
@@ -256,14 +273,14 @@ class RolloutBatch(NamedTuple):
     weight: Float[Array, "*rows token"]
     segment: Int[Array, "*rows token"]
     position: Int[Array, "*rows token"]
-    prompt_offset: Int[Array, "*rows token"]
+    behind: Int[Array, "*rows token"]
     advantage: Float[Array, "*rows token"]
     sampled: Float[Array, "*rows token"]
     old: Float[Array, "*rows token"]
     reference: Float[Array, "*rows token"]
 
 
-INTEGERS = ("token", "target", "segment", "position", "prompt_offset")
+INTEGERS = ("token", "target", "segment", "position", "behind")
 
 
 def shares_prompts(model: ModelConfig) -> bool:
@@ -271,22 +288,24 @@ def shares_prompts(model: ModelConfig) -> bool:
     return model.attention == "xla"
 
 
-def packed_rows(kept: Sequence[Sample], config: GrpoConfig, rows_at_once: int, is_shared: bool) -> RolloutBatch:
-    """The samples packed First-Fit-Decreasing into rows, as [micro_batch, row, token].
+def packed_rows(
+    kept: Sequence[Sample], config: GrpoConfig, shape: tuple[int, int, int], is_shared: bool
+) -> tuple[RolloutBatch, int]:
+    """The samples packed First-Fit-Decreasing into rows of `shape` [micro_batch, row, token], and how many of the
+    micro-batches hold any.
 
-    Where prompts are shared, samples of one prompt that stand in one row have it in common: it is there once, all but
-    its last token, and each sample goes on from it.
+    Where prompts are shared, samples of one prompt that lie in one row have it in common: it is there once, all but
+    its last token, and each sample continues it.
     """
-    parts = [part for group in grouped(kept) for part in parts_of(group, config.sequence_length, is_shared)]
+    parts = [part for group in group_by_prompt(kept) for part in parts_of(group, shape[2], is_shared)]
     parts.sort(key=lambda part: -slots_of_part(part))
-    row_of = first_fit(np.array([slots_of_part(part) for part in parts], np.int64), config.sequence_length)
-    micro_batches = -(-(int(row_of.max(initial=0)) + 1) // rows_at_once)
-    shape = micro_batches * rows_at_once, config.sequence_length
+    row_of = first_fit(np.array([slots_of_part(part) for part in parts], np.int64), shape[2])
     arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
-    rows, weight_of = RolloutBatch(*arrays), token_weights(kept, config)
+    batch, weight_of = RolloutBatch(*arrays), token_weights(kept, config)
     for part, number in zip(parts, row_of, strict=True):
-        place_part(part, jax.tree.map(lambda leaf, number=number: leaf[number], rows), weight_of)
-    return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, rows_at_once, -1), rows)
+        at = divmod(int(number), shape[1])
+        place_part(part, RolloutBatch(*(leaf[at] for leaf in batch)), weight_of)
+    return batch, int(row_of.max()) // shape[1] + 1
 
 
 def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], float]) -> None:
@@ -300,7 +319,7 @@ def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], flo
         end, count = here.stop, len(sample.tokens)
         here = slice(end, end + count)
         row.token[here], row.target[here] = (last, *sample.tokens[:-1]), sample.tokens
-        row.segment[here], row.prompt_offset[here] = document + number + goes_on, (number + 1) * goes_on
+        row.segment[here], row.behind[here] = document + number + goes_on, (number + 1) * goes_on
         row.position[here] = len(prompt) + np.arange(count)
         row.weight[here], row.advantage[here] = weight_of(sample), sample.advantage
         row.sampled[here] = sample.sampled_log_probabilities
@@ -326,108 +345,95 @@ def slots_of_part(part: Group) -> int:
 # The objective
 
 
-def objective(
-    log_probability: Float[Array, "*rows token"], batch: RolloutBatch, config: GrpoConfig
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss of a batch, and sums over its tokens to be logged.
+class PolicyLoss(NamedTuple):
+    """The loss of GRPO on packed completions; its fields are all of the config that shapes the program.
 
     - The clipped ratio of PPO (Schulman et al. 2017), with the asymmetric bounds of DAPO (Yu et al. 2025).
     - Times a truncated importance weight (Espeholt et al. 2018; Yao et al. 2025) of the trainer's policy over the
-      distribution that the sampler drew from, which also pays for top_k, top_p and min_p.
+      distribution that the sampler drew from, which also corrects for top_k, top_p and min_p.
     - Plus the divergence from the starting policy, estimated by k3 (Schulman 2020).
     """
-    is_counted = batch.weight > 0
 
-    def difference(a: Array, b: Array) -> Array:
-        return jnp.where(is_counted, a - b, 0.0)
+    clip_low: float
+    clip_high: float
+    importance_limit: float
+    kl_weight: float
+    temperature: float
+    rematerialisation: str
+    is_repeated: bool
 
-    old = batch.old if config.updates_per_rollout > 1 else jax.lax.stop_gradient(log_probability)
-    ratio = jnp.exp(difference(log_probability, old))
-    clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    gain = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-    mismatch = jax.lax.stop_gradient(difference(old, batch.sampled))
-    importance = jnp.exp(mismatch)
-    if config.importance_limit:
-        gain *= jnp.minimum(importance, config.importance_limit)
-    loss = -gain
-    if config.kl_weight:
-        from_reference = difference(batch.reference, log_probability)
-        divergence = jnp.exp(from_reference) - from_reference - 1
-        loss += config.kl_weight * divergence
-    facts = {
-        "count": jnp.sum(is_counted),
-        "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
-        "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
-        "kl": jnp.sum(divergence * is_counted) if config.kl_weight else jnp.zeros(()),
-        "logprob_difference_max": jnp.max(jnp.abs(mismatch)),
-    }
-    return jnp.sum(batch.weight * loss), facts
+    def __call__(
+        self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, noise: Any
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        def loss_of(log_probability: Array, part: RolloutBatch) -> Array:
+            return self.objective(log_probability, part)[0]
+
+        hidden, head = self.hidden_states(params, batch, model), head_of(params, model)
+        loss, found = summed_token_loss(hidden, head, batch.target, batch, loss_of, model.vocabulary_size)
+        facts = self.objective(-found.loss, batch)[1]
+        return loss, facts | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}
+
+    def hidden_states(self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig) -> Array:
+        """Hidden states whose logits are those over the temperature."""
+        x = embed(params, batch.token)
+        behind = batch.behind if shares_prompts(model) else None
+        hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation, behind)
+        return hidden if self.temperature == 1 else hidden / self.temperature
+
+    def objective(
+        self, log_probability: Float[Array, "*rows token"], batch: RolloutBatch
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The loss of a batch given the log-probabilities of its targets, and sums over its tokens to be logged."""
+        is_counted = batch.weight > 0
+
+        def difference(a: Array, b: Array) -> Array:
+            return jnp.where(is_counted, a - b, 0.0)
+
+        old = batch.old if self.is_repeated else jax.lax.stop_gradient(log_probability)
+        ratio = jnp.exp(difference(log_probability, old))
+        clipped = jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
+        gain = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        mismatch = jax.lax.stop_gradient(difference(old, batch.sampled))
+        importance = jnp.exp(mismatch)
+        if self.importance_limit:
+            gain *= jnp.minimum(importance, self.importance_limit)
+        loss, divergence = -gain, jnp.zeros(())
+        if self.kl_weight:
+            from_reference = difference(batch.reference, log_probability)
+            divergence = jnp.exp(from_reference) - from_reference - 1
+            loss += self.kl_weight * divergence
+        facts = {
+            "count": jnp.sum(is_counted),
+            "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
+            "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
+            "kl": jnp.sum(divergence * is_counted),
+            "logprob_difference_max": jnp.max(jnp.abs(mismatch)),
+        }
+        return jnp.sum(batch.weight * loss), facts
 
 
-def hidden_states(params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, config: GrpoConfig) -> Array:
-    """Hidden states whose logits are those over the temperature."""
-    x = embed(params, batch.token)
-    prompt_offset = batch.prompt_offset if shares_prompts(model) else None
-    hidden = forward(params, x, batch.segment, batch.position, model, config.rematerialisation, prompt_offset)
-    return hidden if config.temperature == 1 else hidden / config.temperature
+def policy_loss(config: GrpoConfig) -> PolicyLoss:
+    """The loss that a config asks for."""
+    shared = {name: getattr(config, name) for name in PolicyLoss._fields if name != "is_repeated"}
+    return PolicyLoss(**shared, is_repeated=config.updates_per_rollout > 1)
 
 
-def objective_of_params(
-    params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, config: GrpoConfig
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The objective, and what is logged."""
-
-    def loss_of(log_probability: Array, part: RolloutBatch) -> Array:
-        return objective(log_probability, part, config)[0]
-
-    hidden, head = hidden_states(params, batch, model, config), head_of(params, model)
-    loss, found = summed_token_loss(hidden, head, batch.target, batch, loss_of, model.vocabulary_size)
-    facts = objective(-found.loss, batch, config)[1]
-    return loss, facts | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}
-
-
-@partial(jax.jit, static_argnames=("model", "config"))
+@partial(jax.jit, static_argnames=("model", "loss"))
 def log_probabilities(
-    compute: PyTree[Array], batch: RolloutBatch, model: ModelConfig, config: GrpoConfig
-) -> Float[Array, "row token"]:
-    """Of each target, under the policy of these weights."""
-    hidden = hidden_states(compute, batch, model, config)
-    return -token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size).loss
+    compute: PyTree[Array], batch: RolloutBatch, count: Int[Array, ""], model: ModelConfig, loss: PolicyLoss
+) -> Float[Array, "micro_batch row token"]:
+    """Of each target in the first `count` micro-batches, under the policy of these weights in the dtype of compute."""
+
+    def fill(number: Int[Array, ""], found: Array) -> Array:
+        micro_batch = jax.tree.map(lambda leaf: leaf[number], batch)
+        hidden, head = loss.hidden_states(compute, micro_batch, model), head_of(compute, model)
+        values = -token_statistics(hidden, head, micro_batch.target, model.vocabulary_size).loss
+        return found.at[number].set(values)
+
+    return jax.lax.fori_loop(0, count, fill, jnp.zeros(batch.token.shape))
 
 
-@partial(jax.jit, static_argnames=("model", "config"), donate_argnames="total")
-def add_gradient(
-    total: PyTree[Array], compute: PyTree[Array], batch: RolloutBatch, model: ModelConfig, config: GrpoConfig
-) -> PyTree[Array]:
-    """Gradient, loss and facts of one more micro-batch, added up in float32."""
-    (loss, facts), gradient = jax.value_and_grad(objective_of_params, has_aux=True)(compute, batch, model, config)
-    most = jnp.maximum(total[2].pop("logprob_difference_max"), facts.pop("logprob_difference_max"))
-    sums = jax.tree.map(jnp.add, total, (gradient, loss, facts))
-    return sums[0], sums[1], sums[2] | {"logprob_difference_max": most}
-
-
-@partial(jax.jit, static_argnames=("model", "dtype"))
-def compute_params(params: PyTree[Array], model: ModelConfig, dtype: str) -> PyTree[Array]:
-    return cast(params, model, dtype)
-
-
-@jax.jit
-def zeros(params: PyTree[Array]) -> PyTree[Array]:
-    """The sums that micro-batches are added to, each lying where its parameter does."""
-    names = ("clip_fraction", "importance_mean", "kl", "logprob_difference_max", "entropy")
-    facts = {name: jnp.zeros(()) for name in names} | {"count": jnp.zeros((), jnp.int32)}
-    gradient = jax.tree.map(lambda leaf: shard_alike(leaf, jnp.zeros(leaf.shape))[1], params)
-    return gradient, jnp.zeros(()), facts
-
-
-ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
-SHOWN_COMPLETIONS = 4
-SLOW_REWARD = 0.25  # of a step
-
-
-# The update
-
-step_along = jax.jit(apply_gradient, static_argnames="model", donate_argnames="state")
+cast_weights = jax.jit(cast, static_argnames=("model", "dtype"))
 
 
 def update(
@@ -435,50 +441,40 @@ def update(
     groups: Sequence[Group],
     reference: PyTree[Array] | None,
     recipe: Recipe,
-    inputs: "ProblemInputs",
+    opened: OpenedModel,
     config: GrpoConfig,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The optimizer steps of one rollout, its groups shared out evenly over them, and what is logged of them: means
     over counted tokens, the loss of the first, the gradient norm of the last."""
-    mesh, model = inputs.opened.mesh, inputs.opened.model
+    model, mesh, loss = opened.model, opened.mesh, policy_loss(config)
     rows_at_once = config.micro_batch_size * row_shards(mesh)
+    most_rows = math.ceil(config.prompts_per_step / config.updates_per_rollout) * config.completions_per_prompt
+    shape = math.ceil(most_rows / rows_at_once), rows_at_once, config.sequence_length  # one for all: one compilation
     parts = []
     for share in np.array_split(np.arange(len(groups)), config.updates_per_rollout):
         kept = kept_samples([groups[number] for number in share], config)
-        parts.append(packed_rows(kept, config, rows_at_once, shares_prompts(model)) if kept else None)
-    batches = [put_micro_batches(part, mesh) if part else [] for part in parts]
-
-    def filled(params: PyTree[Array], name: str) -> None:
-        for micro_batches in batches:
-            micro_batches[:] = [
-                each._replace(**{name: log_probabilities(params, each, model, config)}) for each in micro_batches
-            ]
-
+        parts.append(packed_rows(kept, config, shape, shares_prompts(model)) if kept else None)
+    batches = [(put_batch(part[0], mesh), np.int32(part[1])) if part else None for part in parts]
+    policies = {"reference": reference} if reference is not None else {}
     if config.updates_per_rollout > 1:
-        filled(compute_params(state.params, model, config.compute_dtype), "old")
-    if reference is not None:
-        filled(reference, "reference")
+        policies["old"] = cast_weights(state.params, model, config.compute_dtype)
+    for name, policy in policies.items():
+        batches = [
+            (batch[0]._replace(**{name: log_probabilities(policy, *batch, model, loss)}), batch[1]) if batch else None
+            for batch in batches
+        ]
     found = []
-    for micro_batches in batches:
-        if not micro_batches:  # nothing to learn from: only the step is counted
+    for batch in batches:
+        if batch is None:  # nothing to learn from: only the step is counted
             state = state._replace(step=state.step + 1)
             continue
-        compute, total = compute_params(state.params, model, config.compute_dtype), zeros(state.params)
-        for micro_batch in micro_batches:
-            total = add_gradient(total, compute, micro_batch, model, config)
-        gradients, loss, facts = total
-        state, stepped = step_along(state, loss, gradients, recipe, model)
-        found.append(facts | stepped)
-    return state, described(jax.device_get(found), [part for part in parts if part])
+        rows, count = batch
+        state, facts = train_step(state, rows, np.float32(1), recipe, model, config.compute_dtype, loss, count)
+        found.append(facts)
+    return state, update_facts(jax.device_get(found), [part for part in parts if part])
 
 
-def put_micro_batches(batch: RolloutBatch, mesh: Mesh) -> list[RolloutBatch]:
-    """Each micro-batch on the devices."""
-    parts = (jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], batch) for at in range(batch.token.shape[0]))
-    return [jax.tree.map(lambda leaf: leaf[0], put_batch(part, mesh)) for part in parts]
-
-
-def described(found: list[dict[str, Any]], parts: list[RolloutBatch]) -> dict[str, Any]:
+def update_facts(found: list[dict[str, Any]], parts: list[tuple[RolloutBatch, int]]) -> dict[str, Any]:
     """What is logged of the updates of a rollout."""
     if not found:
         return {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
@@ -487,23 +483,24 @@ def described(found: list[dict[str, Any]], parts: list[RolloutBatch]) -> dict[st
         name: float(sum(facts[name] for facts in found) / count)
         for name in ("clip_fraction", "importance_mean", "kl", "entropy")
     }
-    tokens = sum(int(np.sum(part.segment > 0)) for part in parts)
+    tokens = sum(int(np.sum(batch.segment > 0)) for batch, _ in parts)
     return means | {
         "loss": float(found[0]["loss"]),
         "gradient_norm": float(found[-1]["gradient_norm"]),
         "learning_rate": float(found[-1]["learning_rate"]),
         "logprob_difference_max": float(found[0]["logprob_difference_max"]),
+        "skipped": int(found[-1]["skipped"]),
         "skipped_updates": sum(int(facts["skipped"]) > 0 for facts in found),
         "target_tokens": count,
         "tokens": tokens,
-        "packing_efficiency": tokens / sum(part.segment.size for part in parts),
+        "packing_efficiency": tokens / sum(count * batch.segment[0].size for batch, count in parts),
     }
 
 
-# The run
+# Rollouts
 
 
-class ProblemInputs(NamedTuple):
+class Inputs(NamedTuple):
     """What a run reads before it computes."""
 
     opened: OpenedModel
@@ -511,216 +508,29 @@ class ProblemInputs(NamedTuple):
     held_out: Problems | None
     rewards: list[Reward]
     stop_ids: tuple[int, ...]
-    tasks: EvalConfig | None
 
 
-def read_problem_inputs(config: GrpoConfig, tasks: EvalConfig | None = None) -> ProblemInputs:
-    """Devices, model, problems and rewards of a page, each checked against the others."""
-    mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
+def read_inputs_of_grpo(config: GrpoConfig) -> Inputs:
+    """Devices, model, problems and rewards of a config, each checked against the others."""
     rewards = load_rewards(config.reward)
+    mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     template = config.chat_template, config.template_date
-    opened = checkpoint.open_model(config, mesh, *template, with_weights=not config.from_scratch)
-    source, model, tokenizer, _, _ = opened
-    check_sequence_length(model, config.sequence_length)
+    opened = open_model(config, mesh, *template, with_weights=not config.from_scratch)
+    check_sequence_length(opened.model, config.sequence_length)
     longest, skips_bad = config.sequence_length - config.max_completion_tokens, config.on_bad_data == "skip"
     wants_answers = any(reward.function is correct for reward in rewards)
-    problems = read_problems(config.data, config, tokenizer, longest, skips_bad, wants_answers)
-    held_out = (
-        read_problems(config.eval_data, config, tokenizer, longest, skips_bad, wants_answers)
-        if config.eval_data
-        else None
-    )
+    limits = longest, skips_bad, wants_answers
+    problems = read_problems(config.data, config, opened.tokenizer, *limits)
+    held_out = read_problems(config.eval_data, config, opened.tokenizer, *limits) if config.eval_data else None
     if config.prompts_per_step > len(problems.problems):
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is more than the {len(problems.problems)} problems there are"
         )
-    if tasks:
-        read_questions(tasks, opened)  # what can't be asked is refused now
-    stop_ids = generation_defaults(source, tokenizer)[1]
-    return ProblemInputs(opened, problems, held_out, rewards, stop_ids, tasks)
+    stop_ids = generation_defaults(opened.source, opened.tokenizer)[1]
+    return Inputs(opened, problems, held_out, rewards, stop_ids)
 
 
-def run_grpo(
-    config: GrpoConfig, tasks: EvalConfig | None = None, write_report: Callable[[Path], None] | None = None
-) -> None:
-    """The command grpo, from page to exported model, or the replay of one step.
-
-    Raises:
-        UserError: whatever about config, model, data, rewards or devices can't be trained with.
-    """
-    if config.replay:
-        replay(config)
-        return
-    with trainer.started(config) as start:
-        inputs = read_problem_inputs(config, tasks)
-        trainer.check_unchanged(config, inputs.opened.model, inputs.problems.digests, start)
-        check_same("config, model or data", json.dumps([trainer.masked_config(config), inputs.problems.digests]))
-        enable_compilation_cache(config)
-        with jax.set_mesh(inputs.opened.mesh):
-            train_policy(config, inputs, start, write_report)
-
-
-def train_policy(
-    config: GrpoConfig, inputs: ProblemInputs, start: Start, write_report: Callable[[Path], None] | None
-) -> None:
-    """A run that has started and whose problems are read."""
-    source, model, _, mesh, _ = inputs.opened
-    fresh = partial(starting_state, config, source, model, mesh)
-    reference = compute_params(fresh().params, model, config.compute_dtype) if config.kl_weight else None
-    state = resumed_state(start.resumed, model, mesh) if start.resumed else fresh()
-    steps, shards = step_count(config, inputs), row_shards(mesh)
-    lines = problem_lines(config, inputs, steps)
-    with trainer.under_way(config, start, inputs.opened, inputs.problems.digests, steps, lines) as run:
-        if is_first():
-            keep_rollouts(config.run_directory / "rollouts.jsonl", start.step)
-        recipe = recipe_of(config, steps * config.updates_per_rollout)
-        recipe = jax.device_put(recipe, NamedSharding(mesh, PartitionSpec()))
-        slots = -(-min(config.slots, config.prompts_per_step * config.completions_per_prompt) // shards) * shards
-        sampler = Sampler(state.params, inputs.opened, slots, config.sequence_length, config.compute_dtype)
-        loop = RolloutLoop(config, inputs, run, recipe, sampler, reference, start.step)
-        if start.resumed:
-            loop.best_reward = start.resumed[1].run.best
-        loop.train(state)
-        run.end(loop.step, loop.summary, write_report)
-
-
-def step_count(config: GrpoConfig, inputs: ProblemInputs) -> int:
-    """Rollouts of the whole run."""
-    return config.steps or -(-config.epochs * len(inputs.problems.problems) // config.prompts_per_step)
-
-
-def problem_lines(config: GrpoConfig, inputs: ProblemInputs, steps: int) -> Iterator[str]:
-    """Start-up lines on the step, the problems and the rewards."""
-    once = (
-        "once for all of its completions in a row"
-        if shares_prompts(inputs.opened.model)
-        else "anew for each completion"
-    )
-    yield f"in the update a prompt is computed {once}"
-    completions = config.prompts_per_step * config.completions_per_prompt
-    yield (
-        f"a step: {config.prompts_per_step} problems × {config.completions_per_prompt} completions = {completions}, up to "
-        f"{config.max_completion_tokens} tokens each, {config.updates_per_rollout} updates; {steps:,} steps"
-    )
-    held_out = f", {len(inputs.held_out.problems):,} held out" if inputs.held_out else ""
-    yield f"problems: {len(inputs.problems.problems):,}{held_out}, {len(inputs.problems.bad):,} bad rows left out"
-    for line in inputs.problems.bad[:5]:
-        yield f"left out: {line}"
-    yield f"rewards: {', '.join(f'{reward.name} × {reward.weight:g}' for reward in inputs.rewards)}"
-
-
-@dataclass
-class RolloutLoop:
-    """The loop of rollouts and updates; `step` counts the rollouts done."""
-
-    config: GrpoConfig
-    inputs: ProblemInputs
-    run: Run
-    recipe: Recipe
-    sampler: Sampler
-    reference: PyTree[Array] | None
-    step: int
-    best_reward: float | None = None
-    work_done: int | None = None
-
-    def train(self, state: TrainState) -> TrainState:
-        """Every step that is left: roll out, update, evaluate, log and save."""
-        config = self.config
-        with self.run.watched(lambda: self.work_done) as stop:
-            if self.step == 0 and self.inputs.held_out:
-                self.run.log.step({"step": 0, **self.held_out_rewards(state)})
-            while self.step < self.run.steps:
-                began = time.perf_counter()
-                self.sampler.load(state.params)
-                groups, record = rollout(self.sampler, self.inputs, config, self.step, self.worked)
-                middle = time.perf_counter()
-                state, facts = update(state, groups, self.reference, self.recipe, self.inputs, config)
-                ended = time.perf_counter()
-                self.step += 1
-                self.work_done = (self.work_done or 0) + 1
-                record |= facts | {"rollout_seconds": middle - began, "update_seconds": ended - middle}
-                record |= {
-                    "step_seconds": ended - began,
-                    "tokens_per_second": record["completion_tokens"] / (ended - began),
-                    "memory_bytes": metrics.memory_bytes(),
-                }
-                self.tell_slow_rewards(record)
-                is_last = self.step == self.run.steps
-                is_eval = is_last or (config.eval_every and self.step % config.eval_every == 0)
-                if is_eval or self.step == 1:
-                    record["samples"] = self.shown(groups)
-                if is_eval and self.inputs.tasks:
-                    self.work_done = None  # what compiles anew may take its time
-                    record |= measure_in_training(self.inputs.tasks, Subject(self.inputs.opened, state.params))
-                    self.work_done = self.step
-                is_best = False
-                if is_eval and self.inputs.held_out:
-                    record |= self.held_out_rewards(state)
-                    is_best = self.best_reward is None or record["eval_reward"] > self.best_reward
-                    self.best_reward = record["eval_reward"] if is_best else self.best_reward
-                if is_first():
-                    write_rollouts(config.run_directory / "rollouts.jsonl", groups)
-                self.run.log.step({"step": self.step, **record})
-                is_stop = stop.is_due(self.step)
-                if is_last or is_best or is_stop or (config.save_every and self.step % config.save_every == 0):
-                    self.run.save(state, self.step, self.best_reward, is_best)
-                self.run.tell_saved()
-                if is_stop:
-                    break
-            self.work_done = None
-            self.run.wait_for_save()
-        return state
-
-    def worked(self) -> None:
-        """Count a completion, for the watchdog; the first step may take its time to compile."""
-        if self.work_done is not None:
-            self.work_done += 1
-
-    def tell_slow_rewards(self, record: dict[str, Any]) -> None:
-        """Say which rewards hold the step up."""
-        for name, seconds in record.pop("reward_seconds").items():
-            record[f"reward_seconds/{name}"] = seconds
-            if seconds > max(1.0, SLOW_REWARD * record["step_seconds"]):
-                self.run.log.info(f"reward {name} took {seconds:.1f} s of {record['step_seconds']:.1f} s of this step")
-
-    def held_out_rewards(self, state: TrainState) -> dict[str, float]:
-        """Mean rewards of greedy completions of the held-out problems."""
-        assert self.inputs.held_out
-        self.sampler.load(state.params)
-        problems = self.inputs.held_out.problems
-        rules = SamplingKeys(temperature=0.0, max_tokens=self.config.max_completion_tokens)
-        requests = [Request(problem.token, rules, self.inputs.stop_ids) for problem in problems]
-        texts = [completion.text for completion in self.sampler.generate(requests, lambda _: self.worked())]
-        pairs = list(zip(problems, texts, strict=True))
-        values, total, _ = score_completions(self.inputs.rewards, pairs, f"evaluation {self.step}")
-        means = {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
-        return {"eval_reward": float(np.mean(total))} | means
-
-    def shown(self, groups: Sequence[Group]) -> dict[str, str]:
-        """Some problems of the last rollout, each with its answer, and one completion with what it was worth."""
-        asked = dict(problems_of_step(self.inputs, self.config, self.step - 1))
-        found = {}
-        for sample in (group[0] for group in groups[:SHOWN_COMPLETIONS]):
-            problem = asked[sample.place]
-            worth = [f"{name} {value:g}" for name, value in sample.rewards.items()]
-            expected = [f"expected {final_answer(problem.answer) or problem.answer}"] if problem.answer else []
-            told = ", ".join((*expected, *worth, f"advantage {sample.advantage:.2f}"))
-            found[f"{problem.prompt} ({problem.origin})"] = f"{sample.text} ({told})"
-        return found
-
-    def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        """What summary.json holds of rewards, `records` being those of the steps."""
-        return {
-            "best_eval_reward": self.best_reward,
-            "final_reward": records[-1].get("reward") if records else None,
-            "skipped_steps": sum(record.get("skipped_updates", 0) for record in records),
-        }
-
-
-# Rollouts
-
-
-def problems_of_step(inputs: ProblemInputs, config: GrpoConfig, step: int) -> list[tuple[int, Problem]]:
+def problems_of_step(inputs: Inputs, config: GrpoConfig, step: int) -> list[tuple[int, Problem]]:
     """The problems of a step with their places in the run, in an order that is a function of the seed alone."""
     mixture = Mixture(inputs.problems.counts, tuple(source.weight for source in config.data), config.seed, True)
     epochs = Epochs(lambda epoch: len(mixture.epoch(epoch)))
@@ -730,7 +540,7 @@ def problems_of_step(inputs: ProblemInputs, config: GrpoConfig, step: int) -> li
 
 
 def rollout(
-    sampler: Sampler, inputs: ProblemInputs, config: GrpoConfig, step: int, worked: Callable[[], None]
+    sampler: Sampler, inputs: Inputs, config: GrpoConfig, step: int, worked: Callable[[], None]
 ) -> tuple[list[list[Sample]], dict[str, Any]]:
     """The groups of a step, each completion with its rewards and advantage, and what is logged of them."""
     asked = problems_of_step(inputs, config, step)
@@ -762,7 +572,7 @@ def rollout(
         )
         for number, completion in enumerate(completions)
     ]
-    groups = grouped(samples)
+    groups = group_by_prompt(samples)
     return groups, rollout_facts(groups) | {"reward_seconds": seconds}
 
 
@@ -817,68 +627,149 @@ def rollout_lines(path: Path) -> list[str]:
         return list(file)
 
 
-# Replay
+# The command grpo
 
 
-def replay(config: GrpoConfig) -> None:
-    """Compute one step of a run again from its rollouts.jsonl, under this page's objective, and print what is logged.
-
-    The weights before it come from the newest checkpoint before it and the updates since, as the run itself made them.
+def run_grpo(
+    config: GrpoConfig, tasks: EvalConfig | None = None, write_report: Callable[[Path], None] | None = None
+) -> None:
+    """The command grpo, from config to exported model; `tasks` is the config of eval to measure now and then.
 
     Raises:
-        UserError: no such run or step.
+        UserError: whatever about config, model, data, rewards or devices can't be trained with.
     """
-    directory = Path(config.replay)
-    path = directory / "rollouts.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --replay takes the directory of a grpo run")
-    steps: dict[int, list[Sample]] = {}
-    for line in rollout_lines(path):
-        raw = json.loads(line)
-        if raw["step"] <= config.step:
-            lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
-            steps.setdefault(raw["step"], []).append(Sample(**raw | lists))
-    if config.step not in steps:
-        raise UserError(f"{path} has no step {config.step}; its last is {max(steps, default=0)}")
-    original = parse(GrpoConfig, ["@", str(directory / "config.toml")], "grpo")
-    inputs = read_problem_inputs(config)
-    enable_compilation_cache(config)
-    with jax.set_mesh(inputs.opened.mesh):
-        state, reference = before_step(config, directory, inputs)
-        recipes = [recipe_of(each, step_count(each, inputs) * each.updates_per_rollout) for each in (original, config)]
-        whole = NamedSharding(inputs.opened.mesh, PartitionSpec())
-        first = int(state.step) // original.updates_per_rollout + 1
-        for step in range(first, config.step):
-            groups = judged_again(grouped(steps[step]), original)
-            state, _ = update(state, groups, reference, jax.device_put(recipes[0], whole), inputs, original)
-        groups = judged_again(grouped(steps[config.step]), config)
-        _, facts = update(state, groups, reference, jax.device_put(recipes[1], whole), inputs, config)
-    print(json.dumps({"step": config.step} | rollout_facts(groups) | facts, indent=1))
+    with started_run(config, write_report) as run:
+        inputs = read_inputs_of_grpo(config)
+        opened, digests = inputs.opened, inputs.problems.digests
+        if tasks:
+            read_questions(tasks, opened)  # what can't be asked is refused now
+        run.check_unchanged(opened.model, digests)
+        check_same("config, model or data", json.dumps([masked_config(config), digests]))
+        enable_compilation_cache(config)
+        with jax.set_mesh(opened.mesh):
+            state, reference = run.first_state(opened), None
+            if config.kl_weight:
+                first = starting_state(config, opened) if run.resumed else state
+                reference = cast_weights(first.params, opened.model, config.compute_dtype)
+            steps = step_count(config, inputs)
+            with run.logged(opened, digests, steps, problem_lines(config, inputs, steps)):
+                if is_first():
+                    keep_rollouts(config.run_directory / "rollouts.jsonl", run.step)
+                rollouts = RolloutSteps(config, inputs, run, reference, tasks, state.params)
+                evaluation = Evaluation([], "", rollouts.measure) if inputs.held_out or tasks else None
+                if evaluation and inputs.held_out and run.step == 0:
+                    with run.off_the_clock():
+                        run.log.step({"step": 0, **rollouts.held_out_rewards(state.params)})
+                run.train(state, rollouts.take, evaluation, rollouts.describe)
+                run.finish(rollouts.facts())
 
 
-def before_step(config: GrpoConfig, directory: Path, inputs: ProblemInputs) -> tuple[TrainState, PyTree[Array] | None]:
-    """The newest saved state before the page's step, and the starting policy where the objective looks at it."""
-    model, mesh = inputs.opened.model, inputs.opened.mesh
-    source = inputs.opened.source
-    start = starting_state(config, source, model, mesh)
-    reference = compute_params(start.params, model, config.compute_dtype) if config.kl_weight else None
-    saved = [step for step in checkpoint.saved_steps(directory) if step < config.step]
-    if not saved:
-        return start, reference
-    place = checkpoint.checkpoint_directory(directory, max(saved))
-    return resumed_state((place, checkpoint.read_manifest(place)), model, mesh), reference
+def step_count(config: GrpoConfig, inputs: Inputs) -> int:
+    """Rollouts of the whole run."""
+    return config.steps or math.ceil(config.epochs * len(inputs.problems.problems) / config.prompts_per_step)
 
 
-def judged_again(groups: Sequence[Group], config: GrpoConfig) -> list[list[Sample]]:
-    """The groups with the sums of rewards and the advantages that this page gives them."""
-    rewards = load_rewards(config.reward)
-    if missing := [reward.name for reward in rewards if reward.name not in groups[0][0].rewards]:
-        raise UserError(f"reward {missing[0]} is not in rollouts.jsonl, which has {', '.join(groups[0][0].rewards)}")
-    samples = [sample for group in groups for sample in group]
-    values = {reward.name: [sample.rewards[reward.name] for sample in samples] for reward in rewards}
-    total = total_reward(rewards, values)
-    advantage = advantages(total.reshape(len(groups), -1), config.scale_by_std).ravel()
-    return grouped(
-        replace(sample, reward=float(worth), advantage=float(better))
-        for sample, worth, better in zip(samples, total, advantage, strict=True)
+def problem_lines(config: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
+    """Start-up lines on the step, the problems and the rewards."""
+    is_shared = shares_prompts(inputs.opened.model)
+    once = "once for all of its completions in a row" if is_shared else "again for each completion"
+    yield f"in the update a prompt is computed {once}"
+    completions = config.prompts_per_step * config.completions_per_prompt
+    yield (
+        f"a step: {config.prompts_per_step} problems × {config.completions_per_prompt} completions = {completions}, up "
+        f"to {config.max_completion_tokens} tokens each, {config.updates_per_rollout} updates; {steps:,} steps"
     )
+    held_out = f", {len(inputs.held_out.problems):,} held out" if inputs.held_out else ""
+    yield f"problems: {len(inputs.problems.problems):,}{held_out}, {len(inputs.problems.bad):,} bad rows left out"
+    for line in inputs.problems.bad[:5]:
+        yield f"left out: {line}"
+    yield f"rewards: {', '.join(f'{reward.name} × {reward.weight:g}' for reward in inputs.rewards)}"
+
+
+class RolloutSteps:
+    """The steps of grpo: roll out, score, update."""
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        inputs: Inputs,
+        run: Run,
+        reference: PyTree[Array] | None,
+        tasks: EvalConfig | None,
+        params: PyTree[Array],
+    ) -> None:
+        self.config, self.inputs, self.run, self.reference, self.tasks = config, inputs, run, reference, tasks
+        mesh, shards = inputs.opened.mesh, row_shards(inputs.opened.mesh)
+        recipe = recipe_of(config, run.steps * config.updates_per_rollout)
+        self.recipe = jax.device_put(recipe, everywhere(mesh))
+        completions = config.prompts_per_step * config.completions_per_prompt
+        slots = math.ceil(min(config.slots, completions) / shards) * shards
+        self.sampler = Sampler(params, inputs.opened, slots, config.sequence_length, config.compute_dtype)
+
+    def take(self, state: TrainState) -> Step:
+        """One rollout, its rewards and its updates."""
+        config, run, began = self.config, self.run, time.perf_counter()
+        self.sampler.load(state.params)
+        asked = problems_of_step(self.inputs, config, run.step)
+        groups, record = rollout(self.sampler, self.inputs, config, run.step, self.report_completion)
+        middle = time.perf_counter()
+        state, facts = update(state, groups, self.reference, self.recipe, self.inputs.opened, config)
+        ended = time.perf_counter()
+        record |= {"step": run.step + 1, **facts}
+        record |= {"rollout_seconds": middle - began, "update_seconds": ended - middle}
+        for name, seconds in record.pop("reward_seconds").items():
+            record[f"reward_seconds/{name}"] = seconds
+            if seconds > max(1.0, SLOW_REWARD * (ended - began)):
+                run.log.info(f"reward {name} took {seconds:.1f} s of {ended - began:.1f} s of this step")
+        if run.step == 0 or run.is_due(config.eval_every, run.step + 1):
+            record["samples"] = shown_samples(groups, dict(asked))
+        if is_first():
+            write_rollouts(config.run_directory / "rollouts.jsonl", groups)
+        return state, record, {}
+
+    def report_completion(self, completion: Completion) -> None:
+        """Tell the watchdog of a completion; the first step may take its time to compile."""
+        if self.run.first_step_seconds is not None:
+            self.run.watchdog.report_progress()
+
+    def measure(self, params: PyTree[Array], watchdog: Any) -> dict[str, Any]:
+        """Figures of the tasks, and mean rewards of greedy completions of the held-out problems."""
+        figures = measure_in_training(self.tasks, Subject(self.inputs.opened, params)) if self.tasks else {}
+        return figures | (self.held_out_rewards(params) if self.inputs.held_out else {})
+
+    def held_out_rewards(self, params: PyTree[Array]) -> dict[str, float]:
+        """Mean rewards of greedy completions of the held-out problems."""
+        assert self.inputs.held_out
+        self.sampler.load(params)
+        problems = self.inputs.held_out.problems
+        rules = SamplingKeys(temperature=0.0, max_tokens=self.config.max_completion_tokens)
+        requests = [Request(problem.token, rules, self.inputs.stop_ids) for problem in problems]
+        texts = [completion.text for completion in self.sampler.generate(requests, self.report_completion)]
+        pairs = list(zip(problems, texts, strict=True))
+        values, total, _ = score_completions(self.inputs.rewards, pairs, f"evaluation {self.run.step}")
+        means = {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
+        return {"eval_reward": float(np.mean(total))} | means
+
+    def describe(self, step: int) -> str:
+        """The data of a step, for a message."""
+        return f"its completions are those of step {step} in rollouts.jsonl"
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json holds of rewards."""
+        records = metrics.read_metrics(self.config.run_directory / "metrics.jsonl")
+        return {
+            "best_eval_reward": self.run.best,
+            "final_reward": records[-1].get("reward") if records else None,
+        }
+
+
+def shown_samples(groups: Sequence[Group], asked: dict[int, Problem]) -> dict[str, str]:
+    """Some problems of a rollout, each with its answer, and one completion with what it was worth."""
+    found = {}
+    for sample in (group[0] for group in groups[:SHOWN_COMPLETIONS]):
+        problem = asked[sample.place]
+        worth = [f"{name} {value:g}" for name, value in sample.rewards.items()]
+        expected = [f"expected {final_answer(problem.answer) or problem.answer}"] if problem.answer else []
+        facts = ", ".join((*expected, *worth, f"advantage {sample.advantage:.2f}"))
+        found[f"{problem.prompt} ({problem.origin})"] = f"{sample.text} ({facts})"
+    return found

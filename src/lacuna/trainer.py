@@ -1,4 +1,7 @@
-"""Training: the state, the optimizer step, a run's directory, log and saves, and the loop of pretrain and sft."""
+"""Training: the state, the optimizer step, a run's directory, log and saves, the loop, and the commands pretrain and sft.
+
+`train_step` is the whole optimizer step and `Run.train` the whole loop; grpo uses both with a loss and steps of its own.
+"""
 
 import fcntl
 import hashlib
@@ -10,8 +13,8 @@ import socket
 import time
 import tomllib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +28,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from rich.console import Console
 
 from lacuna import checkpoint, metrics
-from lacuna.checkpoint import Manifest, OpenedModel, RunFacts, Saver
+from lacuna.checkpoint import Manifest, OpenedModel, RunFacts, Saver, open_model
 from lacuna.config import (
     GrpoConfig,
     PretrainConfig,
@@ -39,6 +42,7 @@ from lacuna.config import (
 from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
 from lacuna.distributed import (
     Stop,
+    Watchdog,
     check_same,
     enable_compilation_cache,
     from_first,
@@ -46,7 +50,6 @@ from lacuna.distributed import (
     make_mesh,
     put_batch,
     row_shards,
-    watchdog,
 )
 from lacuna.metrics import RunLog, byte_size
 from lacuna.model import (
@@ -66,19 +69,22 @@ from lacuna.tokenizer import Tokenizer, decode
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
 FINAL_LEARNING_RATE = 0.1  # of the peak
+SKIPS_IN_A_ROW = 5
+
+# The step
 
 
 class TrainState(NamedTuple):
     """All that training changes; `skipped` counts the steps in a row that a non-finite gradient left without effect."""
 
     params: PyTree[Float[Array, "..."]]
-    moments: optax.OptState
+    moments: optax.ScaleByAdamState
     step: Int[Array, ""]
     skipped: Int[Array, ""]
 
 
 class Recipe(NamedTuple):
-    """The numbers of the config that the step computes with; arguments, so that another value compiles nothing anew."""
+    """The numbers of the config that the step computes with; arguments, so another value compiles nothing again."""
 
     learning_rate: Float[Array, ""]
     warmup_steps: Int[Array, ""]
@@ -89,27 +95,67 @@ class Recipe(NamedTuple):
     noise_key: Key[Array, ""]
 
 
-def recipe_of(config: TrainingConfig, steps: int) -> Recipe:
-    """The recipe of a run of `steps` steps."""
-    numbers = [
-        config.learning_rate,
-        config.warmup_steps,
-        steps,
-        config.weight_decay,
-        config.clip_norm,
-        noise_alpha(config),
-    ]
-    return Recipe(*map(jnp.asarray, numbers), jax.random.key(config.seed))
-
-
-def noise_alpha(config: TrainingConfig) -> float:
-    """Strength of the noise on embeddings, which pretraining does without."""
-    return config.neftune_alpha if isinstance(config, SftConfig) else 0.0
-
-
-# The step
+Noise = Callable[[Int[Array, "row token"], Float[Array, "row token embed"]], Float[Array, "row token embed"]]
+Loss = Callable[[PyTree[Array], Any, ModelConfig, Noise], tuple[Float[Array, ""], dict[str, Array]]]
 
 adam = optax.scale_by_adam(ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
+
+
+@partial(jax.jit, static_argnames=("model", "dtype", "loss"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    batch: PyTree[Array],
+    divisor: Float[Array, ""],
+    recipe: Recipe,
+    model: ModelConfig,
+    dtype: str,
+    loss: Loss,
+    count: Int[Array, ""] | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One AdamW step (Loshchilov & Hutter 2019) on micro-batches [micro_batch, row, token], and what is logged of it.
+
+    `loss` sums over the tokens of a micro-batch; the sums of all are divided once by `divisor`, so each token weighs
+    the same wherever it lies. Of its facts those named `..._max` are combined by maximum, all others summed. Only the
+    first `count` micro-batches are used; None: all. A loss or gradient that is not finite changes no weight.
+    """
+    compute, rows = cast(state.params, model, dtype), batch.token.shape[1]
+    key = jax.random.fold_in(recipe.noise_key, state.step)
+
+    def micro_batch_loss(params: PyTree[Array], number: Int[Array, ""] | int) -> tuple[Array, dict[str, Array]]:
+        micro_batch = jax.tree.map(lambda leaf: leaf[number], batch)
+        return loss(params, micro_batch, model, partial(embedding_noise, key, number * rows, recipe.neftune_alpha))
+
+    def add_micro_batch(number: Int[Array, ""], total: tuple[PyTree, Array, dict]) -> tuple[PyTree, Array, dict]:
+        (value, facts), gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)(compute, number)
+        facts = {
+            name: (jnp.maximum if name.endswith("_max") else jnp.add)(total[2][name], fact)
+            for name, fact in facts.items()
+        }
+        return jax.tree.map(jnp.add, total[0], gradient), total[1] + value, facts
+
+    facts = jax.eval_shape(lambda: micro_batch_loss(compute, 0)[1])
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state.params), jnp.zeros(()), facts
+    zero = (*zero[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), facts))
+    micro_batches = batch.token.shape[0] if count is None else count
+    gradient, value, facts = jax.lax.fori_loop(0, micro_batches, add_micro_batch, zero)
+    gradient, value = jax.tree.map(lambda leaf: leaf / divisor, (gradient, value))
+
+    norm = optax.tree.norm(gradient)
+    clip = jnp.minimum(1.0, recipe.clip_norm / norm)
+    direction, moments = adam.update(jax.tree.map(lambda leaf: leaf * clip, gradient), state.moments)
+    rate = learning_rate(state.step, recipe)
+
+    def descend(row: Any, param: Array, direction: Array) -> Array:
+        return param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
+
+    params = jax.tree.map(descend, parameter_table(model), state.params, direction)
+    is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    params, moments = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), (params, moments), (state.params, state.moments)
+    )
+    skipped = jnp.where(is_finite, 0, state.skipped + 1)
+    facts |= {"loss": value, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
+    return TrainState(params, moments, state.step + 1, skipped), facts
 
 
 def learning_rate(step: Int[Array, ""], recipe: Recipe) -> Float[Array, ""]:
@@ -123,9 +169,9 @@ def learning_rate(step: Int[Array, ""], recipe: Recipe) -> Float[Array, ""]:
 
 def embedding_noise(
     key: Key[Array, ""],
-    segment: Int[Array, "row token"],
-    first_row: Int[Array, ""],
+    first_row: Int[Array, ""] | int,
     alpha: Float[Array, ""],
+    segment: Int[Array, "row token"],
     x: Float[Array, "row token embed"],
 ) -> Float[Array, "row token embed"]:
     """NEFTune's noise (Jain et al. 2023): uniform within ± alpha / √(document length × embed), a key for each row."""
@@ -135,99 +181,36 @@ def embedding_noise(
     return (noise * alpha / jnp.sqrt(lengths[..., None] * x.shape[-1])).astype(x.dtype)
 
 
-def summed_loss(
-    params: PyTree[Array],
-    batch: Batch,
-    model: ModelConfig,
-    rematerialisation: str = "none",
-    noise: Callable[[Array], Array] | None = None,
-) -> Float[Array, ""]:
-    """Sum of the batch's weighted token losses (nats); `params` are in the dtype of compute."""
-    x = embed(params, batch.token)
-    if noise is not None:
-        x = x + noise(x)
-    hidden = forward(params, x, batch.segment, batch.position, model, rematerialisation)
-    return summed_cross_entropy(hidden, head_of(params, model), batch.target, batch.weight, model.vocabulary_size)
+class RowLoss(NamedTuple):
+    """The summed cross-entropy (nats) of packed rows; its fields are all of the config that shapes the program."""
+
+    rematerialisation: str = "none"
+    has_noise: bool = False
+
+    def __call__(
+        self, params: PyTree[Array], batch: Batch, model: ModelConfig, noise: Noise
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        x = embed(params, batch.token)
+        if self.has_noise:
+            x = x + noise(batch.segment, x)
+        hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation)
+        head = head_of(params, model)
+        return summed_cross_entropy(hidden, head, batch.target, batch.weight, model.vocabulary_size), {}
 
 
-def whole_batch_gradient(
-    params: PyTree[Array], batch: Batch, step: Int[Array, ""], recipe: Recipe, model: ModelConfig, config: RowsConfig
-) -> tuple[Float[Array, ""], PyTree[Array]]:
-    """Mean loss over the target tokens of all micro-batches [micro_batch, row, token], and its float32 gradient.
-
-    Sums are divided once, by the number of targets of the whole batch, so each token weighs the same wherever it lies.
-    """
-    compute = cast(params, model, config.compute_dtype)
-    key = jax.random.fold_in(recipe.noise_key, step)
-
-    def accumulate(total: PyTree, micro: tuple[Batch, Array]) -> tuple[PyTree, None]:
-        batch, number = micro
-        first_row = number * batch.token.shape[0]
-        has_noise = noise_alpha(config) > 0
-        noise = partial(embedding_noise, key, batch.segment, first_row, recipe.neftune_alpha) if has_noise else None
-        parts = jax.value_and_grad(summed_loss)(compute, batch, model, config.rematerialisation, noise)
-        return jax.tree.map(jnp.add, total, parts), None
-
-    zero = (jnp.zeros(()), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params))
-    total, _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.token.shape[0])))
-    loss, gradients = jax.tree.map(lambda leaf: leaf / jnp.sum(batch.weight), total)
-    return loss, gradients
+# The state on its devices
 
 
-def train_step(
-    state: TrainState, batch: Batch, recipe: Recipe, model: ModelConfig, config: RowsConfig
-) -> tuple[TrainState, dict[str, Array]]:
-    """One AdamW step (Loshchilov & Hutter 2019) on [micro_batch, row, token]."""
-    loss, gradients = whole_batch_gradient(state.params, batch, state.step, recipe, model, config)
-    return apply_gradient(state, loss, gradients, recipe, model)
+def recipe_of(config: TrainingConfig, steps: int) -> Recipe:
+    """The recipe of a run of `steps` optimizer steps."""
+    alpha = config.neftune_alpha if isinstance(config, SftConfig) else 0.0
+    numbers = config.learning_rate, config.warmup_steps, steps, config.weight_decay, config.clip_norm, alpha
+    return Recipe(*map(jnp.asarray, numbers), jax.random.key(config.seed))
 
 
-def apply_gradient(
-    state: TrainState, loss: Float[Array, ""], gradients: PyTree[Array], recipe: Recipe, model: ModelConfig
-) -> tuple[TrainState, dict[str, Array]]:
-    """The AdamW step along a gradient, clipped; one that is not finite has no effect."""
-    norm = optax.tree.norm(gradients)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    clip = jnp.minimum(1.0, recipe.clip_norm / norm)
-    direction, moments = adam.update(jax.tree.map(lambda leaf: leaf * clip, gradients), state.moments)
-    rate = learning_rate(state.step, recipe)
-
-    def updated(row: Any, param: Array, direction: Array) -> Array:
-        return param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
-
-    params = jax.tree.map(updated, parameter_table(model), state.params, direction)
-    params, moments = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), (params, moments), (state.params, state.moments)
-    )
-    skipped = jnp.where(is_finite, 0, state.skipped + 1)
-    facts = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
-    return TrainState(params, moments, state.step + 1, skipped), facts
-
-
-# Around the step
-
-
-def state_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    """Where each part of the state lies."""
-    params: Any = jax.tree.map(lambda row: NamedSharding(mesh, partition_spec(row)), parameter_table(model))
-    whole: Any = NamedSharding(mesh, PartitionSpec())
-    return TrainState(params, optax.ScaleByAdamState(whole, params, params), whole, whole)
-
-
-def abstract_state(model: ModelConfig, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the state, to restore a checkpoint into."""
-    shapes = jax.eval_shape(lambda key: fresh_state(initial_params(key, model)), jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(model, mesh),
-    )
-
-
-def saved_shapes(model: ModelConfig) -> TrainState:
-    """Shapes of the state in a checkpoint, which does without the rows that pad the vocabulary."""
-    unpadded = replace(model, padded_vocabulary=model.vocabulary_size)
-    return jax.eval_shape(lambda key: fresh_state(initial_params(key, unpadded)), jax.random.key(0))
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """The whole of an array on each device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def fresh_state(params: PyTree[Array]) -> TrainState:
@@ -235,20 +218,49 @@ def fresh_state(params: PyTree[Array]) -> TrainState:
     return TrainState(params, adam.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def starting_state(config: TrainingConfig, directory: Path, model: ModelConfig, mesh: Mesh) -> TrainState:
-    """Weights as the page wants them, random or loaded, and empty moments, each born on its devices."""
-    shardings = state_shardings(model, mesh)
+def state_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    """Where each part of the state lies."""
+    params: Any = jax.tree.map(lambda row: NamedSharding(mesh, partition_spec(row)), parameter_table(model))
+    whole: Any = everywhere(mesh)
+    return TrainState(params, optax.ScaleByAdamState(whole, params, params), whole, whole)
+
+
+def state_shapes(model: ModelConfig) -> TrainState:
+    """Shapes of the state."""
+    return jax.eval_shape(lambda key: fresh_state(initial_params(key, model)), jax.random.key(0))
+
+
+def saved_shapes(model: ModelConfig) -> TrainState:
+    """Shapes of the state in a checkpoint, which does without the rows that pad the vocabulary."""
+    return state_shapes(replace(model, padded_vocabulary=model.vocabulary_size))
+
+
+def abstract_state(model: ModelConfig, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state, to restore a checkpoint into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state_shapes(model),
+        state_shardings(model, mesh),
+    )
+
+
+def starting_state(config: TrainingConfig, opened: OpenedModel) -> TrainState:
+    """Weights as the config wants them, random or loaded, and empty moments, each created on its devices."""
+    model, shardings = opened.model, state_shardings(opened.model, opened.mesh)
     if config.from_scratch:
         random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
         return random(jax.random.key(config.seed))
-    params = checkpoint.load_params(directory, model, mesh)
+    params = checkpoint.load_params(opened.source, model, opened.mesh)
     return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def resumed_state(resumed: tuple[Path, Manifest], model: ModelConfig, mesh: Mesh) -> TrainState:
+def saved_state(directory: Path, manifest: Manifest, opened: OpenedModel) -> TrainState:
     """The state in a checkpoint, on the devices."""
-    return checkpoint.load_checkpoint(*resumed, abstract_state(model, mesh), saved_shapes(model))
+    shapes = abstract_state(opened.model, opened.mesh), saved_shapes(opened.model)
+    return checkpoint.load_checkpoint(directory, manifest, *shapes)
 
+
+# The directory of a run
 
 LOCK = "lock"
 FIXED_ON_RESUME = (
@@ -257,106 +269,82 @@ FIXED_ON_RESUME = (
     "prompts_per_step", "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
-NAMES_THE_RUN = ("run_name", "output_dir")
 COMMAND_OF: dict[type[TrainingConfig], str] = {PretrainConfig: "pretrain", SftConfig: "sft", GrpoConfig: "grpo"}
 
-# Its directory
-
-
-class Start(NamedTuple):
-    """How a run begins: the checkpoint it goes on from, lines for its log, and the time."""
-
-    resumed: tuple[Path, Manifest] | None
-    lines: list[str]
-    time: float
-
-    @property
-    def step(self) -> int:
-        """Steps done before."""
-        return self.resumed[1].run.step if self.resumed else 0
-
 
 @contextmanager
-def started(config: TrainingConfig) -> Generator[Start]:
-    """A run whose directory is held for this job alone, as long as the context or the process lives.
+def held_directory(directory: Path) -> Generator[None]:
+    """Hold a directory for this process alone, by a lock file with its number and host.
 
     Raises:
-        UserError: another process holds it, or a run that the page does not ask to go on with or to overwrite; or
-            the checkpoint that it asks for is not to be had.
+        UserError: another process holds it, or it can't be written.
     """
-    began, lines = time.perf_counter(), list[str]()
-    with claimed_run(config) if is_first() else nullcontext():
-        yield Start(checkpoint_to_resume(config, lines.append), lines, began)
-
-
-@contextmanager
-def claimed_run(config: TrainingConfig) -> Generator[None]:
-    """Hold a run's directory as `started` does."""
-    directory = config.run_directory
+    path = directory / LOCK
+    with writing_to(directory):
+        while True:
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.read(handle, 1000).decode() or "another process"
+                os.close(handle)
+                raise UserError(
+                    f"{directory}: {holder} is using this run; wait for it, or choose another run_name"
+                ) from error
+            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+                break
+            os.close(handle)  # its holder removed the file on leaving, just before it was locked here
     try:
-        check_free(config)  # before anything is written there, and again when no one else can write
-        handle = take_lock(directory)
-    except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; mend that, or choose another output_dir") from error
-    try:
-        check_free(config)
+        with suppress(OSError):  # a full disk takes no name, but the lock holds
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        (directory / LOCK).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         os.close(handle)
         with suppress(OSError):  # not empty, as a run that began is
             directory.rmdir()
 
 
-def take_lock(directory: Path) -> int:
-    """The open, locked file of a run's lock, with this process's number and host in it."""
-    path = directory / LOCK
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 1000).decode() or "another process"
-            os.close(handle)
-            raise UserError(f"{directory}: {holder} is at this run; wait for it, or choose another run_name") from error
-        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-            break
-        os.close(handle)  # its holder removed the file on leaving, just before it was locked here
-    with suppress(OSError):  # a full disk takes no name, but the lock holds
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return handle
+@contextmanager
+def writing_to(directory: Path) -> Generator[None]:
+    """Turn what the file system refuses into a UserError that says how to fix it."""
+    try:
+        yield
+    except OSError as error:
+        why = checkpoint.describe_error(error)
+        raise UserError(f"{directory}: {why}; fix that, or choose another output_dir") from error
 
 
 def check_free(config: TrainingConfig) -> None:
-    """Refuse to begin a run where one is, or to overwrite what is no run or is needed by the new one."""
+    """Refuse to begin where something lies that the config does not ask to resume or to overwrite.
+
+    | in the directory  | neither | resume, or resume_from in it | overwrite                      |
+    |-------------------|---------|------------------------------|--------------------------------|
+    | nothing           | begin   | begin                        | begin                          |
+    | files of others   | refuse  | refuse                       | refuse                         |
+    | a run             | refuse  | resume                       | delete, unless inputs lie in it |
+    """
     directory = config.run_directory
     if not directory.exists() or all(path.name == LOCK for path in directory.iterdir()):
         return
-    if not (directory / "config.toml").exists() and not checkpoint.saved_steps(directory):
+    steps, log = checkpoint.saved_steps(directory), directory / "metrics.jsonl"
+    if not steps and not (directory / "config.toml").exists():
         raise UserError(f"{directory} holds files that are no run of ours; choose another run_name or output_dir")
     if config.resume or (config.resume_from and Path(config.resume_from).resolve().is_relative_to(directory.resolve())):
         return
-    log = directory / "metrics.jsonl"
-    if not config.overwrite:
-        if checkpoint.saved_steps(directory) or (log.exists() and log.stat().st_size):
-            instead = "replace --resume-from by" if config.resume_from else "add"
-            raise UserError(
-                f"{directory} holds a run already; {instead} --resume to go on with it, --overwrite to delete it"
-            )
-        return
-    needed = [config.model_name, *(source.path for source in (*config.data, *config.eval_data))]
-    if inside := [path for path in needed if Path(path).resolve().is_relative_to(directory.resolve())]:
-        raise UserError(f"--overwrite would delete {inside[0]}, which this run reads; give it another run_name")
+    if config.overwrite:
+        needed = [config.model_name, *(source.path for source in (*config.data, *config.eval_data))]
+        if inside := [path for path in needed if Path(path).resolve().is_relative_to(directory.resolve())]:
+            raise UserError(f"--overwrite would delete {inside[0]}, which this run reads; give it another run_name")
+    elif steps or (log.exists() and log.stat().st_size):
+        instead = "replace --resume-from by" if config.resume_from else "add"
+        raise UserError(f"{directory} holds a run already; {instead} --resume to continue it, --overwrite to delete it")
 
 
 def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """The checkpoint that the page asks to go on from, the same for all processes; none for a new run.
-
-    Raises:
-        UserError: the given checkpoint or all of this run's are damaged, or a fixed key was changed.
-    """
+    """The checkpoint that the config asks to resume from, the same for all processes; None for a new run."""
     chosen = config.resume_from
     if is_first() and chosen:
         checkpoint.read_manifest(Path(chosen))
@@ -365,37 +353,23 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> 
         chosen = str(found[0]) if found else ""
         if not found and (config.run_directory / "summary.json").exists():
             raise UserError(
-                f"{config.run_directory} holds a run whose checkpoints are gone; to begin anew would replace it, so "
-                "choose another run_name, or --overwrite in place of --resume to delete it"
+                f"{config.run_directory} holds a run whose checkpoints are gone; choose another run_name, or replace "
+                "--resume by --overwrite to delete it and start from scratch"
             )
     chosen = from_first("checkpoint to resume", chosen)
     if not chosen:
         if config.resume:
-            say("no checkpoint to resume from yet, so this begins at the beginning")
+            say("no checkpoint to resume from yet, so this run starts from step 0")
         return None
     manifest = checkpoint.read_manifest(Path(chosen), is_hashed=False)
     saved, now = manifest.run.config, masked_config(config)
     if changed := [key for key in FIXED_ON_RESUME if saved.get(key) != now.get(key)]:
         differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in changed)
-        free = ", ".join(
-            key for key in type(config).model_fields if key not in (*FIXED_ON_RESUME, *START_ONLY, *NAMES_THE_RUN)
-        )
+        fixed = (*FIXED_ON_RESUME, *START_ONLY, "run_name", "output_dir")
+        free = ", ".join(key for key in type(config).model_fields if key not in fixed)
         raise UserError(f"{chosen}: a run can't change this when it resumes: {differences}. It may change: {free}")
     say(f"resuming from {chosen}")
     return Path(chosen), manifest
-
-
-def check_unchanged(config: TrainingConfig, model: ModelConfig, digests: tuple[str, ...], start: Start) -> None:
-    """Refuse to resume on a model or data that were changed in the meantime."""
-    if not start.resumed:
-        return
-    manifest = start.resumed[1]
-    for key, now in model_facts(model).items():
-        if now != (saved := manifest.run.model.get(key)):
-            raise UserError(f"{config.model_name}: {key} in config.json was {saved!r} and is {now!r}; restore it")
-    for source, now, saved in zip(config.data, digests, manifest.run.data, strict=True):
-        if now != saved:
-            raise UserError(f"{source.path}: its content has changed since the checkpoint; restore it, or start anew")
 
 
 def model_facts(model: ModelConfig) -> dict[str, Any]:
@@ -403,104 +377,252 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(model).items() if key not in ("padded_vocabulary", "attention")}
 
 
-def data_digests(dataset: Dataset) -> tuple[str, ...]:
-    """A hash of each source's encoded documents."""
-    return tuple(documents.facts["digest"] for documents in dataset.documents)
-
-
 def masked_config(config: TrainingConfig) -> dict[str, Any]:
-    """The page as plain values, secrets masked."""
+    """The config as plain values, secrets masked."""
     return tomllib.loads(to_toml(config))
 
 
-def begin_run(config: TrainingConfig, first_step: int, say: Callable[[str], None]) -> None:
-    """Clear the claimed directory as the page says, set aside what the run goes on without, write down the config."""
+def prepare_directory(config: TrainingConfig, first_step: int, say: Callable[[str], None]) -> None:
+    """Delete what --overwrite replaces, rename checkpoints newer than the one resumed, and write config.toml."""
     directory = config.run_directory
-    try:
-        if config.overwrite:
-            for path in sorted(
-                directory.iterdir(), key=lambda path: path.name == "config.toml"
-            ):  # last: it names a run
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
-        for path in checkpoint.set_aside_later(directory, first_step):
-            say(f"set aside as {path}: it is newer than the checkpoint this goes on from")
-        (directory / "config.toml").write_text(to_toml(config, without=START_ONLY))
-    except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; mend that, or choose another output_dir") from error
+    if config.overwrite:
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.toml"):  # last: it names a run
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+    for path in checkpoint.set_aside_later(directory, first_step):
+        say(f"set aside as {path}: it is newer than the checkpoint this run resumes from")
+    (directory / "config.toml").write_text(to_toml(config, without=START_ONLY))
 
 
 # The run
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run under way: what its loop logs to, saves with and ends by."""
+class Evaluation(NamedTuple):
+    """What a loop measures now and then: lines for its log, a digest of what is asked, and the measure itself, which
+    takes parameters and the run's watchdog. Of its figures `eval_loss` or `eval_reward` says which model is best."""
 
-    config: TrainingConfig
-    opened: OpenedModel
-    digests: tuple[str, ...]
-    steps: int
-    log: RunLog
-    saver: Saver
-    start: Start
+    lines: list[str]
+    digest: str
+    measure: Callable[[PyTree[Array], Watchdog], dict[str, Any]]
+
+
+Step = tuple[TrainState, dict[str, Any], dict[str, Array]]
+
+
+@contextmanager
+def started_run(config: TrainingConfig, write_report: Callable[[Path], None] | None = None) -> Generator["Run"]:
+    """A run whose directory is held for this job alone, as long as the context or the process lives.
+
+    Raises:
+        UserError: another process holds it; or a run lies there that the config neither resumes nor overwrites; or the
+            checkpoint to resume from is damaged, or was made with another fixed key.
+    """
+    if not is_first():
+        yield Run(config, write_report)
+        return
+    check_free(config)  # before anything is written there
+    with held_directory(config.run_directory):
+        check_free(config)  # again, now that no one else can write
+        yield Run(config, write_report)
+
+
+class Run:
+    """A run that trains: what its loop logs to, saves with and ends by; `step` counts the steps done."""
+
+    def __init__(self, config: TrainingConfig, write_report: Callable[[Path], None] | None) -> None:
+        self.config, self.write_report = config, write_report
+        self.began = self.clock = time.perf_counter()
+        self.lines = list[str]()
+        self.resumed = checkpoint_to_resume(config, self.lines.append)
+        self.step = self.resumed[1].run.step if self.resumed else 0
+        self.best = self.resumed[1].run.best if self.resumed and (config.run_directory / "best").exists() else None
+        self.compile_seconds, self.save_seconds = 0.0, list[float]()
+        self.first_step_seconds: float | None = None
+
+    def check_unchanged(self, model: ModelConfig, digests: tuple[str, ...]) -> None:
+        """Refuse to resume on a model or data that changed in the meantime."""
+        if not self.resumed:
+            return
+        name, before = self.config.model_name, self.resumed[1].run
+        for key, now in model_facts(model).items():
+            if now != (saved := before.model.get(key)):
+                raise UserError(f"{name}: {key} in config.json was {saved!r} and is {now!r}; restore it")
+        for source, now, saved in zip(self.config.data, digests, before.data, strict=True):
+            if now != saved:
+                raise UserError(
+                    f"{source.path}: its content has changed since the checkpoint; restore it, or start again"
+                )
+
+    def first_state(self, opened: OpenedModel) -> TrainState:
+        """The state to begin with: that of the checkpoint, or a new one."""
+        return saved_state(*self.resumed, opened) if self.resumed else starting_state(self.config, opened)
+
+    @contextmanager
+    def logged(
+        self, opened: OpenedModel, digests: tuple[str, ...], steps: int, lines: Iterable[str]
+    ) -> Generator[None]:
+        """The run with its log open, which begins with the model, the devices, these lines and those of the start.
+
+        Raises:
+            UserError: the directory has no room for it.
+        """
+        config, directory = self.config, self.config.run_directory
+        self.opened, self.digests, self.steps = opened, digests, steps
+        self.watchdog = Watchdog(directory / "run.log")
+        self.saver = Saver(directory, config.keep, session=from_first("session", secrets.token_hex(4)))
+        self.saver.newest = self.resumed[0] if self.resumed else None
+        lines = [*model_lines(config, opened), *lines, *self.lines]
+        with writing_to(directory):
+            if is_first():
+                prepare_directory(config, self.step, lines.append)
+            self.log = RunLog(
+                directory, steps, config.log_every, self.step, config.wandb, masked_config(config), is_first()
+            )
+        with self.log:
+            for line in lines:
+                self.log.info(line)
+            self.clock = time.perf_counter()
+            yield
+
+    def train(
+        self,
+        state: TrainState,
+        take_step: Callable[[TrainState], Step],
+        evaluation: Evaluation | None,
+        describe_step: Callable[[int], str],
+    ) -> TrainState:
+        """Every step that is left: take it, log the one before while it runs, then evaluate and save where due.
+
+        `take_step` returns the new state, the step's record, and figures that are still being computed on the devices;
+        `describe_step` says what a step was trained on, where it had no effect.
+        """
+        config, stop, unlogged = self.config, Stop(), None
+        with stop.listening(self.log.info), self.watchdog.watching(), self.saver.finishing():
+            while self.step < self.steps:
+                state, record, figures = take_step(state)
+                self.step += 1
+                if unlogged:
+                    self.log_step(*unlogged, describe_step)
+                unlogged = record, figures
+                is_stop, is_best = stop.is_due(self.step), False
+                is_evaluation = evaluation is not None and self.is_due(config.eval_every, self.step)
+                if evaluation and is_evaluation:
+                    jax.block_until_ready(figures)
+                    with self.off_the_clock():
+                        record |= evaluation.measure(state.params, self.watchdog)
+                    is_best = self.is_best(record)
+                is_save = is_stop or is_best or self.is_due(config.save_every, self.step)
+                if is_save or is_evaluation:
+                    self.log_step(*unlogged, describe_step)
+                    unlogged = None
+                if is_save:
+                    with self.off_the_clock():
+                        self.save(state, is_best)
+                self.log_saves()
+                if is_stop:
+                    break
+            self.watchdog.pause()
+            self.saver.wait()
+            self.log_saves()
+        if self.saver.failures:
+            raise UserError("the last step is not saved; make room and continue with --resume")
+        return state
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether what comes `every` so many steps, 0 only at the end, comes after this step."""
+        return step == self.steps or (every > 0 and step % every == 0)
+
+    def is_best(self, figures: dict[str, Any]) -> bool:
+        """Whether these figures are the best so far: the lowest held-out loss, the highest held-out reward."""
+        sign, value = (1, figures.get("eval_reward")) if "eval_reward" in figures else (-1, figures.get("eval_loss"))
+        if value is None or (self.best is not None and sign * value <= sign * self.best):
+            return False
+        self.best = value
+        return True
+
+    @contextmanager
+    def off_the_clock(self) -> Generator[None]:
+        """For work that is no part of a step: `step_seconds` leaves it out, and the watchdog waits until it reports."""
+        began = time.perf_counter()
+        self.watchdog.pause()
+        yield
+        self.clock += time.perf_counter() - began
+
+    def log_step(self, record: dict[str, Any], figures: dict[str, Array], describe_step: Callable[[int], str]) -> None:
+        """Wait for a step and log it; its seconds are those since the end of the step before, off the clock ones apart.
+
+        Raises:
+            UserError: the gradient was not finite for five steps in a row.
+        """
+        record |= {name: value.item() for name, value in jax.device_get(figures).items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.first_step_seconds = self.first_step_seconds or now - self.began
+        self.watchdog.report_progress()
+        skipped, flops = record.pop("skipped", 0), record.get("flops")
+        peak = metrics.peak_flops(self.opened.mesh.devices.flat[0].device_kind)
+        record |= {
+            "step_seconds": seconds,
+            "tokens_per_second": record.get("completion_tokens", record["tokens"]) / seconds,
+            "target_tokens_per_second": record["target_tokens"] / seconds,
+            "mfu": flops / seconds / (peak * self.opened.mesh.size) if flops and peak else None,
+            "memory_bytes": metrics.memory_bytes(),
+        }
+        self.log.step(record)
+        if skipped:
+            what = (
+                f"step {record['step']}: the loss or gradient is not finite, so weights and optimizer stay as they "
+                f"were; {describe_step(record['step'])}"
+            )
+            if skipped >= SKIPS_IN_A_ROW:
+                raise UserError(f"{what}; {skipped} steps in a row: lower learning_rate, or look at these data")
+            self.log.info(f"{what} ({skipped} in a row)")
+
+    def compile(self, function: Any, name: str, *arguments: Any, **named: Any) -> Any:
+        """A jitted function compiled for these arguments, off the clock; a line says what it takes."""
+        began = time.perf_counter()
+        with self.off_the_clock():
+            program = function.lower(*arguments, **named).compile()
+        seconds, memory = time.perf_counter() - began, program.memory_analysis()
+        self.compile_seconds += seconds
+        self.log.info(
+            f"compiled {name} in {seconds:.1f} s; a device holds {byte_size(memory.argument_size_in_bytes)} of state "
+            f"and batch and {byte_size(memory.temp_size_in_bytes)} of temporaries"
+        )
+        return program
 
     @property
     def seconds(self) -> float:
         """Wall time of the whole run so far, that before it was resumed included."""
-        earlier = self.start.resumed[1].run.wall_seconds if self.start.resumed else 0.0
-        return earlier + time.perf_counter() - self.start.time
+        earlier = self.resumed[1].run.wall_seconds if self.resumed else 0.0
+        return earlier + time.perf_counter() - self.began
 
-    @contextmanager
-    def watched(self, finished: Callable[[], int | None]) -> Generator[Stop]:
-        """Around the loop: a signal asks it to stop, a watchdog looks at `finished`, a save under way may end."""
-        stop, log_file = Stop(), self.config.run_directory / "run.log"
-        with stop.listening(self.log.info), watchdog(finished, log_file), self.saver.finishing():
-            yield stop
-
-    def save(self, state: TrainState, step: int, best: float | None, is_best: bool) -> float:
-        """Begin to save the checkpoint of a step; the seconds for which this held up the caller."""
+    def save(self, state: TrainState, is_best: bool) -> None:
+        """Begin to save the checkpoint of this step; training waits only for the copy off the devices."""
         self.log.sync()
         facts = RunFacts(
-            step=step,
-            best=best,
+            step=self.step,
+            best=self.best,
             wall_seconds=self.seconds,
             config=masked_config(self.config),
             model=model_facts(self.opened.model),
             data=self.digests,
             versions=metrics.versions(),
         )
-        return self.saver.save(state, saved_shapes(self.opened.model), facts, is_best)
+        self.save_seconds.append(self.saver.save(state, saved_shapes(self.opened.model), facts, is_best))
 
-    def tell_saved(self) -> None:
-        """Log the saves that have ended meanwhile."""
+    def log_saves(self) -> None:
+        """Log every save that finished since the last call."""
         for line in self.saver.news():
             self.log.info(line)
 
-    def wait_for_save(self) -> None:
-        """Wait for the last save, and say how it ended.
-
-        Raises:
-            UserError: it failed.
-        """
-        self.saver.wait()
-        self.tell_saved()
-        if self.saver.failures:
-            raise UserError("the last step is not saved; make room and go on with --resume")
-
-    def end(
-        self,
-        step: int,
-        more_facts: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        write_report: Callable[[Path], None] | None = None,
-    ) -> None:
-        """Write what a run leaves behind: summary, with what the loop knows of the logged steps, report, and the model
-        if all steps are done."""
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Write summary.json, with these facts of the loop, the report, and the model if all steps are done."""
         if is_first():
             try:
-                self.leave_behind(step, more_facts, write_report)
+                self.write_results(facts)
             except OSError as error:
                 why = checkpoint.describe_error(error)
                 raise UserError(
@@ -508,182 +630,157 @@ class Run:
                 ) from error
         from_first("run ended", "")  # the others wait here for what the first process writes
 
-    def leave_behind(
-        self,
-        step: int,
-        more_facts: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        write_report: Callable[[Path], None] | None,
-    ) -> None:
-        """The files of `end`."""
-        directory, command = self.config.run_directory, COMMAND_OF[type(self.config)]
-        records = metrics.read_json_lines(directory / "metrics.jsonl")
-        facts = metrics.summarise(records) | {
+    def write_results(self, facts: dict[str, Any]) -> None:
+        directory, command, model = self.config.run_directory, COMMAND_OF[type(self.config)], self.opened.model
+        records = metrics.read_metrics(directory / "metrics.jsonl")
+        summary = metrics.summarise(records) | {
             "command": command,
-            "parameters": parameter_counts(self.opened.model)["all"],
+            "parameters": parameter_counts(model)["all"],
             "wall_seconds": self.seconds,
             "device_kind": self.opened.mesh.devices.flat[0].device_kind,
             "device_count": jax.device_count(),
             "process_count": jax.process_count(),
             "versions": metrics.versions(),
+            "first_step_seconds": self.first_step_seconds,
+            "compile_seconds": self.compile_seconds,
+            "save_hold_up_seconds": max(self.save_seconds, default=None),
         }
-        metrics.write_summary(directory, facts | more_facts(records))
-        if write_report:
-            write_report(directory)
-        if step < self.steps:
+        metrics.write_summary(directory, summary | facts)
+        if self.write_report:
+            self.write_report(directory)
+        if self.step < self.steps:
             again = f"{command} @ {directory / 'config.toml'} --resume"
-            self.log.info(f"stopped after step {step} of {self.steps}, all saved; to go on: uv run {again}")
+            self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to resume: uv run {again}")
         else:
             template = self.config.chat_template if isinstance(self.config, SftConfig | GrpoConfig) else ""
             assert self.saver.newest
             with ExitStack() as stack:
-                params = checkpoint.saved_params(self.saver.newest, self.opened.model, stack)
-                checkpoint.save_model(directory / "model", params, self.opened.model, self.opened.source, template)
+                params = checkpoint.saved_params(self.saver.newest, model, stack)
+                checkpoint.save_model(directory / "model", params, model, self.opened.source, template)
             self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
-        if write_report:
+        if self.write_report:
             self.log.info(f"report: {directory / 'report.html'}")
-
-
-@contextmanager
-def under_way(
-    config: TrainingConfig,
-    start: Start,
-    opened: OpenedModel,
-    digests: tuple[str, ...],
-    steps: int,
-    lines: Iterable[str],
-) -> Generator[Run]:
-    """A run that has started, its log begun with the model, the devices, these lines and those of the start.
-
-    Raises:
-        UserError: the directory has no room for it.
-    """
-    directory, session = config.run_directory, from_first("session", secrets.token_hex(4))
-    told = [*model_lines(config, opened), *lines, *start.lines]
-    if is_first():
-        begin_run(config, start.step, told.append)
-    try:
-        log = RunLog(directory, steps, config.log_every, start.step, config.wandb, masked_config(config), is_first())
-    except OSError as error:
-        raise UserError(f"{directory}: {checkpoint.describe_error(error)}; make room and start again") from error
-    with log:
-        for line in told:
-            log.info(line)
-        saver = Saver(directory, config.keep, session)
-        saver.newest = start.resumed[0] if start.resumed else None
-        yield Run(config, opened, digests, steps, log, saver, start)
 
 
 def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     """Start-up lines on the model and the devices."""
-    _, model, _, mesh, attention_line = opened
-    counts = parameter_counts(model)
+    counts, mesh = parameter_counts(opened.model), opened.mesh
     yield (
-        f"model: {config.model_name} ({model.family}), {counts['all']:,} parameters, "
+        f"model: {config.model_name} ({opened.model.family}), {counts['all']:,} parameters, "
         f"{counts['decayed']:,} with weight decay and {counts['all'] - counts['decayed']:,} without"
     )
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind
     yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {config.compute_dtype}"
-    yield attention_line
+    yield opened.attention_line
     if flags := os.environ.get("XLA_FLAGS"):
         yield f"XLA_FLAGS: {flags}"
     if config.compilation_cache:
         yield f"compiled programs are kept in {config.cache_dir / 'programs'}"
 
 
-SKIPS_IN_A_ROW = 5
-
-# The run
-
-
-class RowInputs(NamedTuple):
-    """What a run reads before it computes; the model has its vocabulary padded for the mesh."""
-
-    opened: OpenedModel
-    dataset: Dataset
-
-
-class Evaluation(NamedTuple):
-    """What a loop measures now and then: lines for its log, a digest of what is asked, and the measure itself."""
-
-    lines: list[str]
-    digest: str
-    measure: Callable[[PyTree[Array], Any], dict[str, Any]]
+# The commands pretrain and sft
 
 
 def run_training(
     config: RowsConfig,
     prepare_evaluation: Callable[[RowsConfig, OpenedModel], Evaluation] | None = None,
     write_report: Callable[[Path], None] | None = None,
-) -> "tuple[RowLoop, TrainState] | None":
-    """The commands pretrain and sft, from page to exported model; the loop and the state it ended with, if it ran.
+) -> tuple[Run, TrainState] | None:
+    """The commands pretrain and sft, from config to exported model; the run and the state it ended with, if it ran.
 
     Raises:
         UserError: whatever about config, model, data or devices can't be trained with.
     """
     if isinstance(config, SftConfig) and config.show:
-        inputs = read_row_inputs(config)
-        show_rows(inputs.dataset, inputs.opened.tokenizer, config.show)
+        opened, dataset = read_inputs(config, with_weights=False)
+        show_rows(dataset, opened.tokenizer, config.show)
         return None
-    with started(config) as start:
-        inputs = read_row_inputs(config)
-        evaluation = None
-        if prepare_evaluation and config.has_evaluation:
-            evaluation = prepare_evaluation(config, inputs.opened)
-        check_unchanged(config, inputs.opened.model, data_digests(inputs.dataset), start)
-        check_same("config, model or data", inputs_fingerprint(config, inputs, evaluation))
+    with started_run(config, write_report) as run:
+        opened, dataset = read_inputs(config, with_weights=not (run.resumed or config.from_scratch))
+        evaluation = prepare_evaluation(config, opened) if prepare_evaluation and config.has_evaluation else None
+        digests = tuple(documents.facts["digest"] for documents in dataset.documents)
+        run.check_unchanged(opened.model, digests)
+        first_rows = b"".join(leaf.tobytes() for leaf in dataset.batch(0, config.batch_size))
+        inputs = repr((masked_config(config), opened.model, digests, evaluation.digest if evaluation else ""))
+        check_same("config, model or data", hashlib.sha256(inputs.encode() + first_rows).hexdigest())
         enable_compilation_cache(config)
-        with jax.set_mesh(inputs.opened.mesh):
-            return train_rows(config, inputs, start, evaluation, write_report)
+        steps = config.steps or math.ceil(dataset.rows.row_count(config.epochs) / config.batch_size)
+        lines = [*row_lines(config, opened.mesh, dataset, steps), *(evaluation.lines if evaluation else [])]
+        with jax.set_mesh(opened.mesh):
+            state = run.first_state(opened)
+            with run.logged(opened, digests, steps, lines):
+                rows = RowSteps(config, run, dataset)
+                state = run.train(state, rows.take, evaluation, rows.describe)
+                run.finish(rows.facts())
+        return run, state
 
 
-def read_row_inputs(config: RowsConfig) -> RowInputs:
-    """Devices, model config, tokenizer and data of a page, each checked against the others."""
+def read_inputs(config: RowsConfig, with_weights: bool) -> tuple[OpenedModel, Dataset]:
+    """The model and the data of a config, each checked against the other and the devices."""
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(mesh))
     template = [config.chat_template, config.template_date] if isinstance(config, SftConfig) else []
-    opened = checkpoint.open_model(config, mesh, *template, with_weights=False)
+    opened = open_model(config, mesh, *template, with_weights=with_weights)
     check_sequence_length(opened.model, config.sequence_length)
-    dataset = load_dataset(
-        config.data, opened.tokenizer, config, is_stream=isinstance(config, PretrainConfig), is_shuffled=True
-    )
-    return RowInputs(opened, dataset)
+    is_stream = isinstance(config, PretrainConfig)
+    return opened, load_dataset(config.data, opened.tokenizer, config, is_stream=is_stream, is_shuffled=True)
 
 
-def inputs_fingerprint(config: RowsConfig, inputs: RowInputs, evaluation: Evaluation | None) -> str:
-    """A hash of all that the processes of a job must have in common."""
-    data = [data_digests(inputs.dataset), evaluation.digest if evaluation else ""]
-    first_rows = inputs.dataset.batch(0, config.batch_size)
-    parts = repr((masked_config(config), inputs.opened.model, data)), *(leaf.tobytes() for leaf in first_rows)
-    return hashlib.sha256(b"".join(part.encode() if isinstance(part, str) else part for part in parts)).hexdigest()
+class RowSteps:
+    """The steps of pretrain and sft: while one runs on the devices, the next batch is prepared."""
 
+    def __init__(self, config: RowsConfig, run: Run, dataset: Dataset) -> None:
+        self.config, self.run, self.dataset = config, run, dataset
+        self.row_limit = None if config.steps else dataset.rows.row_count(config.epochs)
+        self.accumulation = accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(run.opened.mesh))
+        self.recipe = jax.device_put(recipe_of(config, run.steps), everywhere(run.opened.mesh))
+        has_noise = isinstance(config, SftConfig) and config.neftune_alpha > 0
+        self.loss = RowLoss(config.rematerialisation, has_noise)
+        self.programs: dict[int, Any] = {}
+        self.ready: tuple[Batch, dict[str, Any]] | None = None
 
-def train_rows(
-    config: RowsConfig,
-    inputs: RowInputs,
-    start: Start,
-    evaluation: Evaluation | None,
-    write_report: Callable[[Path], None] | None,
-) -> "tuple[RowLoop, TrainState]":
-    """A run that has started and whose data are read."""
-    (_, model, _, mesh, _), dataset = inputs
-    source = checkpoint.resolve_model(config.model_name, with_weights=not (start.resumed or config.from_scratch))
-    if start.resumed:
-        state = resumed_state(start.resumed, model, mesh)
-    else:
-        state = starting_state(config, source, model, mesh)
-    row_limit = None if config.steps else dataset.rows.row_count(config.epochs)
-    steps = config.steps or -(-dataset.rows.row_count(config.epochs) // config.batch_size)
-    digests, lines = data_digests(dataset), row_lines(config, inputs, steps, evaluation)
-    with under_way(config, start, inputs.opened._replace(source=source), digests, steps, lines) as run:
-        recipe = jax.device_put(recipe_of(config, steps), NamedSharding(mesh, PartitionSpec()))
-        loop = RowLoop(config, inputs, run, row_limit, recipe, evaluation)
-        if start.resumed and (config.run_directory / "best").exists():
-            loop.best_eval_loss = start.resumed[1].run.best
-        state = loop.train(state)
-        run.end(loop.step, loop.summary, write_report)
-    return loop, state
+    def take(self, state: TrainState) -> Step:
+        """Dispatch a step, and prepare the batch of the next one while it runs."""
+        batch, record = self.ready or self.prepare(self.run.step)
+        arguments = state, batch, np.float32(record["target_tokens"]), self.recipe
+        if (length := batch.token.shape[-1]) not in self.programs:
+            static = {"model": self.run.opened.model, "dtype": self.config.compute_dtype, "loss": self.loss}
+            name = f"the step for rows of {length} tokens"
+            self.programs[length] = self.run.compile(train_step, name, *arguments, **static)
+        state, figures = self.programs[length](*arguments)
+        self.ready = self.prepare(record["step"]) if record["step"] < self.run.steps else None
+        return state, record, figures
+
+    def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
+        """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
+        batch = self.dataset.batch(index, self.config.batch_size, self.row_limit)
+        lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment]).astype(np.int64)
+        record = {
+            "step": index + 1,
+            "epoch": round(self.dataset.rows.epoch_of((index + 1) * self.config.batch_size), 4),
+            "tokens": int(lengths.sum()),
+            "target_tokens": int(batch.weight.sum()),
+            "packing_efficiency": float(lengths.sum() / batch.token.size),
+            "flops": metrics.step_flops(self.run.opened.model, lengths),
+        }
+        split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)
+        return put_batch(split, self.run.opened.mesh), record
+
+    def describe(self, step: int) -> str:
+        """The rows of a step, for a message."""
+        first = (step - 1) * self.config.batch_size
+        text = decode(self.run.opened.tokenizer, self.dataset.batch(first, 1).token[0][:24])
+        return f"its data are rows {first + 1} to {first + self.config.batch_size}, beginning {text!r}"
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json holds of rows."""
+        return {
+            "effective_batch_size": self.config.batch_size,
+            "accumulation_steps": self.accumulation,
+            "data": dict(self.dataset.facts),
+        }
 
 
 def show_rows(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
@@ -694,231 +791,21 @@ def show_rows(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
         text = coloured(dataset.batch(row, 1), 0, tokenizer, has_marks=not console.is_terminal)
         console.print(text, soft_wrap=True)
     console.print(f"data: {describe(dataset.facts)}")
-    for example in left_out(dataset):
-        console.print(example)
+    for example in dataset.bad_examples:
+        console.print(f"left out: {example}")
 
 
-def left_out(dataset: Dataset) -> Iterator[str]:
-    """Lines on the first of the bad rows."""
-    for documents in dataset.documents:
-        yield from (f"left out: {example}" for example in documents.facts["bad_examples"])
-
-
-def row_lines(config: RowsConfig, inputs: RowInputs, steps: int, evaluation: Evaluation | None) -> Iterator[str]:
+def row_lines(config: RowsConfig, mesh: Mesh, dataset: Dataset, steps: int) -> Iterator[str]:
     """Start-up lines on batch arithmetic and data."""
-    shards, dataset = row_shards(inputs.opened.mesh), inputs.dataset
+    shards, row_count = row_shards(mesh), dataset.rows.row_count(1)
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size, shards)
     yield (
-        f"batch: {config.batch_size} rows × {config.sequence_length} tokens = {config.micro_batch_size} a forward pass × "
-        f"{shards} data-parallel devices × {accumulation} accumulated; {steps:,} steps"
+        f"batch: {config.batch_size} rows × {config.sequence_length} tokens = {config.micro_batch_size} a forward "
+        f"pass × {shards} data-parallel devices × {accumulation} accumulated; {steps:,} steps"
     )
-    yield f"data: {describe(dataset.facts)}; {fill(dataset)}"
-    yield from left_out(dataset)
-    if evaluation:
-        yield from evaluation.lines
-
-
-def fill(dataset: Dataset) -> str:
-    """Rows of an epoch and the share of their slots that hold a token."""
-    rows = dataset.rows.row_count(1)
-    if isinstance(dataset.rows, StreamRows):
-        return f"{rows:,} full rows an epoch"
-    share = dataset.rows.slot_count(0) / (rows * dataset.rows.length)
-    return f"{rows:,} rows an epoch, {share:.2%} of their slots filled"
-
-
-@dataclass
-class RowLoop:
-    """The training loop and what it keeps at hand; `step` counts the steps done."""
-
-    config: RowsConfig
-    inputs: RowInputs
-    run: Run
-    row_limit: int | None
-    recipe: Recipe
-    evaluation: Evaluation | None = None
-    best_eval_loss: float | None = None
-    step: int = 0
-    pending: list[tuple[dict[str, Any], dict[str, Array]]] = field(default_factory=list)
-    programs: dict[int, Any] = field(default_factory=dict)
-    save_seconds: list[float] = field(default_factory=list)
-    work_done: int = 0
-    is_timed: bool = False
-    clock: float = 0.0
-    compile_seconds: float = 0.0
-    first_step_seconds: float | None = None
-
-    def train(self, state: TrainState) -> TrainState:
-        """Every step that is left: dispatch it, prepare the next batch while it runs, then log, evaluate and save."""
-        config, self.step = self.config, int(state.step)
-        if self.step < self.run.steps:
-            batch, record = self.prepare(self.step)
-            self.program(state, batch)
-        self.clock = time.perf_counter()
-        with self.run.watched(self.progress) as stop:
-            while self.step < self.run.steps:
-                state, facts = self.program(state, batch)(state, batch, self.recipe)
-                self.step += 1
-                self.pending.append((record, facts))
-                is_last = self.step == self.run.steps
-                if not is_last:
-                    batch, record = self.prepare(self.step)
-                if self.step % config.log_every == 0:
-                    self.flush(leave=1)
-                is_eval = is_last or (config.eval_every and self.step % config.eval_every == 0)
-                is_best = bool(is_eval) and self.evaluate(state)
-                is_stop = stop.is_due(self.step)
-                is_save = is_last or is_best or is_stop or (config.save_every and self.step % config.save_every == 0)
-                if is_eval or is_save:
-                    self.flush()
-                    if is_save:
-                        self.save(state, is_best)
-                    self.clock = time.perf_counter()
-                self.run.tell_saved()
-                if is_stop:
-                    break
-            with self.untimed():
-                self.run.wait_for_save()
-        return state
-
-    def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
-        """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
-        (_, model, _, mesh, _), dataset = self.inputs
-        batch = dataset.batch(index, self.config.batch_size, self.row_limit)
-        lengths = np.array(
-            [count for row in batch.segment for count in np.bincount(row, minlength=2)[1:] if count], np.int64
-        )
-        record = {
-            "step": index + 1,
-            "epoch": round(dataset.rows.epoch_of((index + 1) * self.config.batch_size), 4),
-            "tokens": int(lengths.sum()),
-            "target_tokens": int(batch.weight.sum()),
-            "packing_efficiency": float(lengths.sum() / batch.token.size),
-            "flops": metrics.step_flops(
-                parameter_counts(model)["matmul"],
-                model.kv_heads * model.group * model.head,
-                model.layers,
-                lengths,
-            ),
-        }
-        accumulation = accumulation_steps(self.config.batch_size, self.config.micro_batch_size, row_shards(mesh))
-        split = jax.tree.map(lambda leaf: leaf.reshape(accumulation, -1, leaf.shape[1]), batch)
-        return put_batch(split, mesh), record
-
-    def program(self, state: TrainState, batch: Batch) -> Any:
-        """The compiled step for rows of this length."""
-        length = batch.token.shape[-1]
-        if length not in self.programs:
-            began = time.perf_counter()
-            step = jax.jit(
-                partial(train_step, model=self.inputs.opened.model, config=self.config), donate_argnames="state"
-            )
-            with self.untimed():
-                self.programs[length] = step.lower(state, batch, self.recipe).compile()
-            seconds = time.perf_counter() - began
-            self.compile_seconds += seconds
-            self.clock += seconds
-            memory = self.programs[length].memory_analysis()
-            held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-            self.run.log.info(
-                f"compiled the step for rows of {length} tokens in {seconds:.1f} s; a device holds "
-                f"{byte_size(held[0])} of state and batch and {byte_size(held[1])} of temporaries"
-            )
-        return self.programs[length]
-
-    def flush(self, leave: int = 0) -> None:
-        """Fetch and log the finished steps but the last `leave`, which may still run.
-
-        Raises:
-            UserError: the gradient was not finite for five steps in a row.
-        """
-        count = len(self.pending) - leave
-        if count <= 0:
-            return
-        ready, self.pending = self.pending[:count], self.pending[count:]
-        fetched = jax.device_get([facts for _, facts in ready])
-        seconds = (time.perf_counter() - self.clock) / count
-        self.clock = time.perf_counter()
-        self.first_step_seconds = self.first_step_seconds or self.clock - self.run.start.time
-        self.work_done += count
-        mesh = self.inputs.opened.mesh
-        peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
-        for (record, _), facts in zip(ready, fetched, strict=True):
-            skipped = int(facts.pop("skipped"))
-            record |= {key: float(value) for key, value in facts.items()}
-            record |= {
-                "step_seconds": seconds,
-                "tokens_per_second": record["tokens"] / seconds,
-                "target_tokens_per_second": record["target_tokens"] / seconds,
-                "mfu": record["flops"] / seconds / (peak * mesh.size) if peak else None,
-                "memory_bytes": metrics.memory_bytes(),
-            }
-            self.run.log.step(record)
-            if skipped:
-                self.report_skip(record["step"], skipped)
-
-    def report_skip(self, step: int, in_a_row: int) -> None:
-        """Say that a step had no effect; the fifth in a row ends the run."""
-        first = (step - 1) * self.config.batch_size
-        begin = decode(self.inputs.opened.tokenizer, self.inputs.dataset.batch(first, 1).token[0][:24].tolist())
-        what = (
-            f"step {step}: the loss or gradient is not finite, so weights and optimizer stay as they were; its data "
-            f"are rows {first + 1} to {first + self.config.batch_size}, beginning {begin!r}"
-        )
-        if in_a_row >= SKIPS_IN_A_ROW:
-            raise UserError(
-                f"{what}; {in_a_row} steps in a row: lower learning_rate, or look at these data with --show"
-            )
-        self.run.log.info(f"{what} ({in_a_row} in a row)")
-
-    def evaluate(self, state: TrainState) -> bool:
-        """Held-out loss, samples and tasks into the log line of the last step; whether the loss is the best so far."""
-        jax.block_until_ready(self.pending[-1][1])
-        began = time.perf_counter()
-        figures = self.evaluation.measure(state.params, self) if self.evaluation else {}
-        self.pending[-1][0].update(figures)
-        self.clock += time.perf_counter() - began
-        loss = figures.get("eval_loss")
-        is_best = loss is not None and (self.best_eval_loss is None or loss < self.best_eval_loss)
-        if is_best:
-            self.best_eval_loss = loss
-        return is_best
-
-    def counted(self, batches: range) -> Iterator[int]:
-        """The batches of an evaluation, each counted as work done, the first untimed as it compiles."""
-        for index in batches:
-            with nullcontext() if index else self.untimed():
-                yield index
-            self.work_done += 1
-
-    def save(self, state: TrainState, is_best: bool) -> None:
-        """Begin to save the checkpoint of this step."""
-        with self.untimed():
-            self.save_seconds.append(self.run.save(state, self.step, self.best_eval_loss, is_best))
-
-    def progress(self) -> int | None:
-        """Pieces of work done so far, for the watchdog; none while something runs that may take its time."""
-        if not self.is_timed:
-            return None
-        losses: list[Any] = [facts["loss"] for _, facts in tuple(self.pending)]
-        return self.work_done + sum(loss.is_ready() for loss in losses)
-
-    @contextmanager
-    def untimed(self) -> Generator[None]:
-        """Where the watchdog looks away: compilers and disks may take long."""
-        self.is_timed = False
-        yield
-        self.is_timed = True
-
-    def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        """What summary.json holds of rows and steps, `records` being those of the steps."""
-        config, shards = self.config, row_shards(self.inputs.opened.mesh)
-        return {
-            "effective_batch_size": config.batch_size,
-            "accumulation_steps": accumulation_steps(config.batch_size, config.micro_batch_size, shards),
-            "skipped_steps": sum(not math.isfinite(record["loss"] or math.nan) for record in records),
-            "data": dict(self.inputs.dataset.facts),
-            "first_step_seconds": self.first_step_seconds,
-            "compile_seconds": self.compile_seconds,
-            "save_hold_up_seconds": max(self.save_seconds, default=None),
-        }
+    fill = f"{row_count:,} full rows an epoch"
+    if not isinstance(dataset.rows, StreamRows):
+        share = dataset.rows.slot_count(0) / (row_count * dataset.rows.length)
+        fill = f"{row_count:,} rows an epoch, {share:.2%} of their slots filled"
+    yield f"data: {describe(dataset.facts)}; {fill}"
+    yield from (f"left out: {example}" for example in dataset.bad_examples)

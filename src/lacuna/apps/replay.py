@@ -1,0 +1,83 @@
+"""Replay: one step of a grpo run computed again from its rollouts.jsonl, under this config's objective."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from lacuna import checkpoint
+from lacuna.config import GrpoConfig, UserError
+from lacuna.distributed import enable_compilation_cache
+from lacuna.grpo import (
+    Group,
+    Sample,
+    advantages,
+    cast_weights,
+    group_by_prompt,
+    load_rewards,
+    read_inputs_of_grpo,
+    rollout_facts,
+    step_count,
+    total_reward,
+    update,
+)
+from lacuna.trainer import everywhere, recipe_of, saved_state, starting_state
+
+
+def replay(config: GrpoConfig, original: GrpoConfig) -> None:
+    """Compute a step again and print what is logged of it; `original` is the config of the run itself.
+
+    The weights before it come from the newest checkpoint before it and the updates since, as the run itself made them.
+
+    Raises:
+        UserError: no such run or step.
+    """
+    directory = Path(config.replay)
+    steps = samples_by_step(directory / "rollouts.jsonl", config.step)
+    inputs = read_inputs_of_grpo(config)
+    opened = inputs.opened
+    enable_compilation_cache(config)
+    with jax.set_mesh(opened.mesh):
+        state = starting_state(config, opened)
+        reference = cast_weights(state.params, opened.model, config.compute_dtype) if config.kl_weight else None
+        if saved := [step for step in checkpoint.saved_steps(directory) if step < config.step]:
+            place = checkpoint.checkpoint_directory(directory, max(saved))
+            state = saved_state(place, checkpoint.read_manifest(place), opened)
+        for step in range(int(state.step) // original.updates_per_rollout + 1, config.step + 1):
+            current = config if step == config.step else original
+            recipe = recipe_of(current, step_count(current, inputs) * current.updates_per_rollout)
+            groups = scored_again(group_by_prompt(steps[step]), current)
+            recipe = jax.device_put(recipe, everywhere(opened.mesh))
+            state, facts = update(state, groups, reference, recipe, opened, current)
+    print(json.dumps({"step": config.step} | rollout_facts(groups) | facts, indent=1))
+
+
+def samples_by_step(path: Path, last_step: int) -> dict[int, list[Sample]]:
+    """The samples of a run's steps up to the last."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --replay takes the directory of a grpo run")
+    steps: dict[int, list[Sample]] = {}
+    for raw in read_json_lines(path):
+        if raw["step"] <= last_step:
+            lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
+            steps.setdefault(raw["step"], []).append(Sample(**raw | lists))
+    if last_step not in steps:
+        raise UserError(f"{path} has no step {last_step}; its last is {max(steps, default=0)}")
+    return steps
+
+
+def scored_again(groups: Sequence[Group], config: GrpoConfig) -> list[list[Sample]]:
+    """The groups with the sums of rewards and the advantages that this config gives them."""
+    rewards = load_rewards(config.reward)
+    if missing := [reward.name for reward in rewards if reward.name not in groups[0][0].rewards]:
+        raise UserError(f"reward {missing[0]} is not in rollouts.jsonl, which has {', '.join(groups[0][0].rewards)}")
+    samples = [sample for group in groups for sample in group]
+    values = {reward.name: [sample.rewards[reward.name] for sample in samples] for reward in rewards}
+    total = total_reward(rewards, values)
+    advantage = advantages(total.reshape(len(groups), -1), config.scale_by_std).ravel()
+    return group_by_prompt(
+        replace(sample, reward=float(worth), advantage=float(better))
+        for sample, worth, better in zip(samples, total, advantage, strict=True)
+    )
