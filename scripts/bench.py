@@ -131,40 +131,45 @@ def peak(size: int = 2048, repeats: int = 7) -> dict[str, Any]:
 def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     """Figures of a training run of `page`."""
     import jax
+    import numpy as np
 
     from lacuna import metrics, trainer
 
     before = time.time() - started
-    prepare, inputs = trainer.RowLoop.prepare, []
+    prepare, inputs = trainer.RowSteps.prepare, []
 
-    def watched(loop: trainer.RowLoop, index: int) -> Any:
+    def watched(rows: trainer.RowSteps, index: int) -> Any:
         began = time.perf_counter()
-        prepared = prepare(loop, index)
-        running: list[Any] = [facts["loss"] for _, facts in loop.pending]
-        inputs.append((time.perf_counter() - began, all(loss.is_ready() for loss in running)))
+        prepared = prepare(rows, index)
+        running: list[Any] = list(rows.running.values())
+        inputs.append((time.perf_counter() - began, all(figure.is_ready() for figure in running)))
         return prepared
 
-    with patch.object(trainer.RowLoop, "prepare", watched), nullcontext() if is_saved else unsaved():
+    with patch.object(trainer.RowSteps, "prepare", watched), nullcontext() if is_saved else unsaved():
         ended = cli.run(page)
     assert ended
-    loop, state = ended
+    rows, state = ended
+    run = rows.run
     records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]
-    length, program = max(loop.programs.items())
-    batch, _ = loop.prepare(0)
-    states = [state]
+    length, program = max(rows.programs.items())
+    batch, record = rows.prepare(0)
+    states, divisor = [state], np.float32(record["target_tokens"])
 
     def alone() -> None:
-        states[0], facts = program(states[0], batch, loop.recipe)
+        states[0], facts = program(states[0], batch, divisor, rows.recipe)
         jax.block_until_ready(facts)
 
     step_seconds = statistics.median(record["step_seconds"] for record in timed)
     alone_seconds = seconds_of(alone, max(5, len(timed) // 2)) if batch.token.shape[-1] == length else None
-    optimizer = jax.jit(partial(trainer.apply_gradient, model=loop.inputs.opened.model), donate_argnames="state")
-    gradients, loss = jax.tree.map(jax.numpy.zeros_like, states[0].params), jax.numpy.zeros(())
+    one = jax.tree.map(lambda leaf: leaf[:1], batch)
+
+    def no_loss(params: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
+        return 0 * sum(leaf.sum() for leaf in jax.tree.leaves(params)), {}
 
     def optimizer_alone() -> None:
-        states[0], facts = optimizer(states[0], loss, gradients, loop.recipe)
+        model, dtype = run.opened.model, page.compute_dtype
+        states[0], facts = trainer.train_step(states[0], one, divisor, rows.recipe, model, dtype, no_loss)
         jax.block_until_ready(facts)
 
     optimizer_seconds = seconds_of(optimizer_alone, 5)
@@ -194,8 +199,8 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
         "share_outside_program": alone_seconds and 1 - alone_seconds / step_seconds,
         "optimizer_seconds": optimizer_seconds,
         "optimizer_share": optimizer_seconds / step_seconds,
-        "compile_seconds": loop.compile_seconds,
-        "first_step_ends_seconds": before + (loop.first_step_seconds or 0),
+        "compile_seconds": run.compile_seconds,
+        "first_step_ends_seconds": before + (run.first_step_seconds or 0),
         "memory_bytes": records[-1]["memory_bytes"],
         "device_kind": rates["device_kind"],
         "versions": metrics.versions(),
@@ -206,7 +211,7 @@ def unsaved() -> AbstractContextManager[Any]:
     """Training that writes neither checkpoint nor model."""
     from lacuna.trainer import Run
 
-    return patch.multiple(Run, save=lambda *_: 0.0, end=lambda *_: None)
+    return patch.multiple(Run, save=lambda *_: None, finish=lambda *_: None)
 
 
 def save(page: RowsConfig) -> dict[str, Any]:
@@ -215,17 +220,18 @@ def save(page: RowsConfig) -> dict[str, Any]:
 
     ended = cli.run(page)
     assert ended
-    loop, state = ended
-    held_up = list(loop.save_seconds)
+    rows, state = ended
+    run = rows.run
+    held_up = list(run.save_seconds)
     records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
     timed = records[WARM_STEPS:]
     during = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY == 1]
     others = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY not in (0, 1)]
-    saver = loop.run.saver
+    saver = run.saver
     assert saver.newest
     facts = checkpoint.read_manifest(saver.newest).run
     began = time.perf_counter()
-    saver.save(state, trainer.saved_shapes(loop.inputs.opened.model), facts, is_best=False)
+    saver.save(state, trainer.saved_shapes(run.opened.model), facts, is_best=False)
     saver.wait()
     whole = time.perf_counter() - began
     size = sum(path.stat().st_size for path in saver.newest.iterdir())

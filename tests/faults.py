@@ -62,7 +62,7 @@ def build_in(kind: str, step: int) -> None:
     def is_logged(log: Any, record: dict[str, Any]) -> bool:
         return record["step"] == step
 
-    def is_reached(loop: trainer.RowLoop, *_: Any) -> bool:
+    def is_reached(loop: trainer.RowSteps, *_: Any) -> bool:
         return loop.step == step
 
     match kind:
@@ -87,14 +87,14 @@ def build_in(kind: str, step: int) -> None:
 
             after(checkpoint, "replace_directory", lambda: setattr(shutil, "rmtree", remove_half), in_checkpoint)
         case "term":
-            before(trainer.RowLoop, "prepare", lambda: os.kill(os.getpid(), signal.SIGTERM), is_reached)
+            before(trainer.RowSteps, "prepare", lambda: os.kill(os.getpid(), signal.SIGTERM), is_reached)
         case "raise":
-            before(trainer.RowLoop, "prepare", fail, is_reached)
+            before(trainer.RowSteps, "prepare", fail, is_reached)
         case "sleep":
-            before(trainer.RowLoop, "prepare", sleep, is_reached)
+            before(trainer.RowSteps, "prepare", sleep, is_reached)
         case "hang":
             distributed.STALL_SECONDS = 3.0
-            before(trainer.RowLoop, "prepare", sleep, is_reached)
+            before(trainer.RowSteps, "prepare", sleep, is_reached)
         case _:
             raise SystemExit(f"no fault {kind!r}")
 

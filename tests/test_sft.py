@@ -104,15 +104,15 @@ def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)
     page = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
-    usual = getattr(trainer.RowLoop, place)
+    usual = getattr(trainer.RowSteps, place)
 
-    def interrupted(loop: trainer.RowLoop, *arguments: Any, **named: Any) -> Any:
+    def interrupted(loop: trainer.RowSteps, *arguments: Any, **named: Any) -> Any:
         if loop.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             monkeypatch.undo()
         return usual(loop, *arguments, **named)
 
-    monkeypatch.setattr(trainer.RowLoop, place, interrupted)
+    monkeypatch.setattr(trainer.RowSteps, place, interrupted)
     cli.run(page)
     (step,) = checkpoint.saved_steps(page.run_directory)
     assert step < 8 and records(page)[-1]["step"] == step and not (page.run_directory / "model").exists()
@@ -174,9 +174,9 @@ def test_nothing_is_compiled_after_the_first_steps_evaluation_and_save(
 
 def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, events, loops = text_run(small), [], []
-    prepare, source, log = trainer.RowLoop.prepare, Dataset.batch, RunLog.step
+    prepare, source, log = trainer.RowSteps.prepare, Dataset.batch, RunLog.step
 
-    def watched(loop: trainer.RowLoop, index: int) -> Any:
+    def watched(loop: trainer.RowSteps, index: int) -> Any:
         loops.append(loop)
         return prepare(loop, index)
 
@@ -192,7 +192,7 @@ def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytes
         events.append(("logged", record["step"], True))
         log(self, record)
 
-    monkeypatch.setattr(trainer.RowLoop, "prepare", watched)
+    monkeypatch.setattr(trainer.RowSteps, "prepare", watched)
     monkeypatch.setattr(Dataset, "batch", slow)
     monkeypatch.setattr(RunLog, "step", logged)
     cli.run(page)

@@ -346,6 +346,10 @@ def run(config: Keys) -> Any:
     tasks = evaluation_tasks(config)
     from lacuna.apps.report import write_report
 
+    if isinstance(config, GrpoConfig) and config.replay:
+        from lacuna.apps.replay import replay
+
+        return replay(config, parse(GrpoConfig, ["@", f"{config.replay}/config.toml"], "grpo"))
     if isinstance(config, GrpoConfig):
         from lacuna.grpo import run_grpo
 

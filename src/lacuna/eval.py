@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -795,7 +795,7 @@ def run_eval(config: EvalConfig) -> None:
     questions = read_questions(config, opened)
     enable_compilation_cache(config)
     print_inputs(config, opened, dataset, questions)
-    with claimed_evaluation(config):
+    with trainer.held_directory(config.run_directory) if is_first() else nullcontext():
         if is_first():
             begin_evaluation(config, opened, questions)
         from_first("evaluation begun", "")
@@ -848,23 +848,6 @@ def print_inputs(config: EvalConfig, opened: OpenedModel, dataset: Dataset | Non
         print(f"problems: {len(questions.problems):,}, the first asked as {questions.problems[0].prompt!r}")
     for example in dict.fromkeys(bad):
         print(f"left out: {example}")
-
-
-@contextmanager
-def claimed_evaluation(config: EvalConfig) -> Generator[None]:
-    """Hold the directory for this job alone."""
-    if not is_first():
-        yield
-        return
-    try:
-        handle = trainer.take_lock(config.run_directory)
-    except OSError as error:
-        raise UserError(f"{config.run_directory}: {error.strerror}; mend that, or choose another output_dir") from error
-    try:
-        yield
-    finally:
-        (config.run_directory / trainer.LOCK).unlink(missing_ok=True)
-        os.close(handle)
 
 
 def begin_evaluation(config: EvalConfig, opened: OpenedModel, questions: Questions) -> None:

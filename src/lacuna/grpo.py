@@ -540,7 +540,7 @@ def problems_of_step(inputs: Inputs, config: GrpoConfig, step: int) -> list[tupl
 
 
 def rollout(
-    sampler: Sampler, inputs: Inputs, config: GrpoConfig, step: int, worked: Callable[[], None]
+    sampler: Sampler, inputs: Inputs, config: GrpoConfig, step: int, on_completion: Callable[[Completion], None]
 ) -> tuple[list[list[Sample]], dict[str, Any]]:
     """The groups of a step, each completion with its rewards and advantage, and what is logged of them."""
     asked = problems_of_step(inputs, config, step)
@@ -550,7 +550,7 @@ def rollout(
         Request(problem.token, config.rules, inputs.stop_ids, seed=seed, n=size)
         for (_, problem), seed in zip(asked, seeds, strict=True)
     ]
-    completions = sampler.generate(requests, lambda _: worked())
+    completions = sampler.generate(requests, on_completion)
     pairs = [(asked[completion.request][1], completion.text) for completion in completions]
     values, total, seconds = score_completions(inputs.rewards, pairs, f"step {step}")
     advantage = advantages(total.reshape(-1, size), config.scale_by_std).ravel()
@@ -615,16 +615,9 @@ def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
 
 
 def keep_rollouts(path: Path, last_step: int) -> None:
-    """Drop the samples behind a step, and a line that was not written whole."""
-    lines = rollout_lines(path) if path.is_file() and last_step else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    metrics.write_atomically(path, "".join(kept))
-
-
-def rollout_lines(path: Path) -> list[str]:
-    """The lines of rollouts.jsonl, whose texts may hold what else ends lines in Unicode."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return list(file)
+    """Drop the samples after a step, and a line that was not written whole."""
+    kept = [line for line in metrics.read_json_lines(path) if line["step"] <= last_step] if last_step else []
+    metrics.write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 # The command grpo
@@ -756,7 +749,7 @@ class RolloutSteps:
 
     def facts(self) -> dict[str, Any]:
         """What summary.json holds of rewards."""
-        records = metrics.read_metrics(self.config.run_directory / "metrics.jsonl")
+        records = metrics.read_json_lines(self.config.run_directory / "metrics.jsonl")
         return {
             "best_eval_reward": self.run.best,
             "final_reward": records[-1].get("reward") if records else None,

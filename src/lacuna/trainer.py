@@ -78,7 +78,7 @@ class TrainState(NamedTuple):
     """All that training changes; `skipped` counts the steps in a row that a non-finite gradient left without effect."""
 
     params: PyTree[Float[Array, "..."]]
-    moments: optax.ScaleByAdamState
+    moments: optax.OptState
     step: Int[Array, ""]
     skipped: Int[Array, ""]
 
@@ -632,7 +632,7 @@ class Run:
 
     def write_results(self, facts: dict[str, Any]) -> None:
         directory, command, model = self.config.run_directory, COMMAND_OF[type(self.config)], self.opened.model
-        records = metrics.read_metrics(directory / "metrics.jsonl")
+        records = metrics.read_json_lines(directory / "metrics.jsonl")
         summary = metrics.summarise(records) | {
             "command": command,
             "parameters": parameter_counts(model)["all"],
@@ -687,8 +687,8 @@ def run_training(
     config: RowsConfig,
     prepare_evaluation: Callable[[RowsConfig, OpenedModel], Evaluation] | None = None,
     write_report: Callable[[Path], None] | None = None,
-) -> tuple[Run, TrainState] | None:
-    """The commands pretrain and sft, from config to exported model; the run and the state it ended with, if it ran.
+) -> "tuple[RowSteps, TrainState] | None":
+    """The commands pretrain and sft, from config to exported model; its steps and the state it ended with, if it ran.
 
     Raises:
         UserError: whatever about config, model, data or devices can't be trained with.
@@ -714,7 +714,7 @@ def run_training(
                 rows = RowSteps(config, run, dataset)
                 state = run.train(state, rows.take, evaluation, rows.describe)
                 run.finish(rows.facts())
-        return run, state
+        return rows, state
 
 
 def read_inputs(config: RowsConfig, with_weights: bool) -> tuple[OpenedModel, Dataset]:
@@ -740,6 +740,7 @@ class RowSteps:
         self.loss = RowLoss(config.rematerialisation, has_noise)
         self.programs: dict[int, Any] = {}
         self.ready: tuple[Batch, dict[str, Any]] | None = None
+        self.running: dict[str, Array] = {}
 
     def take(self, state: TrainState) -> Step:
         """Dispatch a step, and prepare the batch of the next one while it runs."""
@@ -749,13 +750,13 @@ class RowSteps:
             static = {"model": self.run.opened.model, "dtype": self.config.compute_dtype, "loss": self.loss}
             name = f"the step for rows of {length} tokens"
             self.programs[length] = self.run.compile(train_step, name, *arguments, **static)
-        state, figures = self.programs[length](*arguments)
+        state, self.running = self.programs[length](*arguments)
         self.ready = self.prepare(record["step"]) if record["step"] < self.run.steps else None
-        return state, record, figures
+        return state, record, self.running
 
     def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
         """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
-        batch = self.dataset.batch(index, self.config.batch_size, self.row_limit)
+        batch, model = self.dataset.batch(index, self.config.batch_size, self.row_limit), self.run.opened.model
         lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment]).astype(np.int64)
         record = {
             "step": index + 1,
@@ -763,7 +764,9 @@ class RowSteps:
             "tokens": int(lengths.sum()),
             "target_tokens": int(batch.weight.sum()),
             "packing_efficiency": float(lengths.sum() / batch.token.size),
-            "flops": metrics.step_flops(self.run.opened.model, lengths),
+            "flops": metrics.step_flops(
+                parameter_counts(model)["matmul"], model.kv_heads * model.group * model.head, model.layers, lengths
+            ),
         }
         split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)
         return put_batch(split, self.run.opened.mesh), record
@@ -771,7 +774,7 @@ class RowSteps:
     def describe(self, step: int) -> str:
         """The rows of a step, for a message."""
         first = (step - 1) * self.config.batch_size
-        text = decode(self.run.opened.tokenizer, self.dataset.batch(first, 1).token[0][:24])
+        text = decode(self.run.opened.tokenizer, self.dataset.batch(first, 1).token[0][:24].tolist())
         return f"its data are rows {first + 1} to {first + self.config.batch_size}, beginning {text!r}"
 
     def facts(self) -> dict[str, Any]:

@@ -31,13 +31,14 @@ from lacuna.config import (
     GPU_PLUGINS,
     GrpoConfig,
     RowsConfig,
+    SftConfig,
     TrainingConfig,
     UserError,
     accumulation_steps,
 )
 from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
-from lacuna.grpo import INTEGERS, RolloutBatch, add_gradient, zeros
+from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, check_sequence_length, parameter_counts
 from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots, fill_cache, forest_of
@@ -248,10 +249,10 @@ def rows_program(config: RowsConfig, model: ModelConfig, mesh: Mesh, state: Trai
              config.sequence_length)  # fmt: skip
     rows = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
     batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in Batch._fields]
-    step = jax.jit(partial(trainer.train_step, model=model, config=config), donate_argnames="state")
-    return compiled(
-        "step", step, state, Batch(*batch), recipe, attention=attention_flops(config, model, config.batch_size)
-    )
+    loss = trainer.RowLoss(config.rematerialisation, isinstance(config, SftConfig) and config.neftune_alpha > 0)
+    arguments = state, Batch(*batch), np.float32(1), recipe, model, config.compute_dtype, loss
+    attention = attention_flops(config, model, config.batch_size)
+    return compiled("step", trainer.train_step, *arguments, attention=attention)
 
 
 def kind_of(name: str) -> Any:
@@ -286,19 +287,13 @@ def grpo_programs(
     prompts = jax.ShapeDtypeStruct((-(-most // shards) * shards, longest), jnp.int32, sharding=rows)
     yield compiled("prefill", fill_cache, params, prompts, model, beside=trained + device_bytes(slots))
     yield compiled("decode", decode_block, params, slots, forest, flags, number, number, model, beside=trained)
-    shape = config.micro_batch_size * shards, config.sequence_length
-    batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=rows) for name in RolloutBatch._fields]
-    compute = jax.eval_shape(lambda leaves: trainer.cast(leaves, model, config.compute_dtype), state.params)
-    compute = jax.tree.map(lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
-                           compute, state.params)  # fmt: skip
-    sums = jax.eval_shape(zeros, state.params)
-    sums = placed(sums[0], jax.tree.map(lambda leaf: leaf.sharding, state.params)), *placed(sums[1:], first)
-    attention, beside = attention_flops(config, model, shape[0]), trained + generating
-    arguments = sums, compute, RolloutBatch(*batch), model, config
-    yield compiled("update", add_gradient, *arguments, beside=beside, attention=attention)
-    step = jax.jit(trainer.apply_gradient, static_argnames="model", donate_argnames="state")
-    beside = generating + device_bytes(compute)
-    yield compiled("optimizer", step, state, sums[1], sums[0], recipe, model, beside=beside)
+    rows_at_once = config.micro_batch_size * shards
+    shape = 2, rows_at_once, config.sequence_length
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
+    batch: Any = [jax.ShapeDtypeStruct(shape, kind_of(name), sharding=sharding) for name in RolloutBatch._fields]
+    attention, beside = attention_flops(config, model, rows_at_once), generating
+    arguments = state, RolloutBatch(*batch), np.float32(1), recipe, model, config.compute_dtype, policy_loss(config)
+    yield compiled("update", trainer.train_step, *arguments, number, beside=beside, attention=attention)
 
 
 # What is told of them

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,6 +24,7 @@ from lacuna.grpo import (
     total_reward,
     update,
 )
+from lacuna.metrics import read_json_lines
 from lacuna.trainer import everywhere, recipe_of, saved_state, starting_state
 
 
@@ -61,8 +63,8 @@ def samples_by_step(path: Path, last_step: int) -> dict[int, list[Sample]]:
     steps: dict[int, list[Sample]] = {}
     for raw in read_json_lines(path):
         if raw["step"] <= last_step:
-            lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
-            steps.setdefault(raw["step"], []).append(Sample(**raw | lists))
+            plain: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+            steps.setdefault(raw["step"], []).append(Sample(**plain))
     if last_step not in steps:
         raise UserError(f"{path} has no step {last_step}; its last is {max(steps, default=0)}")
     return steps
