@@ -62,8 +62,8 @@ def build_in(kind: str, step: int) -> None:
     def is_logged(log: Any, record: dict[str, Any]) -> bool:
         return record["step"] == step
 
-    def is_reached(loop: trainer.RowSteps, *_: Any) -> bool:
-        return loop.step == step
+    def is_reached(rows: trainer.RowSteps, index: int) -> bool:
+        return index == step
 
     match kind:
         case "none":

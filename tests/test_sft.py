@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY, assert_trees_close, chat_run, mesh_of, outcome, records, text_run
 
 from lacuna import checkpoint, cli, trainer
+from lacuna import eval as evaluation
 from lacuna.config import ModelKeys, SamplingKeys, UserError
 from lacuna.data import Batch, Dataset
 from lacuna.metrics import RunLog
@@ -104,15 +105,16 @@ def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)
     page = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
-    usual = getattr(trainer.RowSteps, place)
+    room, name = {"prepare": (trainer.RowSteps, "prepare"), "evaluate": (evaluation, "held_out_loss")}[place]
+    usual = getattr(room, name)
 
-    def interrupted(loop: trainer.RowSteps, *arguments: Any, **named: Any) -> Any:
-        if loop.step == 3:
+    def interrupted(*arguments: Any) -> Any:
+        if name == "held_out_loss" or arguments[1] == 3:
             os.kill(os.getpid(), signal.SIGINT)
             monkeypatch.undo()
-        return usual(loop, *arguments, **named)
+        return usual(*arguments)
 
-    monkeypatch.setattr(trainer.RowSteps, place, interrupted)
+    monkeypatch.setattr(room, name, interrupted)
     cli.run(page)
     (step,) = checkpoint.saved_steps(page.run_directory)
     assert step < 8 and records(page)[-1]["step"] == step and not (page.run_directory / "model").exists()
@@ -183,7 +185,7 @@ def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytes
     def slow(dataset: Dataset, index: int, *arguments: Any) -> Batch:
         """Takes until the step before has ended, which nobody waits for here."""
         if index:
-            step = loops[-1].pending[-1][1]["loss"]
+            step = loops[-1].running["loss"]
             events.append(("begun", index, not step.is_ready()))
             step.block_until_ready()
         return source(dataset, index, *arguments)

@@ -138,7 +138,8 @@ def train_step(
     zero = (*zero[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), facts))
     micro_batches = batch.token.shape[0] if count is None else count
     gradient, value, facts = jax.lax.fori_loop(0, micro_batches, add_micro_batch, zero)
-    gradient, value = jax.tree.map(lambda leaf: leaf / divisor, (gradient, value))
+    value, share = value / divisor, 1 / divisor
+    gradient = jax.tree.map(lambda leaf: leaf * share, gradient)
 
     norm = optax.tree.norm(gradient)
     clip = jnp.minimum(1.0, recipe.clip_norm / norm)
