@@ -263,24 +263,26 @@ def token_weights(kept: Sequence[Sample], config: GrpoConfig) -> Callable[[Sampl
 
 
 class RolloutBatch(NamedTuple):
-    """Packed rows as in `data.Batch`, with `behind` as in `attention`, whose documents have the positions behind those
-    they go on from. `weight` is what a token counts in the loss; `sampled` is the log-probability under the
-    distribution drawn from, `old` and `reference` are those of the policy before this rollout's updates and of the
-    starting policy."""
+    """Packed rows as in `data.Batch`, with `prompt_offset` as in `attention`.
+
+    A completion's positions continue those of its prompt. `weight` is what a token counts in the loss, `sampled` its
+    log-probability under the distribution drawn from; `old` and `reference` are those of the policy before this
+    rollout's updates and of the starting policy.
+    """
 
     token: Int[Array, "*rows token"]
     target: Int[Array, "*rows token"]
     weight: Float[Array, "*rows token"]
     segment: Int[Array, "*rows token"]
     position: Int[Array, "*rows token"]
-    behind: Int[Array, "*rows token"]
+    prompt_offset: Int[Array, "*rows token"]
     advantage: Float[Array, "*rows token"]
     sampled: Float[Array, "*rows token"]
     old: Float[Array, "*rows token"]
     reference: Float[Array, "*rows token"]
 
 
-INTEGERS = ("token", "target", "segment", "position", "behind")
+INTEGERS = ("token", "target", "segment", "position", "prompt_offset")
 
 
 def shares_prompts(model: ModelConfig) -> bool:
@@ -309,7 +311,7 @@ def packed_rows(
 
 
 def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], float]) -> None:
-    """Write a prompt and its samples behind what a row holds; a lone sample is one document with its prompt."""
+    """Write a prompt and its samples after what a row holds; a lone sample is one document with its prompt."""
     *prompt, last = part[0].prompt_tokens
     document, end = int(row.segment.max()) + 1, int(np.count_nonzero(row.segment))
     here = slice(end, end + len(prompt))
@@ -319,7 +321,7 @@ def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], flo
         end, count = here.stop, len(sample.tokens)
         here = slice(end, end + count)
         row.token[here], row.target[here] = (last, *sample.tokens[:-1]), sample.tokens
-        row.segment[here], row.behind[here] = document + number + goes_on, (number + 1) * goes_on
+        row.segment[here], row.prompt_offset[here] = document + number + goes_on, (number + 1) * goes_on
         row.position[here] = len(prompt) + np.arange(count)
         row.weight[here], row.advantage[here] = weight_of(sample), sample.advantage
         row.sampled[here] = sample.sampled_log_probabilities
@@ -376,8 +378,8 @@ class PolicyLoss(NamedTuple):
     def hidden_states(self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig) -> Array:
         """Hidden states whose logits are those over the temperature."""
         x = embed(params, batch.token)
-        behind = batch.behind if shares_prompts(model) else None
-        hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation, behind)
+        offset = batch.prompt_offset if shares_prompts(model) else None
+        hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation, offset)
         return hidden if self.temperature == 1 else hidden / self.temperature
 
     def objective(

@@ -1,6 +1,6 @@
-"""Training: the state, the optimizer step, a run's directory, log and saves, the loop, and the commands pretrain and sft.
+"""Training: the state, the optimizer step, a run's directory and saves, the loop, and the commands pretrain and sft.
 
-`train_step` is the whole optimizer step and `Run.train` the whole loop; grpo uses both with a loss and steps of its own.
+`train_step` is the whole optimizer step and `Run.train` the whole loop; grpo uses both with its own loss and steps.
 """
 
 import fcntl
