@@ -1,6 +1,7 @@
 """Every backend of attention against a plain float64 formula, document by document, and the choice between them."""
 
 import importlib.util
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import mesh_of
-from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lacuna import attention
+from lacuna.attention import fused_attention
 from lacuna.config import ModelKeys, UserError
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -43,7 +44,7 @@ def draw(segment: np.ndarray, kv_heads: int, group: int, head: int, dtype: str) 
 
 
 def formula(segment: np.ndarray, *arrays: jax.Array) -> list[np.ndarray]:
-    """The result and its gradients by query, key and value in float64; each document is worked out by itself."""
+    """The result and its gradients by query, key and value in float64, document by document."""
     query, key, value, gradient = (np.asarray(x.astype(jnp.float32), np.float64) for x in arrays)
     results = [np.zeros_like(x) for x in (query, query, key, value)]
     for row, ids in enumerate(segment):
@@ -87,7 +88,7 @@ def test_xla_is_the_formula(rows: str, kv_heads: int, group: int, head: int, dty
     check(attention.xla_attention, segment, draw(segment, kv_heads, group, head, dtype))
 
 
-def test_documents_that_go_on_from_another_are_as_if_that_stood_before_each() -> None:
+def test_completions_attend_to_their_prompt_as_if_it_preceded_each() -> None:
     """A row of two prompts with completions and a document alone, one of one prompt, and one of padding."""
     lengths = [[70, 90, 33, 140, 20, 5, 15, 60], [9, 200, 190], []]
     distances = [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2], []]
@@ -123,10 +124,19 @@ def test_splash_kernel_interpreted_is_the_formula(rows: str, kv_heads: int, grou
     check(partial(attention.splash_attention, interpret=True), segment, arrays)
 
 
-# cuDNN's kernel runs on its GPUs alone; here it is played by what its interface is documented to do
+# cuDNN's kernel runs only on its GPUs; here a plain function plays it, as its interface is documented
 
 
-def kernel(query: jax.Array, key: jax.Array, value: jax.Array, places: list[jax.Array], scale: float) -> jax.Array:
+@pytest.mark.parametrize("name", [
+    "dot_product_attention", "_dot_product_attention_bwd_p_wrapper", "MaskType.PADDING_CAUSAL", "AttentionLayout.BTNH",
+    "check_compute_capability", "is_cuda_compute_capability_equal",
+])  # fmt: skip
+def test_jax_still_has_the_private_name(name: str) -> None:
+    """What `attention` and `plan` use of jax._src.cudnn.fused_attention_stablehlo."""
+    assert operator.attrgetter(name)(fused_attention)
+
+
+def kernel(query: jax.Array, key: jax.Array, value: jax.Array, places: Any, scale: float) -> jax.Array:
     """Causal attention of each document that the places name; nan where they name none."""
     lengths, kv_lengths, offsets, kv_offsets = places
     token = jnp.arange(query.shape[1])
@@ -144,12 +154,11 @@ def kernel(query: jax.Array, key: jax.Array, value: jax.Array, places: list[jax.
 
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list of what was asked of the kernel."""
+    """The calls of the kernel."""
     calls = []
 
-    def forward(query: Any, key: Any, value: Any, **named: Any) -> Any:
+    def forward(query: Any, key: Any, value: Any, bias: None, mask: None, *places: Any, **named: Any) -> Any:
         assert query.shape == key.shape == value.shape and named["mask_type"].name == "PADDING_CAUSAL"
-        places = [named[name] for name in ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")]
         statistics = jnp.zeros((query.shape[0] * places[0].shape[1], query.shape[2], query.shape[1]))
         calls.append("forward")
         return kernel(query, key, value, places, named["scale"]), statistics
@@ -168,27 +177,27 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("rows", ["ragged", "short"])
-def test_cudnn_is_told_of_every_document(rows: str, cudnn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_gets_every_document(rows: str, cudnn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "xla_attention", lambda query, key, value, segment: query * jnp.nan)
     segment = segments(*ROWS[rows])
     check(attention.cudnn_attention, segment, draw(segment, 2, 3, 16, "float32"))
     assert set(cudnn) == {"forward", "backward"}
 
 
-def test_more_documents_than_cudnn_has_room_for_go_to_xla(cudnn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xla_takes_over_where_cudnn_has_no_room(cudnn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MOST_DOCUMENTS", 3)
     segment = segments(40, [[20, 20], [5, 10, 15]])  # and ten of padding are a fourth
     check(attention.cudnn_attention, segment, draw(segment, 1, 2, 8, "float32"))
 
 
-def test_places_of_documents() -> None:
+def test_document_bounds_are_lengths_and_first_tokens() -> None:
     segment = jnp.array([[1, 1, 2, 0, 0], [1, 2, 3, 4, 5]])
-    lengths, offsets = attention.places_of_documents(segment, 5)
+    lengths, offsets = attention.document_bounds(segment, 5)
     assert lengths.tolist() == [[2, 1, 2, -1, -1], [1, 1, 1, 1, 1]]
     assert offsets.tolist() == [[0, 2, 3, -1, -1, -1], [0, 1, 2, 3, 4, -1]]
 
 
-# What is never made, and what is passed over
+# What is never computed
 
 
 def test_no_score_array_of_a_whole_row_exists() -> None:
@@ -201,8 +210,8 @@ def test_no_score_array_of_a_whole_row_exists() -> None:
     assert memory.temp_size_in_bytes < length * length
 
 
-def test_blocks_of_other_documents_are_passed_over() -> None:
-    """What is passed over can't do harm, not even by a nan; what is masked would."""
+def test_blocks_of_other_documents_are_skipped() -> None:
+    """A nan in a skipped block does no harm; in a masked one it would."""
     segment = segments(512, [[256, 256]])
     query, key, value, gradient = draw(segment, 1, 1, 8, "float32")
     key = key.at[:, :256].set(jnp.nan)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -26,6 +25,7 @@ from jaxtyping import PyTree
 from lacuna import checkpoint, trainer
 from lacuna.apps.configs import PlanKeys
 from lacuna.apps.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
+from lacuna.attention import fused_attention
 from lacuna.config import (
     DEVICE_MEMORY_SHARE,
     GPU_PLUGINS,
