@@ -318,8 +318,8 @@ def test_a_later_run_fetches_what_was_broken_off_and_what_is_now_allowed(first: 
 def test_offline_the_cache_is_enough(first: Fetched, nowhere: str) -> None:
     kept = ("model acme/tiny", "tokenizer acme/bare", "data acme/chats test")
     lost = {
-        "model acme/bare": "error: model_name 'acme/bare': no such directory, not whole in the hub's cache, and ",
-        "model acme/new": "error: model_name 'acme/new': no such directory, not whole in the hub's cache, and ",
+        "model acme/bare": "error: model_name 'acme/bare': no such directory, not complete in the hub's cache, and ",
+        "model acme/new": "error: model_name 'acme/new': no such directory, not complete in the hub's cache, and ",
         "data acme/new train": "error: data path 'acme/new': no such file, and on the hub: Couldn't reach ",
     }
     found = fetch(nowhere, first.home, *kept, *lost, HF_HUB_OFFLINE="1").answers

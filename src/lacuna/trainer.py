@@ -13,7 +13,7 @@ import socket
 import time
 import tomllib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -655,9 +655,8 @@ class Run:
         else:
             template = self.config.chat_template if isinstance(self.config, SftConfig | GrpoConfig) else ""
             assert self.saver.newest
-            with ExitStack() as stack:
-                params = checkpoint.saved_params(self.saver.newest, model, stack)
-                checkpoint.save_model(directory / "model", params, model, self.opened.source, template)
+            params = checkpoint.saved_params(self.saver.newest, model)
+            checkpoint.save_model(directory / "model", params, model, self.opened.source, template)
             self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
         if self.write_report:
             self.log.info(f"report: {directory / 'report.html'}")
