@@ -33,7 +33,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))  # thousands, read slowly
 
 
-def page_of(shelf: Path, output_dir: Path, **changes: Any) -> EvalConfig:
+def config_of(shelf: Path, output_dir: Path, **changes: Any) -> EvalConfig:
     settings: dict[str, Any] = {
         "model_name": str(shelf / "weights" / "stories260k"), "output_dir": str(output_dir), "run_name": "eval",
         "tasks": TASKS, "task_path": str(REFERENCE / "harness"), "capacity": 512, "slots": 8, "batch_size": 2,
@@ -53,7 +53,7 @@ def measured(config: EvalConfig) -> dict[str, Any]:
 def test_tasks_have_the_figures_of_the_harness_on_transformers(shelf: Path, tmp_path: Path, way: str) -> None:
     expected = json.loads((REFERENCE / "harness" / "expected.json").read_text())[way]
     template = {"harness_chat": True, "chat_template": "configs/chat_template.jinja"} if way == "chat" else {}
-    config = page_of(shelf, tmp_path, **template)
+    config = config_of(shelf, tmp_path, **template)
     found = measured(config)
     for task in TASKS:
         for name, value in expected[task]["figures"].items():
@@ -69,8 +69,8 @@ def test_tasks_have_the_figures_of_the_harness_on_transformers(shelf: Path, tmp_
 
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore")
-def test_a_killed_harness_goes_on(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, add = page_of(shelf, tmp_path, tasks=("tiny_choices",)), Predictions.add
+def test_a_killed_harness_resumes(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, add = config_of(shelf, tmp_path, tasks=("tiny_choices",)), Predictions.add
 
     def killed(self: Predictions, *line: Any) -> None:
         if len(self.lines) == 6:
@@ -90,6 +90,6 @@ def test_a_killed_harness_goes_on(shelf: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_refused_by_name(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tiny_choice is none of loss.*did you mean tiny_choices"):
-        cli.run(page_of(shelf, tmp_path, tasks=("tiny_choice",)))
+        cli.run(config_of(shelf, tmp_path, tasks=("tiny_choice",)))
     with pytest.raises(UserError, match="task_path = 'nowhere' is no directory"):
-        cli.run(page_of(shelf, tmp_path, task_path="nowhere"))
+        cli.run(config_of(shelf, tmp_path, task_path="nowhere"))

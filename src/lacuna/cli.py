@@ -341,28 +341,37 @@ def run(config: Keys) -> Any:
     if isinstance(config, EvalConfig):
         from lacuna.eval import run_eval
 
-        return run_eval(config)
+        return run_eval(config, harness_of(config))
     assert isinstance(config, TrainingConfig)
-    tasks = evaluation_tasks(config)
-    from lacuna.apps.report import write_report
-
     if isinstance(config, GrpoConfig) and config.replay:
         from lacuna.apps.replay import replay
 
         return replay(config, parse(GrpoConfig, ["@", f"{config.replay}/config.toml"], "grpo"))
+    prepare = tasks_of(config)
+    from lacuna.apps.report import write_report
+
     if isinstance(config, GrpoConfig):
         from lacuna.grpo import run_grpo
 
-        return run_grpo(config, tasks, write_report)
+        return run_grpo(config, prepare, write_report)
     assert isinstance(config, RowsConfig)
     from lacuna.eval import evaluation_of_rows
     from lacuna.trainer import run_training
 
-    return run_training(config, partial(evaluation_of_rows, tasks), write_report)
+    return run_training(config, partial(evaluation_of_rows, prepare), write_report)
 
 
-def evaluation_tasks(config: TrainingConfig) -> EvalConfig | None:
-    """The config of eval in eval_config, as it is when the run begins."""
+def harness_of(config: EvalConfig) -> Any:
+    """What runs the tasks of lm-evaluation-harness, where the config has any; its library is an extra."""
+    if not config.harness_tasks:
+        return None
+    from lacuna.apps.harness import load_tasks
+
+    return load_tasks(config)
+
+
+def tasks_of(config: TrainingConfig) -> Any:
+    """What prepares the tasks of eval_config, as that file is when the run begins, for a model that was opened."""
     if not config.eval_config:
         return None
     tasks = parse(EvalConfig, ["@", config.eval_config, "--model-name", config.model_name], "eval")
@@ -371,7 +380,9 @@ def evaluation_tasks(config: TrainingConfig) -> EvalConfig | None:
             f"{config.eval_config}: tasks has loss, which a run measures on [[eval_data]]; take it out, or give "
             'tasks, as in tasks = ["generate"]'
         )
-    return tasks
+    from lacuna.eval import prepare_tasks
+
+    return partial(prepare_tasks, tasks, harness_of(tasks))
 
 
 def page_to_plan(arguments: list[str]) -> tuple[type[TrainingConfig], list[str], str]:

@@ -1,14 +1,13 @@
-"""Evaluation: held-out loss, likelihoods, generated answers and their comparison, and the command eval."""
+"""Evaluation: held-out loss, problems answered by generated text or by choice, and the command eval."""
 
 import hashlib
 import json
 import math
-import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,21 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, track
+from jaxtyping import Array, Bool, Float, PyTree
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from lacuna import checkpoint, metrics, trainer
 from lacuna.checkpoint import OpenedModel
-from lacuna.config import (
-    DataSource,
-    EvalConfig,
-    ProblemKeys,
-    RowsConfig,
-    SamplingKeys,
-    SftConfig,
-    UserError,
-    to_toml,
-)
+from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError, to_toml
 from lacuna.data import (
     Batch,
     Dataset,
@@ -71,200 +61,173 @@ from lacuna.sampler import Completion, Request, Sampler, generation_defaults, po
 from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
 from lacuna.trainer import Evaluation
 
-SAMPLE_SLOTS = 8
+Report = Callable[[int, int], None]  # called with how much is done, and of how much
+Key = tuple[str, int | str, int]  # task, row and sample
+Line = dict[str, Any]
+Figures = dict[str, Any]
+
+# Held-out loss and likelihoods
+
+
+class Scores(NamedTuple):
+    """Over the targets of a batch: summed loss (nats) and how many were the likeliest token; and of each row, its
+    summed loss and whether all of its targets were the likeliest token."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+    row_loss: Float[Array, " row"]
+    row_is_greedy: Bool[Array, " row"]
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))
-def held_out_sums(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str) -> dict[str, Array]:
-    """Sums over the targets of a batch [1, row, token]: loss, likeliest-token hits, and targets."""
+def score(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str) -> Scores:
+    """The scores of a batch [1, row, token]."""
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
     compute = cast(params, model, dtype)
     hidden = forward(compute, embed(compute, batch.token), batch.segment, batch.position, model)
     found = token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size)
-    return {"loss": jnp.sum(found.loss * batch.weight), "correct": jnp.sum(found.is_correct * batch.weight)}
+    loss, correct = found.loss * batch.weight, found.is_correct * batch.weight
+    is_greedy = jnp.all(found.is_correct | (batch.weight == 0), axis=-1)
+    scores = Scores(jnp.sum(loss), jnp.sum(correct), jnp.sum(loss, axis=-1), is_greedy)
+    return jax.lax.with_sharding_constraint(scores, PartitionSpec())
 
 
 def held_out_loss(
-    params: PyTree[Array],
-    dataset: Dataset,
-    batch_size: int,
-    opened: OpenedModel,
-    dtype: str,
-    progress: Callable[[range], Iterable[int]] = iter,
-) -> dict[str, float]:
-    """Mean loss (nats), share of targets that were the likeliest token, and count over all targets of a data set."""
-    row_count = dataset.rows.row_count(1)
-    loss, correct, targets = 0.0, 0.0, 0
-    for index in progress(range(-(-row_count // batch_size))):
-        batch = dataset.batch(index, batch_size, row_count)
+    params: PyTree[Array], dataset: Dataset, batch_size: int, opened: OpenedModel, dtype: str, report: Report
+) -> Figures:
+    """Mean loss (nats), share of targets that were the likeliest token, and count over all targets of a data set, of
+    which each device gets `batch_size` rows at a time."""
+    rows, row_count = batch_size * row_shards(opened.mesh), dataset.rows.row_count(1)
+    loss, correct, targets, batches = 0.0, 0.0, 0, math.ceil(row_count / rows)
+    for index in range(batches):
+        batch = dataset.batch(index, rows, row_count)
         placed = put_batch(jax.tree.map(lambda leaf: leaf[None], batch), opened.mesh)
-        sums = held_out_sums(params, placed, opened.model, dtype)
-        loss, correct = loss + float(sums["loss"]), correct + float(sums["correct"])
+        scores = score(params, placed, opened.model, dtype)
+        loss, correct = loss + float(scores.loss), correct + float(scores.correct)
         targets += int(batch.weight.sum())
+        report(index + 1, batches)
     return {"eval_loss": loss / targets, "eval_accuracy": correct / targets, "target_tokens": targets}
 
 
-def sample_requests(config: RowsConfig, opened: OpenedModel) -> list[Request]:
-    """The page's sample prompts as the sampler takes them: sft asks by the chat template, pretrain gives plain text."""
-    _, model, tokenizer, _, _ = opened
-    rules = SamplingKeys(temperature=0.0, max_tokens=config.sample_tokens)
-    _, stop_ids = generation_defaults(tokenizer.directory, tokenizer)
-    requests = []
-    for prompt in config.sample_prompts:
-        chat = [{"role": "user", "content": prompt}]
-        try:
-            text = (
-                render(tokenizer, chat, None, add_generation_prompt=True) if isinstance(config, SftConfig) else prompt
-            )
-        except ValueError as error:
-            raise UserError(f"sample_prompts: {prompt!r}: {error}") from error
-        token = encode(tokenizer, text, add_special_tokens=not isinstance(config, SftConfig))
-        check_sequence_length(model, len(token) + config.sample_tokens)
-        requests.append(Request(tuple(token.tolist()), rules, stop_ids))
-    return requests
+LEAST_LENGTH = 32  # of the rows that are scored, whose lengths are powers of two
 
 
-def sampled_texts(config: RowsConfig, params: PyTree[Array], opened: OpenedModel) -> dict[str, str]:
-    """Greedy answers (sft) or continuations (pretrain) of `sample_prompts`."""
-    requests = sample_requests(config, opened)
-    shards, capacity = row_shards(opened.mesh), max(len(request.prompt) for request in requests) + config.sample_tokens
-    slots = -(-min(len(requests), SAMPLE_SLOTS) // shards) * shards
-    sampler = Sampler(params, opened, slots, capacity, config.compute_dtype)
-    completions = sampler.generate(requests)
-    return dict(zip(config.sample_prompts, (completion.text for completion in completions), strict=True))
+class Scored(NamedTuple):
+    """Log-likelihood of a continuation in nats, and whether greedy decoding would have written it."""
+
+    log_likelihood: float
+    is_greedy: bool
 
 
-def evaluation_of_rows(tasks: EvalConfig | None, config: RowsConfig, opened: OpenedModel) -> Evaluation:
-    """What pretrain and sft measure while they train: held-out loss, samples, and the tasks of eval_config.
+def log_likelihoods(
+    tasks: "Tasks", params: PyTree[Array], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Iterator[tuple[int, Scored]]:
+    """Place and score of each (context, continuation), longest first. A context loses its left end where both together
+    have more tokens to read than there is room for."""
+    config, (_, model, _, mesh, _), longest = tasks.config, tasks.opened, tasks.capacity
+    rows = config.batch_size * row_shards(mesh)
+    order = sorted(range(len(pairs)), key=lambda place: -sum(map(len, pairs[place])))
+    for begin in range(0, len(order), rows):
+        places = order[begin : begin + rows]
+        whole = [(*pairs[place][0], *pairs[place][1])[-longest - 1 :] for place in places]
+        length = min(max(power_of_two(max(map(len, whole)) - 1), LEAST_LENGTH), longest)
+        token, target = np.zeros((2, 1, rows, length), np.int32)
+        weight, segment = np.zeros(token.shape, np.float32), np.ones_like(token)
+        for row, (place, ids) in enumerate(zip(places, whole, strict=True)):
+            end = len(ids) - 1
+            token[0, row, :end], target[0, row, :end] = ids[:-1], ids[1:]
+            weight[0, row, max(end - len(pairs[place][1]), 0) : end] = 1
+        position = np.broadcast_to(np.arange(length, dtype=np.int32), token.shape)
+        batch: Any = token, target, weight, segment, position
+        scores = jax.device_get(score(params, put_batch(Batch(*batch), mesh), model, config.compute_dtype))
+        for row, place in enumerate(places):
+            yield place, Scored(-float(scores.row_loss[row]), bool(scores.row_is_greedy[row]))
 
-    Raises:
-        UserError: what can't be asked.
-    """
-    held_out, lines, digest = None, list[str](), ""
-    if config.eval_data:
-        held_out = load_dataset(config.eval_data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
-        lines.append(f"held-out data: {describe(held_out.facts)}")
-        for documents in held_out.documents:
-            lines += [f"left out: {example}" for example in documents.facts["bad_examples"]]
-        digest = repr([documents.facts["digest"] for documents in held_out.documents])
-    sample_requests(config, opened)
-    if tasks:
-        read_questions(tasks, opened)
 
-    def measure_params(params: PyTree[Array], watchdog: Watchdog) -> dict[str, Any]:
-        def reported(batches: range) -> Iterator[int]:
-            for index in batches:
-                yield index
-                watchdog.report_progress()
-
-        figures: dict[str, Any] = {}
-        if config.sample_prompts:
-            figures["samples"] = sampled_texts(config, params, opened)
-        if tasks:
-            watchdog.pause()
-            figures |= measure_in_training(tasks, Subject(opened, params))
-        watchdog.pause()
-        if held_out:
-            rows = config.micro_batch_size * row_shards(opened.mesh)
-            result = held_out_loss(params, held_out, rows, opened, config.compute_dtype, reported)
-            figures |= {key: result[key] for key in ("eval_loss", "eval_accuracy")}
-        return figures
-
-    return Evaluation(lines, digest, measure_params)
+# Problems
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row: where it is from, the text and tokens asked, the reference answer, and the row itself; `stated` is the
-    answer as the row has it, which may be a number."""
+    """A row to ask: its origin, the text and tokens of its prompt, its reference answer, the row itself, and the texts
+    to choose from with the place of the right one, where there is a choice."""
 
     origin: str
     prompt: str
     token: tuple[int, ...]
     answer: str
     row: dict[str, Any] = field(repr=False)
-    stated: Any = field(default=None, repr=False)
+    choices: tuple[str, ...] = ()
+    right: int = -1
 
 
-@dataclass(frozen=True)
-class Problems:
-    """All problems, source by source; `counts` and `digests` go by source, `bad` tells of rows left out."""
+class Problems(NamedTuple):
+    """The problems of all sources, how many and with which digest by source, and why rows were left out."""
 
-    problems: tuple[Problem, ...]
-    counts: tuple[int, ...]
-    digests: tuple[str, ...]
-    bad: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+    counts: tuple[int, ...] = ()
+    digests: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
 
 def read_problems(
     sources: Sequence[DataSource],
-    config: ProblemKeys,
+    config: GrpoConfig | EvalConfig,
     tokenizer: Tokenizer,
     longest: int,
-    skips_bad: bool,
-    wants_answers: bool,
+    needs_answers: bool = True,
 ) -> Problems:
-    """The problems of all sources: of a chat, what stands before its last answer is the prompt; else the columns of
-    prompt and completion. One of more than `longest` tokens is bad, and one without an answer where they are wanted.
+    """The problems of all sources. A row is bad if its prompt has more than `longest` tokens, or if it lacks the answer
+    or the choices that are needed.
 
     Raises:
-        UserError: unreadable data, a bad row unless they are skipped, or nothing left.
+        UserError: unreadable data, a bad row unless the config skips them, or nothing left.
     """
+
+    def problem_of(source: DataSource, origin: str, row: dict[str, Any]) -> Problem:
+        messages, answer = question_and_answer(row, source, config.prompt_template)
+        if answer is None and needs_answers:
+            raise ValueError(f"no reference answer; set completion_column to its column ({', '.join(row)})")
+        if config.system_prompt:
+            messages = [{"role": "system", "content": config.system_prompt}, *messages]
+        has_template = tokenizer.template is not None
+        if has_template:
+            text = render(tokenizer, messages, row.get(source.tools_column) or None, add_generation_prompt=True)
+        else:
+            text = "\n\n".join(str(message["content"]) for message in messages)
+        token = tuple(encode(tokenizer, text, add_special_tokens=not has_template).tolist())
+        if len(token) > longest:
+            raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
+        has_choices = isinstance(config, EvalConfig) and "choices" in config.tasks
+        choices = choices_of(row, answer, config) if has_choices else ()
+        if answer is None:
+            return Problem(origin, text, token, "", row, *choices)
+        return Problem(origin, text, token, str(answer), row | {"answer": str(answer)}, *choices)
+
     problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:
         rows = list(read_rows(source))
         bounds = local_bounds(source.split) if local_files(source.path) else ("", "")
         rows = rows[slice(*(bound(text, len(rows)) for text in bounds))]
-
-        def use(origin: str, row: dict[str, Any], source: DataSource = source) -> Problem:
-            return problem_of(origin, row, source, config, tokenizer, longest, wants_answers)
-
-        found = list(usable(rows, use, skips_bad, bad))
+        found = list(usable(rows, partial(problem_of, source), config.on_bad_data == "skip", bad))
         if not found:
             raise UserError(f"{source.path}, {source.split}: no problem to ask ({'; '.join(bad[:1]) or 'no rows'})")
-        asked = json.dumps([(problem.token, problem.answer) for problem in found])
-        digests.append(hashlib.sha256(asked.encode()).hexdigest())
+        asked = [(each.token, each.answer, *([each.choices, each.right] if each.choices else [])) for each in found]
+        digests.append(hashlib.sha256(json.dumps(asked).encode()).hexdigest())
         counts.append(len(found))
         problems += found
     return Problems(tuple(problems), tuple(counts), tuple(digests), tuple(bad))
 
 
-def problem_of(
-    origin: str,
-    row: dict[str, Any],
-    source: DataSource,
-    config: ProblemKeys,
-    tokenizer: Tokenizer,
-    longest: int,
-    wants_answers: bool,
-) -> Problem:
-    """The problem in a row. Raises ValueError with the reason where there is none."""
-    messages, answer = asked(row, source, config.prompt_template)
-    if answer is None and wants_answers:
-        raise ValueError(f"no reference answer; set completion_column to its column ({', '.join(row)})")
-    if config.system_prompt:
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    has_template = tokenizer.template is not None
-    if has_template:
-        text = render(tokenizer, messages, row.get(source.tools_column) or None, add_generation_prompt=True)
-    else:
-        text = "\n\n".join(str(message["content"]) for message in messages)
-    token = tuple(encode(tokenizer, text, add_special_tokens=not has_template).tolist())
-    if len(token) > longest:
-        raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
-    told = {} if answer is None else {"answer": answer}
-    return Problem(origin, text, token, answer or "", row | told, row.get(source.completion_column, answer))
-
-
-def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], str | None]:
-    """The messages before the answer, the last of them in the template, and the reference answer, if there is one."""
+def question_and_answer(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], Any]:
+    """The messages before the answer, the last of them in the template, and the reference answer as the row has it."""
     messages, prompt = row.get(source.messages_column), row.get(source.prompt_column)
     answer = row.get(source.completion_column)
     if messages is None and prompt is not None:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if not isinstance(messages, list) or not messages:
         raise ValueError(
-            f"no problem in the columns {', '.join(row) or '(none)'}: wanted are {source.messages_column}, or "
+            f"no problem in the columns {', '.join(row) or '(none)'}: {source.messages_column} is wanted, or "
             f"{source.prompt_column} with {source.completion_column}; set prompt_column and the like"
         )
     for number, message in enumerate(messages, 1):
@@ -274,12 +237,34 @@ def asked(row: dict[str, Any], source: DataSource, prompt_template: str) -> tupl
         answer = last["content"]
     *before, question = messages
     content = checked_text(question["content"], "content")
-    asked = [*before, question | {"content": prompt_template.replace("{prompt}", content)}]
-    return asked, None if answer is None else str(answer)
+    return [*before, question | {"content": prompt_template.replace("{prompt}", content)}], answer
 
+
+def choices_of(row: dict[str, Any], answer: Any, config: EvalConfig) -> tuple[tuple[str, ...], int]:
+    """What a row lets one choose from, and the place of the right text, which its answer names by text, label or number
+    from 0."""
+    given, names = row.get(config.choices_column, config.labels), ()
+    if isinstance(given, dict):  # texts and their labels, as in ARC
+        given, names = given.get("text"), given.get("label") or ()
+    is_list = isinstance(given, list | tuple)
+    if not is_list or len(given) < 2 or not all(isinstance(each, str) and each for each in given):
+        raise ValueError(
+            f"no two texts to choose from in the column {config.choices_column}; set choices_column or labels"
+        )
+    if isinstance(answer, str) and answer in given:
+        right = list(given).index(answer)
+    elif answer in names:
+        right = list(names).index(answer)
+    else:
+        right = int(answer) if isinstance(answer, int) or str(answer).isdecimal() else -1
+    if not 0 <= right < len(given):
+        raise ValueError(f"the answer {answer!r} is none of its {len(given)} choices, nor the number of one")
+    return tuple(given), right
+
+
+# Final answers
 
 SEEN = 20_000  # characters at the end of a text in which its answer is looked for
-MOST_DIGITS = 60
 SIGN = r"####|\\boxed\s{0,4}\{|\\fbox\s{0,4}\{|<answer>"
 FORMAL_MARK = re.compile(SIGN, re.IGNORECASE)
 MARK = re.compile(rf"{SIGN}|\b(?:final\s{{1,4}})?answer\s{{0,4}}(?:is|:|=)", re.IGNORECASE)
@@ -369,82 +354,109 @@ def plain_words(answer: str) -> str:
     return " ".join(NOT_CONTENT.sub(" ", answer[-SEEN:]).split()).strip(" .,:;!?\"'()[]").casefold()
 
 
-LEAST_LENGTH = 32
-Ids = Sequence[int]
+# Tasks
 
 
-class Scored(NamedTuple):
-    """Log-likelihood of a continuation in nats, and whether greedy decoding would have written it."""
+class Predictions:
+    """Answers by task, row and sample. Each is appended to a file, if there is one, as soon as it is known; those of an
+    earlier start are read from it."""
 
-    log_likelihood: float
-    is_greedy: bool
+    def __init__(self, path: Path | None = None, report: Report = lambda done, total: None) -> None:
+        earlier = metrics.read_json_lines(path) if path else []
+        self.lines: dict[Key, Line] = {(line["task"], line["row"], line["sample"]): line for line in earlier}
+        self.path, self.report = path if is_first() else None, report
+        self.done = self.total = 0
+        if self.path and self.path.exists():
+            with self.path.open("rb+") as file:  # a line cut short by a kill ends here
+                file.truncate(file.read().rfind(b"\n") + 1)
 
+    def missing(self, keys: Sequence[Key]) -> list[int]:
+        """Places of the keys that have no answer yet; from now on progress is reported over all of these keys."""
+        places = [place for place, key in enumerate(keys) if key not in self.lines]
+        self.done, self.total = len(keys) - len(places), len(keys)
+        self.report(self.done, self.total)
+        return places
 
-@partial(jax.jit, static_argnames=("model", "dtype"))
-def score(
-    params: PyTree[Array],
-    token: Int[Array, "1 row token"],
-    target: Int[Array, "1 row token"],
-    is_scored: Bool[Array, "1 row token"],
-    model: ModelConfig,
-    dtype: str,
-) -> tuple[Float[Array, " row"], Bool[Array, " row"]]:
-    """Summed float32 log-probabilities of each row's scored targets, and whether all were the likeliest token."""
-    token, target, is_scored = token[0], target[0], is_scored[0]
-    compute = cast(params, model, dtype)
-    position = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)
-    hidden = forward(compute, embed(compute, token), jnp.ones_like(token), position, model)
-    found = token_statistics(hidden, head_of(compute, model), target, model.vocabulary_size)
-    sums = -jnp.sum(jnp.where(is_scored, found[0], 0), axis=-1), jnp.all(found[1] | ~is_scored, axis=-1)
-    return jax.lax.with_sharding_constraint(sums, PartitionSpec())
-
-
-def log_likelihoods(
-    params: PyTree[Array],
-    pairs: Sequence[tuple[Ids, Ids]],
-    opened: OpenedModel,
-    dtype: str,
-    batch_size: int,
-    longest: int,
-) -> Iterator[tuple[int, Scored]]:
-    """Place and score of each (context, continuation), longest first, `batch_size` a device at a time. A context loses
-    its left end where both together have more than `longest` tokens to read."""
-    rows, mesh = batch_size * row_shards(opened.mesh), opened.mesh
-    order = sorted(range(len(pairs)), key=lambda place: -sum(map(len, pairs[place])))
-    for begin in range(0, len(order), rows):
-        places = order[begin : begin + rows]
-        whole = [(*pairs[place][0], *pairs[place][1])[-longest - 1 :] for place in places]
-        length = min(max(power_of_two(max(map(len, whole)) - 1), LEAST_LENGTH), longest)
-        token, target = np.zeros((2, 1, rows, length), np.int32)
-        is_scored = np.zeros((1, rows, length), bool)
-        for row, (place, ids) in enumerate(zip(places, whole, strict=True)):
-            end = len(ids) - 1
-            token[0, row, :end], target[0, row, :end] = ids[:-1], ids[1:]
-            is_scored[0, row, max(end - len(pairs[place][1]), 0) : end] = True
-        with jax.set_mesh(mesh):
-            found = jax.device_get(score(params, *put_batch((token, target, is_scored), mesh), opened.model, dtype))
-        for place, log_likelihood, is_greedy in zip(places, *(values[: len(places)] for values in found), strict=True):
-            yield place, Scored(float(log_likelihood), bool(is_greedy))
+    def add(self, key: Key, content: Line) -> None:
+        """Keep an answer, unless there is one. Raises UserError where it can't be written."""
+        if key in self.lines:
+            return
+        self.lines[key] = dict(zip(("task", "row", "sample"), key, strict=True)) | content
+        if self.path:
+            try:
+                with self.path.open("ab", buffering=0) as file:
+                    text = json.dumps(self.lines[key], ensure_ascii=False) + "\n"
+                    file.write(text.encode("utf-8", "surrogatepass"))
+            except OSError as error:
+                raise UserError(f"{self.path}: {error.strerror}; fix that, and the same command resumes") from error
+        self.done += 1
+        self.report(self.done, self.total)
 
 
-Line = dict[str, Any]
-Figures = dict[str, Any]
-Tick = Callable[[int, int], None]
+RunHarness = Callable[["Tasks", PyTree[Array], Predictions], dict[str, Figures]]
 
 
-class Subject(NamedTuple):
-    """A model under test, on its devices."""
+class Tasks(NamedTuple):
+    """The tasks of a config with the problems that they ask, for any weights of a model; `run_harness` runs those of
+    lm-evaluation-harness, if the config has any."""
 
+    config: EvalConfig
     opened: OpenedModel
-    params: PyTree[Array]
+    problems: Problems
+    run_harness: RunHarness | None
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.opened.model.capacity(self.config.capacity)
 
 
-def sampler_for(config: EvalConfig, subject: Subject, wanted: int) -> Sampler:
-    """A sampler with no more slots than are wanted."""
-    shards = row_shards(subject.opened.mesh)
-    slots = -(-min(config.slots, wanted) // shards) * shards
-    capacity = subject.opened.model.capacity(config.capacity)
-    return Sampler(subject.params, subject.opened, slots, capacity, config.compute_dtype)
+def prepare_tasks(config: EvalConfig, run_harness: RunHarness | None, opened: OpenedModel) -> Tasks:
+    """The tasks of a config, ready to run.
+
+    Raises:
+        UserError: problems that can't be asked.
+    """
+    problems = Problems()
+    if {"generate", "choices"} & set(config.tasks):
+        longest = opened.model.capacity(config.capacity) - 1
+        problems = read_problems(config.data, config, opened.tokenizer, longest)
+    return Tasks(config, opened, problems, run_harness)
+
+
+def run_tasks(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> dict[str, Figures]:
+    """The figures of each task but the loss.
+
+    Raises:
+        UserError: a task that can't be run.
+    """
+    figures: dict[str, Figures] = {}
+    for task in dict.fromkeys(tasks.config.tasks):
+        if task == "generate":
+            figures[task] = generate(tasks, params, predictions)
+        elif task == "choices":
+            figures[task] = choose(tasks, params, predictions)
+    return figures | (tasks.run_harness(tasks, params, predictions) if tasks.run_harness else {})
+
+
+def measure_in_training(tasks: Tasks, params: PyTree[Array]) -> dict[str, float]:
+    """The figures of a run's weights at this step, by the keys of its log: eval/<task>/<figure>."""
+    return {
+        f"eval/{task}/{name}": value
+        for task, figures in run_tasks(tasks, params, Predictions()).items()
+        for name, value in figures.items()
+        if isinstance(value, float)
+    }
+
+
+def complete(
+    tasks: Tasks, params: PyTree[Array], requests: Sequence[Request], keep: Callable[[Completion], None]
+) -> None:
+    """Generate what is requested, in no more slots than that takes; `keep` gets each completion as it ends."""
+    if requests:
+        config, shards = tasks.config, row_shards(tasks.opened.mesh)
+        slots = math.ceil(min(config.slots, sum(request.n for request in requests)) / shards) * shards
+        Sampler(params, tasks.opened, slots, tasks.capacity, config.compute_dtype).generate(requests, keep)
 
 
 def seed_of(seed: int, name: Any) -> int:
@@ -452,198 +464,36 @@ def seed_of(seed: int, name: Any) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
 
 
-class Predictions:
-    """Answers by task, row and sample, each a line of a file once it is there; those of an earlier start go before."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path if is_first() else None
-        kept = kept_lines(path) if path else []
-        self.lines = {(line["task"], line["row"], line["sample"]): line for line in kept}
-
-    def digest(self) -> str:
-        """A hash of what is known."""
-        return hashlib.sha256(repr(sorted(self.lines, key=repr)).encode()).hexdigest()
-
-    def add(self, task: str, row: Any, sample: int, content: Line) -> None:
-        """Keep an answer. Raises UserError where it can't be written."""
-        if (task, row, sample) in self.lines:
-            return
-        line = {"task": task, "row": row, "sample": sample} | content
-        self.lines[task, row, sample] = line
-        if self.path:
-            try:
-                with self.path.open("ab", buffering=0) as file:
-                    file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-            except OSError as error:
-                raise UserError(f"{self.path}: {error.strerror}; mend that, and the same command goes on") from error
-
-    def of(self, task: str) -> list[Line]:
-        """The lines of a task in the order of rows and samples."""
-        found = [line for (name, _, _), line in self.lines.items() if name == task]
-        return sorted(found, key=lambda line: (line["row"], line["sample"]))
-
-
-def kept_lines(path: Path) -> list[Line]:
-    """The whole lines of a file of predictions, from which a half-written last one is cut off.
-
-    Raises:
-        UserError: another line is damaged.
-    """
-    content = path.read_bytes() if path.exists() else b""
-    if not content.endswith(b"\n") and content and is_first():
-        os.truncate(path, content.rfind(b"\n") + 1)
-    lines = []
-    for number, text in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-            lines.append(line | {"task": line["task"], "row": line["row"], "sample": line["sample"]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} line {number} is damaged; remove it, or start anew with --overwrite") from error
-    return lines
-
-
-CHUNK = 64
-
-
-class Choice(NamedTuple):
-    """What a problem lets one choose from, and which of them is right."""
-
-    problem: Problem
-    choices: tuple[str, ...]
-    right: int
-
-
-class Questions(NamedTuple):
-    """The problems of a page's own tasks, a digest of them, and rows left out."""
-
-    problems: tuple[Problem, ...]
-    choices: tuple[Choice, ...]
-    digest: str
-    bad: tuple[str, ...]
-
-
-def read_questions(config: EvalConfig, opened: OpenedModel) -> Questions:
-    """What a page's own tasks ask.
-
-    Raises:
-        UserError: data that can't be asked.
-    """
-    if config.harness_tasks:
-        from lacuna.apps.harness import load_tasks  # its library is an extra
-
-        load_tasks(config)  # what can't be had is refused now
-    if not {"generate", "choices"} & set(config.tasks):
-        return Questions((), (), "", ())
-    skips_bad = config.on_bad_data == "skip"
-    found = read_problems(
-        config.data, config, opened.tokenizer, opened.model.capacity(config.capacity) - 1, skips_bad, wants_answers=True
-    )
-    choices, bad = [], list(found.bad)
-    for problem in found.problems if "choices" in config.tasks else ():
-        try:
-            choices.append(choice_of(problem, config))
-        except ValueError as error:
-            if not skips_bad:
-                raise UserError(
-                    f"{problem.origin}: {error} (or leave such rows out with --on-bad-data skip)"
-                ) from error
-            bad.append(f"{problem.origin}: {error}")
-    if "choices" in config.tasks and not choices:
-        raise UserError(f"no row to choose in ({bad[0]})")
-    asked = json.dumps([found.digests, [(choice.choices, choice.right) for choice in choices]])
-    return Questions(found.problems, tuple(choices), hashlib.sha256(asked.encode()).hexdigest(), tuple(bad))
-
-
-def choice_of(problem: Problem, config: EvalConfig) -> Choice:
-    """The choices of a row and the right one, which it names by its text, its label or its number from 0. Raises
-    ValueError with the reason where that can't be."""
-    given, stated = problem.row.get(config.choices_column, config.labels), problem.stated
-    names: Sequence[Any] = ()
-    if isinstance(given, dict):  # texts and their names, as in ARC
-        given, names = given.get("text"), given.get("label") or ()
-    if (
-        not isinstance(given, list | tuple)
-        or len(given) < 2
-        or not all(isinstance(each, str) and each for each in given)
-    ):
-        raise ValueError(
-            f"no two texts to choose from in the column {config.choices_column}; set choices_column or labels"
-        )
-    number = int(stated) if isinstance(stated, int) or str(stated).isdecimal() else -1
-    if isinstance(stated, str) and stated in given:
-        number = given.index(stated)
-    elif stated in names:
-        number = list(names).index(stated)
-    if not 0 <= number < len(given):
-        raise ValueError(f"the answer {stated!r} is none of its {len(given)} choices, nor the number of one")
-    return Choice(problem, tuple(given), number)
-
-
-def measure(
-    config: EvalConfig, subject: Subject, questions: Questions, predictions: Predictions, tick: Tick
-) -> Figures:
-    """The figures of each task but the loss; `tick` hears how many answers are there, and of how many.
-
-    Raises:
-        UserError: a task that can't be run.
-    """
-    figures = {}
-    for task in dict.fromkeys(config.tasks):
-        if task == "generate":
-            answer(config, subject, questions.problems, predictions, tick)
-            figures[task] = generation_figures(predictions.of(task), config.samples)
-        elif task == "choices":
-            choose(config, subject, questions.choices, predictions, tick)
-            figures[task] = choice_figures(predictions.of(task))
-    if config.harness_tasks:
-        from lacuna.apps.harness import run_tasks
-
-        figures |= run_tasks(config, subject, predictions, tick)
-    return figures
-
-
-def measure_in_training(config: EvalConfig, subject: Subject) -> dict[str, float]:
-    """The figures of a run's weights at this step, by the keys of its log: eval/<task>/<figure>."""
-    figures = measure(config, subject, read_questions(config, subject.opened), Predictions(), lambda done, total: None)
-    return {
-        f"eval/{task}/{name}": value
-        for task, found in figures.items()
-        for name, value in found.items()
-        if isinstance(value, float)
-    }
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, which a single value does not have."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
 
 
 # Generated answers
 
 
-def answer(
-    config: EvalConfig, subject: Subject, problems: Sequence[Problem], predictions: Predictions, tick: Tick
-) -> None:
-    """Have every problem answered that has not been, and judge each answer as it ends."""
-    samples = range(config.samples)
-    missing = [
-        row for row in range(len(problems)) if any(("generate", row, n) not in predictions.lines for n in samples)
-    ]
-    rules = SamplingKeys(**{name: getattr(config, name) for name in SamplingKeys.model_fields})
-    _, stop_ids = generation_defaults(subject.opened.source, subject.opened.tokenizer)
+def generate(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> Figures:
+    """Generate and judge the answers that are missing; the figures of all."""
+    config, problems = tasks.config, tasks.problems.problems
+    keys: list[Key] = [("generate", row, sample) for row in range(len(problems)) for sample in range(config.samples)]
+    rows = list(dict.fromkeys(place // config.samples for place in predictions.missing(keys)))
+    rules = SamplingKeys(**config.model_dump(include=set(SamplingKeys.model_fields)))
+    _, stop_ids = generation_defaults(tasks.opened.source, tasks.opened.tokenizer)
     requests = [
         Request(problems[row].token, rules, stop_ids, config.stop, seed_of(config.seed, row), config.samples)
-        for row in missing
+        for row in rows
     ]
-    done, total = (len(problems) - len(missing)) * config.samples, len(problems) * config.samples
-    tick(done, total)
 
-    def judge(completion: Completion) -> None:
-        nonlocal done
-        row = missing[completion.request]
-        predictions.add("generate", row, completion.index, judge_answer(problems[row], completion))
-        tick(done := done + 1, total)
+    def keep(completion: Completion) -> None:
+        row = rows[completion.request]
+        predictions.add(("generate", row, completion.index), judged(problems[row], completion))
 
-    if missing:
-        sampler_for(config, subject, len(missing) * config.samples).generate(requests, judge)
+    complete(tasks, params, requests, keep)
+    return generation_figures([predictions.lines[key] for key in keys], config.samples)
 
 
-def judge_answer(problem: Problem, completion: Completion) -> Line:
+def judged(problem: Problem, completion: Completion) -> Line:
     """What predictions.jsonl says of a completion."""
     expected = final_answer(problem.answer) or problem.answer
     extracted = final_answer(completion.text)
@@ -665,26 +515,17 @@ def pass_at(k: int, samples: int, correct: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, which a single value has none of."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
-
-
 def generation_figures(lines: Sequence[Line], samples: int) -> Figures:
     """Shares of right, truncated and unparsable answers; the standard error is over problems."""
     correct = [sum(line["correct"] for line in lines[at : at + samples]) for at in range(0, len(lines), samples)]
     mean, error = mean_and_error([count / samples for count in correct])
-    powers = (2**exponent for exponent in range(1, samples.bit_length()))
-    more = {
-        f"pass@{k}": statistics.fmean(pass_at(k, samples, count) for count in correct)
-        for k in sorted({*powers, samples} - {1})
-    }
-    return {
-        "pass@1": mean,
-        "pass@1_stderr": error,
-        **more,
-        **({f"mean@{samples}": mean} if samples > 1 else {}),
+    powers = {2**exponent for exponent in range(1, samples.bit_length())}
+    figures: Figures = {"pass@1": mean, "pass@1_stderr": error}
+    for k in sorted((powers | {samples}) - {1}):
+        figures[f"pass@{k}"] = statistics.fmean(pass_at(k, samples, count) for count in correct)
+    if samples > 1:
+        figures[f"mean@{samples}"] = mean
+    return figures | {
         "truncated": statistics.fmean(line["finish_reason"] == "length" for line in lines),
         "unparsable": statistics.fmean(not line["parsed"] for line in lines),
         "mean_tokens": statistics.fmean(line["tokens"] for line in lines),
@@ -695,89 +536,141 @@ def generation_figures(lines: Sequence[Line], samples: int) -> Figures:
 
 # Choices
 
-
-def choose(
-    config: EvalConfig, subject: Subject, choices: Sequence[Choice], predictions: Predictions, tick: Tick
-) -> None:
-    """Have a choice made in every row where none has been, by how likely each text is behind the prompt."""
-    opened, params = subject
-    missing = [row for row in range(len(choices)) if ("choices", row, 0) not in predictions.lines]
-    done = len(choices) - len(missing)
-    tick(done, len(choices))
-    for begin in range(0, len(missing), CHUNK):
-        rows = missing[begin : begin + CHUNK]
-        pairs = [
-            pair
-            for row in rows
-            for pair in pairs_of(choices[row], opened.tokenizer, subject.opened.model.capacity(config.capacity))
-        ]
-        found = log_likelihoods(
-            params, pairs, opened, config.compute_dtype, config.batch_size, opened.model.capacity(config.capacity)
-        )
-        scores = iter([scored.log_likelihood for _, scored in sorted(found)])
-        continuations = iter(pairs)
-        for row in rows:
-            count = len(choices[row].choices)
-            values = [next(scores) for _ in range(count)]
-            tokens = [len(next(continuations)[1]) for _ in range(count)]
-            predictions.add("choices", row, 0, chosen(choices[row], values, tokens))
-        tick(done := done + len(rows), len(choices))
+CHUNK = 64  # problems whose choices are scored together, longest first
+WAYS = "", "_per_byte", "_per_token"
 
 
-def pairs_of(choice: Choice, tokenizer: Tokenizer, longest: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Tokens of the prompt and of each choice behind it; where no chat template ends the prompt, a space does."""
+def choose(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> Figures:
+    """Make the choices that are missing, by how likely each text is after the prompt; the figures of all."""
+    problems = tasks.problems.problems
+    keys: list[Key] = [("choices", row, 0) for row in range(len(problems))]
+    rows = predictions.missing(keys)
+    for begin in range(0, len(rows), CHUNK):
+        pairs = [list(choice_tokens(tasks, problems[row])) for row in rows[begin : begin + CHUNK]]
+        scores = iter(sorted(log_likelihoods(tasks, params, [pair for parts in pairs for pair in parts])))
+        for row, parts in zip(rows[begin:], pairs, strict=False):
+            values = [next(scores)[1].log_likelihood for _ in parts]
+            predictions.add(keys[row], chosen(problems[row], values, [len(text) for _, text in parts]))
+    return choice_figures([predictions.lines[key] for key in keys])
+
+
+def choice_tokens(tasks: Tasks, problem: Problem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Tokens of the prompt and of each choice after it; where no chat template ends the prompt, a space does."""
+    tokenizer, start = tasks.opened.tokenizer, len(problem.token)
     has_template = tokenizer.template is not None
-    for text in choice.choices:
-        whole = choice.problem.prompt + ("" if has_template else " ") + text
+    for text in problem.choices:
+        whole = problem.prompt + ("" if has_template else " ") + text
         ids = tuple(encode(tokenizer, whole, add_special_tokens=not has_template).tolist())
-        start = len(choice.problem.token)
-        if len(ids) <= start or len(ids) > longest + 1:
+        if not start < len(ids) <= tasks.capacity + 1:
             raise UserError(
-                f"{choice.problem.origin}: prompt and choice {text:.40!r} have {len(ids):,} tokens, the prompt "
-                f"{start:,}, and there is room for {longest:,}; shorten them, or raise capacity"
+                f"{problem.origin}: prompt and choice {text:.40!r} have {len(ids):,} tokens, the prompt {start:,}, and "
+                f"there is room for {tasks.capacity:,}; shorten them, or raise capacity"
             )
         yield ids[:start], ids[start:]
 
 
-def chosen(choice: Choice, log_likelihoods: list[float], tokens: list[int]) -> Line:
+def chosen(problem: Problem, log_likelihoods: Sequence[float], tokens: Sequence[int]) -> Line:
     """What predictions.jsonl says of a choice."""
-    sizes = [len(text.encode("utf-8", "surrogatepass")) for text in choice.choices]
-    best = {
-        "": index_of_highest(log_likelihoods),
-        "_per_byte": index_of_highest([value / size for value, size in zip(log_likelihoods, sizes, strict=True)]),
-        "_per_token": index_of_highest([value / count for value, count in zip(log_likelihoods, tokens, strict=True)]),
-    }
+    sizes = [len(text.encode("utf-8", "surrogatepass")) for text in problem.choices]
+    best = {}
+    for way, divisors in zip(WAYS, ([1] * len(sizes), sizes, tokens), strict=True):
+        values = [value / divisor for value, divisor in zip(log_likelihoods, divisors, strict=True)]
+        best[way] = values.index(max(values))
     return {
-        "origin": choice.problem.origin,
-        "prompt": choice.problem.prompt,
-        "output": choice.choices[best[""]],
+        "origin": problem.origin,
+        "prompt": problem.prompt,
+        "output": problem.choices[best[""]],
         "extracted": best[""],
-        "expected": choice.right,
-        "correct": best[""] == choice.right,
-        **{f"correct{way}": number == choice.right for way, number in best.items() if way},
+        "expected": problem.right,
+        **{f"correct{way}": place == problem.right for way, place in best.items()},
         "log_likelihoods": log_likelihoods,
     }
-
-
-def index_of_highest(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def choice_figures(lines: Sequence[Line]) -> Figures:
     """Accuracy by the plain log-likelihood, by that per byte (acc_norm elsewhere) and per token."""
     figures: Figures = {}
-    for way in ("", "_per_byte", "_per_token"):
-        figures[f"accuracy{way}"], figures[f"accuracy{way}_stderr"] = mean_and_error(
-            [float(line[f"correct{way}"]) for line in lines]
-        )
+    for way in WAYS:
+        mean, error = mean_and_error([float(line[f"correct{way}"]) for line in lines])
+        figures |= {f"accuracy{way}": mean, f"accuracy{way}_stderr": error}
     return figures | {"problems": len(lines)}
 
+
+# While training
+
+SAMPLE_SLOTS = 8
+
+
+def evaluation_of_rows(
+    prepare: Callable[[OpenedModel], Tasks] | None, config: RowsConfig, opened: OpenedModel
+) -> Evaluation:
+    """What pretrain and sft measure while they train: held-out loss, samples, and the tasks of eval_config.
+
+    Raises:
+        UserError: what can't be asked.
+    """
+    held_out, lines, digest = None, list[str](), ""
+    if config.eval_data:
+        held_out = load_dataset(config.eval_data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
+        lines = [
+            f"held-out data: {describe(held_out.facts)}",
+            *(f"left out: {example}" for example in held_out.bad_examples),
+        ]
+        digest = repr([documents.facts["digest"] for documents in held_out.documents])
+    requests = sample_requests(config, opened)
+    tasks = prepare(opened) if prepare else None
+
+    def measure(params: PyTree[Array], watchdog: Watchdog) -> Figures:
+        figures: Figures = {}
+        if requests:
+            figures["samples"] = sampled_texts(config, params, requests, opened)
+        if tasks:
+            figures |= measure_in_training(tasks, params)
+        if held_out:
+            settings = config.micro_batch_size, opened, config.compute_dtype
+            result = held_out_loss(params, held_out, *settings, lambda done, total: watchdog.report_progress())
+            figures |= {key: result[key] for key in ("eval_loss", "eval_accuracy")}
+        return figures
+
+    return Evaluation(lines, digest, measure)
+
+
+def sample_requests(config: RowsConfig, opened: OpenedModel) -> list[Request]:
+    """The sample prompts as the sampler takes them: in the chat template for sft, as plain text for pretrain."""
+    _, model, tokenizer, _, _ = opened
+    rules = SamplingKeys(temperature=0.0, max_tokens=config.sample_tokens)
+    _, stop_ids = generation_defaults(tokenizer.directory, tokenizer)
+    requests, is_chat = [], isinstance(config, SftConfig)
+    for prompt in config.sample_prompts:
+        text = prompt
+        if is_chat:
+            try:
+                text = render(tokenizer, [{"role": "user", "content": prompt}], None, add_generation_prompt=True)
+            except ValueError as error:
+                raise UserError(f"sample_prompts: {prompt!r}: {error}") from error
+        token = encode(tokenizer, text, add_special_tokens=not is_chat)
+        check_sequence_length(model, len(token) + config.sample_tokens)
+        requests.append(Request(tuple(token.tolist()), rules, stop_ids))
+    return requests
+
+
+def sampled_texts(
+    config: RowsConfig, params: PyTree[Array], requests: Sequence[Request], opened: OpenedModel
+) -> dict[str, str]:
+    """Greedy answers (sft) or continuations (pretrain) of `sample_prompts`."""
+    shards, capacity = row_shards(opened.mesh), max(len(request.prompt) for request in requests) + config.sample_tokens
+    slots = math.ceil(min(len(requests), SAMPLE_SLOTS) / shards) * shards
+    completions = Sampler(params, opened, slots, capacity, config.compute_dtype).generate(requests)
+    return dict(zip(config.sample_prompts, (completion.text for completion in completions), strict=True))
+
+
+# The command
 
 FREE_ON_RESUME = {"run_name", "output_dir", "overwrite", "batch_size", "slots", "data_parallel", "fsdp", "tensor",
                   "compilation_cache"}  # fmt: skip
 
 
-def run_eval(config: EvalConfig) -> None:
+def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
     """The command eval: figures of each task into summary.json, each answer into predictions.jsonl.
 
     Raises:
@@ -792,28 +685,29 @@ def run_eval(config: EvalConfig) -> None:
     if "loss" in config.tasks:
         check_sequence_length(opened.model, config.sequence_length)
         dataset = load_dataset(config.data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
-    questions = read_questions(config, opened)
+    tasks = prepare_tasks(config, run_harness, opened)
     enable_compilation_cache(config)
-    print_inputs(config, opened, dataset, questions)
-    with trainer.held_directory(config.run_directory) if is_first() else nullcontext():
+    print_inputs(tasks, dataset)
+    with trainer.held_directory(directory) if is_first() else nullcontext():
         if is_first():
-            begin_evaluation(config, opened, questions)
+            begin_evaluation(tasks)
         from_first("evaluation begun", "")
-        predictions = Predictions(directory / "predictions.jsonl")
-        check_same("earlier predictions", predictions.digest())  # nobody goes on before all have read them
-        if predictions.lines:
-            print(f"going on with {len(predictions.lines):,} answers of {directory / 'predictions.jsonl'}")
-        try:
-            with jax.set_mesh(mesh):
-                subject = Subject(opened, checkpoint.load_params(opened.source, opened.model, mesh))
-                summary = facts(config, subject, dataset) if dataset else {}
-                with progress_bar() as tick:
-                    summary |= measure(config, subject, questions, predictions, tick)
-        except KeyboardInterrupt:
-            again = "without --overwrite" if config.overwrite else "again"
-            raise KeyboardInterrupt(
-                f"; {len(predictions.lines):,} answers are kept in {directory}, and the same command {again} goes on"
-            ) from None
+        with progress_bar() as report, jax.set_mesh(mesh):
+            predictions = Predictions(directory / "predictions.jsonl", report)
+            known = hashlib.sha256(repr(sorted(predictions.lines, key=repr)).encode()).hexdigest()
+            check_same("earlier predictions", known)  # nobody adds to them before all have read them
+            if predictions.lines:
+                print(f"resuming with {len(predictions.lines):,} answers of {predictions.path}")
+            try:
+                params = checkpoint.load_params(opened.source, opened.model, mesh)
+                summary = loss_figures(config, params, dataset, opened, report) if dataset else {}
+                summary |= run_tasks(tasks, params, predictions)
+            except KeyboardInterrupt:
+                again = "without --overwrite" if config.overwrite else "again"
+                raise KeyboardInterrupt(
+                    f"; {len(predictions.lines):,} answers are kept in {directory}, and the same command {again} "
+                    "resumes"
+                ) from None
         summary = {"command": "eval", **summary} | {
             "parameters": parameter_counts(opened.model)["all"],
             "wall_seconds": time.perf_counter() - started,
@@ -835,73 +729,68 @@ def check_unfinished(config: EvalConfig) -> None:
         )
 
 
-def print_inputs(config: EvalConfig, opened: OpenedModel, dataset: Dataset | None, questions: Questions) -> None:
+def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
     """Print what is measured, and on what."""
-    count = parameter_counts(opened.model)["all"]
-    print(f"model: {config.model_name} ({opened.model.family}), {count:,} parameters")
-    print(opened.attention_line)
-    bad = list(questions.bad)
+    config, model, problems = tasks.config, tasks.opened.model, tasks.problems
+    print(f"model: {config.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
+    print(tasks.opened.attention_line)
+    bad = list(problems.bad)
     if dataset:
         print(f"data: {describe(dataset.facts)}")
-        bad += [example for documents in dataset.documents for example in documents.facts["bad_examples"]]
-    if questions.problems:
-        print(f"problems: {len(questions.problems):,}, the first asked as {questions.problems[0].prompt!r}")
+        bad += dataset.bad_examples
+    if problems.problems:
+        print(f"problems: {len(problems.problems):,}, the first asked as {problems.problems[0].prompt!r}")
     for example in dict.fromkeys(bad):
         print(f"left out: {example}")
 
 
-def begin_evaluation(config: EvalConfig, opened: OpenedModel, questions: Questions) -> None:
+def begin_evaluation(tasks: Tasks) -> None:
     """Write down what makes this evaluation the one it is, or compare it with what an earlier start wrote.
 
     Raises:
         UserError: the earlier start was another evaluation.
     """
-    directory = config.run_directory
+    config, directory = tasks.config, tasks.config.run_directory
     check_unfinished(config)  # again, now that no one else can write
-    files = sorted(opened.source.glob("*.safetensors"))
+    files = sorted(tasks.opened.source.glob("*.safetensors"))
     now = json.loads(config.model_dump_json(exclude=FREE_ON_RESUME)) | {
-        "content of data": questions.digest,
+        "content of data": list(tasks.problems.digests),
         "weights of model_name": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
     identity = directory / "identity.json"
-    try:
+    with trainer.writing_to(directory):
         if config.overwrite:
             for name in ("summary.json", "predictions.jsonl", "identity.json"):
                 (directory / name).unlink(missing_ok=True)
-        if identity.exists():
-            earlier = json.loads(identity.read_text())
-            if changed := [key for key in now if earlier.get(key) != now[key]]:
-                differences = "; ".join(f"{key} was {earlier.get(key)!r} and is {now[key]!r}" for key in changed)
-                raise UserError(
-                    f"{directory} holds a part of another evaluation: {differences}; add --overwrite to start anew, "
-                    "or another --run-name"
-                )
-            return
+        earlier = json.loads(identity.read_text()) if identity.exists() else now
+        if changed := [key for key in now if earlier.get(key) != now[key]]:
+            differences = "; ".join(f"{key} was {earlier.get(key)!r} and is {now[key]!r}" for key in changed)
+            raise UserError(
+                f"{directory} holds a part of another evaluation: {differences}; add --overwrite to start over, or "
+                "another --run-name"
+            )
         metrics.write_atomically(identity, json.dumps(now))
-        (directory / "config.toml").write_text(to_toml(config))
-    except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; mend that, or choose another output_dir") from error
+        metrics.write_atomically(directory / "config.toml", to_toml(config))
 
 
-def facts(config: EvalConfig, subject: Subject, dataset: Dataset) -> dict[str, Any]:
+def loss_figures(
+    config: EvalConfig, params: PyTree[Array], dataset: Dataset, opened: OpenedModel, report: Report
+) -> Figures:
     """What summary.json says of the held-out loss."""
-    rows = config.batch_size * row_shards(subject.opened.mesh)
-    batches = partial(track, description="Held-out loss", transient=True, disable=not sys.stdout.isatty())
-    result = held_out_loss(subject.params, dataset, rows, subject.opened, config.compute_dtype, batches)
-    return {
-        **result,
-        "perplexity": math.exp(min(result["eval_loss"], 700)),
+    figures = held_out_loss(params, dataset, config.batch_size, opened, config.compute_dtype, report)
+    return figures | {
+        "perplexity": math.exp(min(figures["eval_loss"], 700)),
         "tokens": dataset.facts["tokens"],
         "data": dict(dataset.facts),
     }
 
 
 @contextmanager
-def progress_bar() -> Generator[Tick]:
-    """A bar of answers done, on a terminal only."""
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+def progress_bar() -> Generator[Report]:
+    """A bar, on a terminal only."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("Answers", total=None)
+        task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

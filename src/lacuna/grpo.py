@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from lacuna import metrics
 from lacuna.checkpoint import OpenedModel, open_model
-from lacuna.config import EvalConfig, GrpoConfig, SamplingKeys, UserError
+from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Epochs, Mixture, first_fit
 from lacuna.distributed import (
     check_same,
@@ -39,14 +39,13 @@ from lacuna.eval import (
     FORMAL_MARK,
     Problem,
     Problems,
-    Subject,
+    Tasks,
     final_answer,
     is_same_answer,
     marked_answer,
     measure_in_training,
     number_of,
     read_problems,
-    read_questions,
 )
 from lacuna.model import (
     ModelConfig,
@@ -519,9 +518,9 @@ def read_inputs_of_grpo(config: GrpoConfig) -> Inputs:
     template = config.chat_template, config.template_date
     opened = open_model(config, mesh, *template, with_weights=not config.from_scratch)
     check_sequence_length(opened.model, config.sequence_length)
-    longest, skips_bad = config.sequence_length - config.max_completion_tokens, config.on_bad_data == "skip"
+    longest = config.sequence_length - config.max_completion_tokens
     wants_answers = any(reward.function is correct for reward in rewards)
-    limits = longest, skips_bad, wants_answers
+    limits = longest, wants_answers
     problems = read_problems(config.data, config, opened.tokenizer, *limits)
     held_out = read_problems(config.eval_data, config, opened.tokenizer, *limits) if config.eval_data else None
     if config.prompts_per_step > len(problems.problems):
@@ -626,9 +625,11 @@ def keep_rollouts(path: Path, last_step: int) -> None:
 
 
 def run_grpo(
-    config: GrpoConfig, tasks: EvalConfig | None = None, write_report: Callable[[Path], None] | None = None
+    config: GrpoConfig,
+    prepare: Callable[[OpenedModel], Tasks] | None = None,
+    write_report: Callable[[Path], None] | None = None,
 ) -> None:
-    """The command grpo, from config to exported model; `tasks` is the config of eval to measure now and then.
+    """The command grpo, from config to exported model; `prepare` makes the tasks to run now and then.
 
     Raises:
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
@@ -636,8 +637,7 @@ def run_grpo(
     with started_run(config, write_report) as run:
         inputs = read_inputs_of_grpo(config)
         opened, digests = inputs.opened, inputs.problems.digests
-        if tasks:
-            read_questions(tasks, opened)  # what can't be asked is refused now
+        tasks = prepare(inputs.opened) if prepare else None
         run.check_unchanged(opened.model, digests)
         check_same("config, model or data", json.dumps([masked_config(config), digests]))
         enable_compilation_cache(config)
@@ -690,7 +690,7 @@ class RolloutSteps:
         inputs: Inputs,
         run: Run,
         reference: PyTree[Array] | None,
-        tasks: EvalConfig | None,
+        tasks: Tasks | None,
         params: PyTree[Array],
     ) -> None:
         self.config, self.inputs, self.run, self.reference, self.tasks = config, inputs, run, reference, tasks
@@ -729,7 +729,7 @@ class RolloutSteps:
 
     def measure(self, params: PyTree[Array], watchdog: Any) -> dict[str, Any]:
         """Figures of the tasks, and mean rewards of greedy completions of the held-out problems."""
-        figures = measure_in_training(self.tasks, Subject(self.inputs.opened, params)) if self.tasks else {}
+        figures = measure_in_training(self.tasks, params) if self.tasks else {}
         return figures | (self.held_out_rewards(params) if self.inputs.held_out else {})
 
     def held_out_rewards(self, params: PyTree[Array]) -> dict[str, float]:

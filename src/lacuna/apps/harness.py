@@ -6,15 +6,16 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
+from jaxtyping import Array, PyTree
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
-from lacuna.eval import Figures, Predictions, Subject, Tick, log_likelihoods, sampler_for, seed_of
+from lacuna.eval import Figures, Key, Predictions, RunHarness, Tasks, complete, log_likelihoods, seed_of
 from lacuna.sampler import Completion, Request, before_stop, generation_defaults
 from lacuna.tokenizer import decode, encode, end_of_text_id, render
 
@@ -26,37 +27,35 @@ IGNORED_KEYS = {"until", "do_sample", "num_beams", "use_cache", *LENGTH_KEYS}
 class Model(TemplateLM):
     """Our model as the harness asks it; what was answered before is read from the predictions."""
 
-    def __init__(self, config: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> None:
+    def __init__(self, tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> None:
         super().__init__()
-        self.config, self.subject, self.predictions, self.tick = config, subject, predictions, tick
-        self.longest = subject.opened.model.capacity(config.capacity)
-        _, self.stop_ids = generation_defaults(subject.opened.source, subject.opened.tokenizer)
+        self.tasks, self.params, self.predictions = tasks, params, predictions
+        self.opened = tasks.opened
+        _, self.stop_ids = generation_defaults(self.opened.source, self.opened.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
-        return end_of_text_id(self.subject.opened.tokenizer)
+        return end_of_text_id(self.opened.tokenizer)
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.subject.opened.tokenizer.bos_id
+        bos = self.opened.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        return self.config.model_name
+        return self.tasks.config.model_name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Tokens, with BOS where the tokenizer wants it, but never two."""
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(
-                self.subject.opened.tokenizer.special_tokens.get("bos_token") or "\0"
-            )
-        return encode(self.subject.opened.tokenizer, string, add_special_tokens).tolist()
+            add_special_tokens = not string.startswith(self.opened.tokenizer.special_tokens.get("bos_token") or "\0")
+        return encode(self.opened.tokenizer, string, add_special_tokens).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         messages: list[dict[str, Any]] = [dict(message) for message in chat_history]
         try:
-            text = render(self.subject.opened.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+            text = render(self.opened.tokenizer, messages, add_generation_prompt=add_generation_prompt)
         except ValueError as error:
             raise UserError(f"harness_chat: {error}") from error
         last = messages[-1]["content"]
@@ -65,31 +64,26 @@ class Model(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
     ) -> list[tuple[float, bool]]:
-        names = named("log-likelihood", [(context, continuation) for _, context, continuation in requests])
-        missing = [place for place, name in enumerate(names) if name not in self.predictions.lines]
-        if long := [place for place in missing if len(requests[place][2]) > self.longest]:
+        keys = keys_of("log-likelihood", [(context, continuation) for _, context, continuation in requests])
+        missing = self.predictions.missing(keys)
+        if long := [place for place in missing if len(requests[place][2]) > self.tasks.capacity]:
             raise UserError(
-                f"a continuation has {len(requests[long[0]][2]):,} tokens, and there is room for {self.longest:,}; "
-                "raise capacity, or leave this task out"
+                f"a continuation has {len(requests[long[0]][2]):,} tokens, and there is room for "
+                f"{self.tasks.capacity:,}; raise capacity, or leave this task out"
             )
-        opened, params = self.subject
         pairs = [requests[place][1:] for place in missing]
-        done = len(requests) - len(missing)
-        settings = opened, self.config.compute_dtype, self.config.batch_size, self.longest
-        for number, scored in log_likelihoods(params, pairs, *settings):
-            place = missing[number]
-            text = requests[place][0] or ("", "")
-            content = {"prompt": text[0], "output": text[1], "result": [scored.log_likelihood, scored.is_greedy]}
-            self.predictions.add(*names[place], content)
-            self.tick(done := done + 1, len(requests))
-        results = [self.predictions.lines[name]["result"] for name in names]
+        for number, scored in log_likelihoods(self.tasks, self.params, pairs):
+            prompt, output = requests[missing[number]][0] or ("", "")
+            content = {"prompt": prompt, "output": output, "result": [scored.log_likelihood, scored.is_greedy]}
+            self.predictions.add(keys[missing[number]], content)
+        results = [self.predictions.lines[key]["result"] for key in keys]
         return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in results]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each whole text, in windows as long as there is room for, each token predicted once."""
         windows, counts = [], []
         for (text,) in (request.args for request in requests):
-            found = utils.get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.longest, 1)
+            found = utils.get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.tasks.capacity, 1)
             parts = [utils.make_disjoint_window(pair) for pair in found]
             windows += [(("", text), list(context), list(continuation)) for context, continuation in parts]
             counts.append(len(parts))
@@ -97,24 +91,17 @@ class Model(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        names = named("generation", [request.args for request in requests])
-        missing = [place for place, name in enumerate(names) if name not in self.predictions.lines]
-        wanted = [self.request(*requests[place].args, names[place]) for place in missing]
-        done = len(requests) - len(missing)
+        keys = keys_of("generation", [request.args for request in requests])
+        missing = self.predictions.missing(keys)
+        wanted = [self.request(*requests[place].args, keys[place]) for place in missing]
 
         def keep(completion: Completion) -> None:
-            nonlocal done
-            place = missing[completion.request]
-            content = {
-                "prompt": requests[place].args[0],
-                "output": self.written(wanted[completion.request], completion),
-            }
-            self.predictions.add(*names[place], content | {"finish_reason": completion.finish_reason})
-            self.tick(done := done + 1, len(requests))
+            place, output = missing[completion.request], self.written(wanted[completion.request], completion)
+            content = {"prompt": requests[place].args[0], "output": output, "finish_reason": completion.finish_reason}
+            self.predictions.add(keys[place], content)
 
-        if wanted:
-            sampler_for(self.config, self.subject, len(wanted)).generate(wanted, keep)
-        return [self.predictions.lines[name]["output"] for name in names]
+        complete(self.tasks, self.params, wanted, keep)
+        return [self.predictions.lines[key]["output"] for key in keys]
 
     def written(self, request: Request, completion: Completion) -> str:
         """The text of a completion's tokens by themselves, as the harness's own models give it: where a tokenizer
@@ -122,10 +109,10 @@ class Model(TemplateLM):
         tokens = completion.tokens
         if tokens[-1] in request.stop_ids:
             tokens = tokens[:-1]
-        text = decode(self.subject.opened.tokenizer, tokens, skip_special_tokens=True)
+        text = decode(self.opened.tokenizer, tokens, skip_special_tokens=True)
         return "".join(before_stop(text, request.stop)[:2])
 
-    def request(self, context: str, settings: dict[str, Any], name: tuple[str, str, int]) -> Request:
+    def request(self, context: str, settings: dict[str, Any], key: Key) -> Request:
         """What the sampler is to do for one of the harness's requests."""
         known = IGNORED_KEYS | set(SamplingKeys.model_fields)
         if unknown := [key for key in settings if key not in known]:
@@ -134,37 +121,38 @@ class Model(TemplateLM):
             raise UserError(f"the task sets num_beams = {settings['num_beams']}; evaluation does not search with beams")
         until = settings.get("until") or []
         length = int(next((settings[key] for key in LENGTH_KEYS if settings.get(key)), MAX_TOKENS))
-        if length >= self.longest:
-            raise UserError(f"the task wants {length:,} tokens, and there is room for {self.longest:,}; raise capacity")
+        if length >= self.tasks.capacity:
+            raise UserError(
+                f"the task wants {length:,} tokens, and there is room for {self.tasks.capacity:,}; raise capacity"
+            )
         rules = {key: settings[key] for key in SamplingKeys.model_fields if key in settings}
         is_sampled = settings.get("do_sample", float(settings.get("temperature", 0)) > 0)
         temperature = float(settings.get("temperature", 1)) if is_sampled else 0.0
-        token = tuple(self.tok_encode(context)[-(self.longest - length) :])
+        token = tuple(self.tok_encode(context)[-(self.tasks.capacity - length) :])
         return Request(
             token,
             SamplingKeys(**rules | {"temperature": temperature, "max_tokens": length}),
             self.stop_ids,
             tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-            seed_of(self.config.seed, name),
+            seed_of(self.tasks.config.seed, key),
         )
 
 
-def named(kind: str, requests: Sequence[Any]) -> list[tuple[str, str, int]]:
-    """A key for each request: its kind, a hash of it, and how many alike went before."""
-    counts, names = Counter[str](), []
+def keys_of(kind: str, requests: Sequence[Any]) -> list[Key]:
+    """A key for each request: its kind, a hash of it, and how many like it came before."""
+    counts, keys = Counter[str](), []
     for request in requests:
         digest = hashlib.sha256(json.dumps(request, default=str).encode()).hexdigest()[:32]
-        names.append((f"harness {kind}", digest, counts[digest]))
+        keys.append((f"harness {kind}", digest, counts[digest]))
         counts[digest] += 1
-    return names
+    return keys
 
 
-@lru_cache(maxsize=1)
-def load_tasks(config: EvalConfig) -> TaskManager:
-    """The page's tasks and their data, as the harness finds them.
+def load_tasks(config: EvalConfig) -> RunHarness:
+    """The config's tasks with their data as the harness finds them, as a function that runs them.
 
     Raises:
-        UserError: no such task, or one whose data are not to be had.
+        UserError: no such task, or one whose data can't be loaded.
     """
     if config.task_path and not os.path.isdir(config.task_path):
         raise UserError(
@@ -175,22 +163,25 @@ def load_tasks(config: EvalConfig) -> TaskManager:
     if unknown := [task for task in config.harness_tasks if task not in manager.all_tasks]:
         raise UserError(
             f"tasks: {unknown[0]} is none of {', '.join(OWN_TASKS)}, nor a task of lm-evaluation-harness"
-            f"{did_you_mean(unknown[0], manager.all_tasks)}; a directory with tasks of your own is given by --task-path"
+            f"{did_you_mean(unknown[0], manager.all_tasks)}; --task-path takes a directory with tasks of your own"
         )
     try:
         manager.load(list(config.harness_tasks))
     except Exception as error:  # of tasks, which are foreign code, and of the clients that fetch their data
         raise UserError(f"{', '.join(config.harness_tasks)}: {type(error).__name__}: {error}") from error
-    return manager
+    return partial(run_harness, manager)
 
 
-def run_tasks(config: EvalConfig, subject: Subject, predictions: Predictions, tick: Tick) -> Figures:
-    """The harness's figures of the page's tasks, under the names it has for them."""
+def run_harness(
+    manager: TaskManager, tasks: Tasks, params: PyTree[Array], predictions: Predictions
+) -> dict[str, Figures]:
+    """The harness's figures of its tasks, under its names for them."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes for bootstrapping are forked, and JAX has threads
+    config = tasks.config
     found = simple_evaluate(
-        Model(config, subject, predictions, tick),
+        Model(tasks, params, predictions),
         tasks=list(config.harness_tasks),
-        task_manager=load_tasks(config),
+        task_manager=manager,
         apply_chat_template=config.harness_chat,
         system_instruction=config.system_prompt or None,
         log_samples=False,
