@@ -70,14 +70,8 @@ def build_in(kind: str, step: int) -> None:
             pass
         case "kill":
             after(metrics.RunLog, "step", kill, is_logged)
-        case "kill after a shard":
-            after(checkpoint, "write_pieces", kill, in_checkpoint)
-        case "kill before the manifest":
-            before(checkpoint, "write_manifest", kill, in_checkpoint)
         case "kill before the rename":
             before(checkpoint, "replace_directory", kill, in_checkpoint)
-        case "kill after the rename":
-            after(checkpoint, "replace_directory", kill, in_checkpoint)
         case "kill during retention":
 
             def remove_half(path: Path, **_: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, chat_run, make_small, outcome, records, text_run
+from conftest import TINY, chat_run, outcome, records, text_run
 
 from lacuna import checkpoint, cli
 from lacuna.config import GrpoConfig, PretrainConfig, TrainingConfig, to_toml
@@ -125,36 +125,21 @@ def test_a_run_killed_after_each_of_twenty_steps_is_the_uninterrupted_run_bit_fo
     killed_at_each(list(range(1, 21)), name, small)
 
 
-SAVED_OFTEN = {"steps": 8, "save_every": 2, "keep": 1}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(warm: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The outcome of the run that is disturbed below."""
-    page = text_run(make_small(tmp_path_factory.mktemp("undisturbed") / "small"), **SAVED_OFTEN)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", warm)
-        finished(page)
-    return outcome(page)
-
-
-@pytest.mark.parametrize(
-    "point", ["after a shard", "before the manifest", "before the rename", "after the rename", "during retention"]
-)
-def test_a_kill_at_any_point_of_a_save_leaves_a_good_checkpoint_and_nothing_else_for_long(
-    point: str, small: Path, undisturbed: Any
-) -> None:
-    page = text_run(small, **SAVED_OFTEN)
-    with Job(page, f"kill {point}", 6) as job:
-        assert job.end()[0] == [-signal.SIGKILL]
-    is_committed = point in ("after the rename", "during retention")
-    said: list[str] = []
-    found = checkpoint.newest_good(page.run_directory, said.append)
-    assert found and found[1].run.step == (6 if is_committed else 4) and not said
-    output = finished(page, more=("--resume",))
-    assert f"resuming from {found[0]}" in output
-    assert [path.name for path in (page.run_directory / "checkpoints").iterdir()] == ["step_00000008"]
-    assert outcome(page) == undisturbed
+def test_a_run_killed_within_two_saves_is_the_uninterrupted_run_and_leaves_nothing_behind(small: Path) -> None:
+    changes = {"steps": 8, "save_every": 2, "keep": 1}
+    whole, cut = (text_run(small, run_name=run, **changes) for run in ("whole", "cut"))
+    finished(whole)
+    newest = Path()
+    for point, step, saved in (("before the rename", 4, 2), ("during retention", 6, 6)):
+        with Job(cut, f"kill {point}", step, ("--resume",)) as job:
+            assert job.end()[0] == [-signal.SIGKILL]
+        newest = checkpoint.checkpoint_directory(cut.run_directory, saved)
+        said: list[str] = []
+        assert checkpoint.newest_good(cut.run_directory, said.append) == (newest, checkpoint.read_manifest(newest))
+        assert not said
+    assert f"resuming from {newest}" in finished(cut, more=("--resume",))
+    assert [path.name for path in (cut.run_directory / "checkpoints").iterdir()] == ["step_00000008"]
+    assert outcome(cut) == outcome(whole)
 
 
 def test_a_run_that_is_at_work_is_refused_to_a_second_process_by_name(small: Path) -> None:
