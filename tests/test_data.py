@@ -1,9 +1,19 @@
-"""Rows against brute force and plain statements of what each document becomes, over generated documents."""
+"""Files, good and broken, to documents and rows, against brute force and plain statements of what each should hold."""
 
+import csv
+import io
 import json
 import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +24,8 @@ from conftest import TINY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lacuna.config import PretrainConfig, SftConfig, UserError
+from lacuna import data
+from lacuna.config import DataSource, PretrainConfig, SftConfig, UserError
 from lacuna.data import (
     Dataset,
     Documents,
@@ -24,13 +35,550 @@ from lacuna.data import (
     StreamRows,
     coloured,
     describe,
+    first_fit,
     fit,
     joined_pieces,
     load_dataset,
-    packed,
-    whole,
+    load_documents,
+    prepare,
+    read_rows,
+    seams,
 )
+from lacuna.tokenizer import Tokenizer, chat_spans, decode, encode, load_tokenizer
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{n} + {n}?"}, {"role": "assistant", "content": f"It’s\n“{2 * n}”."}]}
+    for n in range(3)
+]
+TABLE = [{"prompt": "3 + 4\n= ", "completion": "7,\r\n“seven”"}, {"prompt": "", "completion": "007"}]
+BOM = b"\xef\xbb\xbf"
+
+
+def json_lines(rows: list[Any]) -> bytes:
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+
+
+def comma_separated(rows: list[dict[str, Any]], line_end: str = "\n") -> bytes:
+    with io.StringIO(newline="") as text:
+        table = csv.DictWriter(text, list(rows[0]), lineterminator=line_end)
+        table.writeheader()
+        table.writerows(rows)
+        return text.getvalue().encode()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    import datasets
+
+    with io.BytesIO() as file:
+        datasets.Dataset.from_list(rows).to_parquet(file)
+        return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The `datasets` library with a cache of its own, and no way out of this machine."""
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments))
+    yield
+    assert not asked
+
+
+def write(directory: Path, name: str, content: bytes) -> DataSource:
+    (directory / name).write_bytes(content)
+    return DataSource(path=str(directory / name))
+
+
+def load(source: DataSource, tokenizer: Tokenizer, cache: Path, skip_bad: bool = False, **changes: Any) -> Documents:
+    return load_documents(source, tokenizer, changes.get("train_on", "assistant"), skip_bad, cache)
+
+
+def texts(loaded: Documents, tokenizer: Tokenizer) -> list[str]:
+    edges = zip(loaded.start[:-1], loaded.start[1:], strict=True)
+    return [decode(tokenizer, loaded.token[start:stop]) for start, stop in edges]
+
+
+# Files to rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("plain.jsonl", json_lines(CHATS), CHATS),
+        ("no_last_line_end.jsonl", json_lines(CHATS).rstrip(), CHATS),
+        ("bom.jsonl", BOM + json_lines(CHATS), CHATS),
+        ("windows.jsonl", BOM + json_lines(CHATS).replace(b"\n", b"\r\n"), CHATS),
+        ("blank_lines.jsonl", b"\n \r\n" + json_lines(CHATS).replace(b"\n", b"\n\n\t\n"), CHATS),
+        ("CAPITALS.JSONL", json_lines(CHATS), CHATS),
+        ("list.json", json.dumps(CHATS, indent=2).encode(), CHATS),
+        ("bom.json", BOM + json.dumps(CHATS).encode(), CHATS),
+        ("table.csv", comma_separated(TABLE), TABLE),
+        ("windows.csv", BOM + comma_separated(TABLE, "\r\n"), TABLE),
+        ("text.txt", "Two\n\nlines…\n".encode(), [{"text": "Two\n\nlines…\n"}]),
+        ("bom.txt", BOM + b"One\r\nline", [{"text": "One\r\nline"}]),
+        ("table.parquet", parquet(TABLE), TABLE),
+        ("chats.parquet", parquet(CHATS), CHATS),
+    ],
+)
+def test_every_kind_of_file_is_read_as_it_is(
+    tmp_path: Path, no_network: None, name: str, content: bytes, rows: list[Any]
+) -> None:
+    assert [row for _, row in read_rows(write(tmp_path, name, content))] == rows
+
+
+def test_a_glob_reads_its_files_in_order_and_a_path_with_its_signs_is_a_path(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "[1].jsonl"):
+        write(tmp_path, name, json_lines([{"text": name}]))
+    (tmp_path / "c.jsonl").mkdir()
+    found = read_rows(DataSource(path=str(tmp_path / "?.jsonl")))
+    assert [(origin, row) for origin, row in found] == [
+        (f"{tmp_path / name} line 1", {"text": name}) for name in ("a.jsonl", "b.jsonl")
+    ]
+    assert [row for _, row in read_rows(DataSource(path=str(tmp_path / "[1].jsonl")))] == [{"text": "[1].jsonl"}]
+
+
+def test_a_parquet_table_is_read_without_a_word_through_the_cache_of_datasets(tmp_path: Path) -> None:
+    (tmp_path / "good.parquet").write_bytes(parquet(TABLE))
+    (tmp_path / "half.parquet").write_bytes(parquet(TABLE)[:-20])
+    script = (
+        "import sys; from lacuna.config import DataSource; from lacuna.data import read_rows\n"
+        "print([type(row).__name__ for _, row in read_rows(DataSource(path=sys.argv[1]))])"
+    )
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "arrow")}
+    command = [sys.executable, "-c", script, str(tmp_path / "*.parquet")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("['dict', 'dict', 'ValueError']\n", "")
+    assert list((tmp_path / "arrow").rglob("*.arrow"))
+
+
+GOOD = json_lines(CHATS[:1])
+HALF = rb'{"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "3"}]}'
+
+
+def chat(*messages: Any) -> bytes:
+    return json_lines([{"messages": messages}])
+
+
+USER, ANSWER = {"role": "user", "content": "3?"}, {"role": "assistant", "content": "3"}
+SYSTEM = {"role": "system", "content": "Count."}
+BAD = {
+    "broken_json.jsonl": (GOOD + b'{"messages": [}\n' + GOOD, "line 2: broken JSON: Expecting value at column 15"),
+    "cut_off.jsonl": (GOOD + GOOD[:-9], "line 2: broken JSON: "),
+    "nested.jsonl": (GOOD + b"[" * 10**5 + b"\n", "line 2: broken JSON: "),
+    "list_line.jsonl": (b"[1, 2]\n" + GOOD, r"line 1: it is \[1, 2\], not an object such as \{\"messages\""),
+    "number.jsonl": (b"7\n" + GOOD, "line 1: it is 7, not an object"),
+    "null.jsonl": (b"\n\nnull\n" + GOOD, "line 3: it is null, not an object"),
+    "not_utf8.jsonl": (GOOD + b'{"text": "caf\xe9"}\n', r"line 2: b'\\xe9' at column 14 is not UTF-8; save the file"),
+    "empty.jsonl": (b"", "empty.jsonl: it holds no rows; fill it"),
+    "blank.jsonl": (b"\n  \r\n\n", "blank.jsonl: it holds no rows"),
+    "no_role.jsonl": (GOOD + chat({"content": "3?"}, ANSWER), "line 2: message 1: role None is unknown; write one of"),
+    "bad_role.jsonl": (chat(USER, {"role": "gpt", "content": "3"}), "line 1: message 2: role 'gpt' is unknown"),
+    "content.jsonl": (chat(USER, ANSWER | {"content": 3}), r"line 1: message 2 \(assistant\): content is int"),
+    "no_answer.jsonl": (chat(USER), "line 1: no assistant message"),
+    "no_messages.jsonl": (chat(), r"line 1: messages is \[\], not a list of messages"),
+    "not_messages.jsonl": (b'{"messages": "Hi"}', "line 1: messages is 'Hi', not a list"),
+    "surrogate.jsonl": (GOOD + HALF, r"line 2: lone surrogate '\\ud83d'"),
+    "surrogate_text.jsonl": (rb'{"text": "ab\ud83d"}', r"line 1: text holds '\\ud83d' at character 3, half a"),
+    "two_systems.jsonl": (chat(SYSTEM, SYSTEM, USER, ANSWER), "line 1: 2 system messages; join them into one"),
+    "columns.jsonl": (b'{"question": "3?", "answer": "3"}', "line 1: .*columns question, answer: wanted are messages"),
+    "half_pair.jsonl": (b'{"prompt": "3?", "completion": null}', "line 1: .*columns prompt, completion: wanted"),
+    "no_column.jsonl": (b"{}", r"line 1: .*columns \(none\)"),
+    "text.jsonl": (b'{"text": 7}', "line 1: text is int, not a string"),
+    "prompt.jsonl": (b'{"prompt": ["3?"], "completion": "3"}', "line 1: prompt is list, not a string"),
+    "broken.json": (b'[{"text":\n "a"},\n {]', "broken.json: broken JSON: .* at line 3 column 3"),
+    "object.json": (b'{"messages": []}', "object.json: it must hold one list of rows; .* per line .jsonl"),
+    "numbers.json": (b'[{"text": "a"}, 7]', "numbers.json row 2: it is 7, not an object"),
+    "empty.json": (b"[]", "empty.json: it holds no rows"),
+    "no_value.json": (b"", "no_value.json: broken JSON: Expecting value at column 1"),
+    "not_utf8.json": (b'[\n"\xff"]', r"not_utf8.json: b'\\xff' at line 2 column 2 is not UTF-8"),
+    "empty.txt": (b"", "empty.txt: it holds no rows"),
+    "blank.txt": (BOM + b"\n \n", "blank.txt: it holds no rows"),
+    "not_utf8.txt": (b"One\nTwo \xff", r"not_utf8.txt: b'\\xff' at line 2 column 5 is not UTF-8"),
+    "empty.csv": (b"", "empty.csv: it holds no rows"),
+    "header.csv": (b"text\n", "header.csv: it holds no rows"),
+    "short.csv": (b"prompt,completion\n1,2\n3\n", "short.csv line 3: it has 1 values for 2 columns"),
+    "long.csv": (b"prompt,completion\n1,2,3\n4,5\n", "long.csv line 2: it has 3 values for 2 columns"),
+    "quote.csv": (b'text\na\n"b"c\nd\n', "quote.csv line 3: broken CSV: .*; what follows it is not read"),
+    "open.csv": (b'text\na\n"b\nc\n', "open.csv line 4: broken CSV: unexpected end of data"),
+    "not_utf8.csv": (b"text\na\nb\xff\n", r"not_utf8.csv line 3: text holds '\\udcff' at character 2"),
+    "columns.csv": (b"question\na\n", "columns.csv line 2: .*columns question: wanted are messages"),
+    "empty.parquet": (b"", "empty.parquet: not readable as parquet: .* 0 bytes"),
+    "broken.parquet": (b"PAR1 and so on", "broken.parquet: not readable as parquet: "),
+    "cut_off.parquet": (parquet(TABLE)[:-20], "cut_off.parquet: not readable as parquet: "),
+    "columns.parquet": (parquet([{"number": 7}]), "columns.parquet row 1: .*columns number: wanted are messages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_bad_is_refused_by_file_and_line_or_left_out_and_shown(
+    tmp_path: Path, tokenizer: Tokenizer, no_network: None, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    content, told = BAD[name]
+    source = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=told) as refusal:
+        load(source, tokenizer, tmp_path / "cache")
+    assert str(refusal.value).startswith(str(tmp_path)) and "--on-bad-data skip" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    facts = load(source, tokenizer, tmp_path / "cache", skip_bad=True).facts
+    assert facts["bad"] == 1 and [str(refusal.value)[: len(facts["bad_examples"][0])]] == facts["bad_examples"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_first_few_bad_rows_are_shown_and_all_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [b"7" if number % 2 else GOOD.rstrip() for number in range(40)]
+    loaded = load(write(tmp_path, "a.jsonl", b"\n".join(lines)), tokenizer, tmp_path, skip_bad=True)
+    assert (loaded.facts["rows"], loaded.facts["bad"], len(loaded.start) - 1) == (40, 20, 20)
+    shown = [origin.partition(": ")[0].rpartition(" ")[2] for origin in loaded.facts["bad_examples"]]
+    assert shown == ["2", "4", "6", "8", "10"]
+
+
+def test_a_line_of_fifty_megabytes_is_passed_over_without_being_held(tmp_path: Path) -> None:
+    long = b'{"text": "' + b"a" * 50 * 2**20 + b'"}\n'
+    source = write(tmp_path, "long.jsonl", GOOD + long + GOOD + long.rstrip())
+    del long
+    tracemalloc.start()
+    (_, first), (origin, reason), (_, third), (last, _) = read_rows(source)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert first == third == CHATS[0]
+    assert (origin, last) == (f"{source.path} line 2", f"{source.path} line 4")
+    assert str(reason) == "it is longer than 16 MiB; split it"
+    assert peak < 60 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "told"),
+    [
+        ("{}", "train", r"is a directory; name its files, as .*/\*\.jsonl"),
+        ("{}/absent.jsonl", "train", "absent.jsonl': no such file; paths start from /"),
+        ("{}/*.parquet", "train", r"\*\.parquet': no such file"),
+        ("absent.csv", "train", "absent.csv': no such file"),
+        (
+            "{}/notes.xml",
+            "train",
+            "notes.xml: files of this kind are not read; .jsonl, .json, .txt, .csv, .parquet are",
+        ),
+        ("{}/rows.jsonl", "test", "split 'test': local files have only one split, train"),
+        ("{}/rows.jsonl", "train[:95%", r"split 'train\[:95%': local files .* train\[:95%\]"),
+        ("{}/rows.jsonl", "train[5]", "split"),
+    ],
+)
+def test_what_is_no_data_is_refused_whatever_is_done_with_bad_rows(
+    tmp_path: Path, tokenizer: Tokenizer, path: str, split: str, told: str
+) -> None:
+    write(tmp_path, "rows.jsonl", json_lines(CHATS))
+    write(tmp_path, "notes.xml", b"<a/>")
+    with pytest.raises(UserError, match=told):
+        load(DataSource(path=path.format(tmp_path), split=split), tokenizer, tmp_path / "cache", skip_bad=True)
+
+
+def test_a_refusal_that_is_not_of_a_row_is_not_left_out_with_bad_rows(tmp_path: Path) -> None:
+    bare = replace(load_tokenizer(TINY), template=None)
+    with pytest.raises(UserError, match="^[^:]*: no chat template"):
+        load(write(tmp_path, "a.jsonl", GOOD), bare, tmp_path, skip_bad=True)
+
+
+def test_the_name_of_a_data_set_may_have_dots_and_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def answer(*arguments: Any, **options: Any) -> list[Any]:
+        asked.append((*arguments, options))
+        if not arguments[1]:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one of the available configs: ['a', 'b']\nExample of usage:\n…"
+            )
+        return [{"text": "one"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    source = DataSource(path="acme/Chats-2.5:a", split="test[:5]")
+    assert list(read_rows(source)) == [("acme/Chats-2.5:a test[:5] row 1", {"text": "one"})]
+    assert asked == [("acme/Chats-2.5", "a", {"split": "test[:5]"})]
+    with pytest.raises(
+        UserError, match=r"'acme/Chats-2.5': .* configs: \['a', 'b'\]; write it as acme/Chats-2.5:CONFIG"
+    ):
+        list(read_rows(DataSource(path="acme/Chats-2.5")))
+
+
+# Rows to tokens
+
+
+def test_each_kind_of_row_is_learned_as_the_config_says(tokenizer: Tokenizer) -> None:
+    source, pair = DataSource(path="unused"), {"prompt": "3 + 4 = ", "completion": "7"}
+    end = (tokenizer.eos_id,)
+    assert prepare(pair, source, tokenizer, "assistant") == ("3 + 4 = 7", [(8, 9)], (), end, True, True)
+    assert prepare(pair, source, tokenizer, "all") == ("3 + 4 = 7", [(0, 9)], (), end, True, True)
+    assert prepare({"text": "a b"}, source, tokenizer, "assistant") == ("a b", [(0, 3)], (), end, False, True)
+    assert prepare({"text": "a<|im_end|>"}, source, tokenizer, "all").after == ()
+    for train_on in ("assistant", "all", "last"):
+        spans = chat_spans(tokenizer, CHATS[0]["messages"], None, train_on)
+        assert prepare(CHATS[0], source, tokenizer, train_on) == (*spans, (), (), True, True)
+    prompt, completion = CHATS[0]["messages"][:1], CHATS[0]["messages"][1:]
+    both = prepare({"prompt": prompt, "completion": completion}, source, tokenizer, "assistant")
+    assert both == prepare(CHATS[0], source, tokenizer, "assistant")
+    renamed = DataSource(path="unused", prompt_column="question", completion_column="answer")
+    row = {"question": "3 + 4 = ", "answer": "7", "messages": None, "text": "not this"}
+    assert prepare(row, renamed, tokenizer, "assistant").text == "3 + 4 = 7"
+    both_kinds = {"prompt": "not this", "completion": "nor this", **CHATS[0]}
+    assert (
+        prepare(both_kinds, source, tokenizer, "all").text
+        == chat_spans(tokenizer, CHATS[0]["messages"], None, "all")[0]
+    )
+
+
+def altered(directory: Path, settings: dict[str, str], **model: Any) -> Tokenizer:
+    """The tiny tokenizer with other parts."""
+    directory.mkdir()
+    whole = json.loads((TINY / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps(whole | model))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(directory)
+
+
+def template(*pieces: dict[str, Any]) -> dict[str, Any]:
+    special_tokens = {name: {"id": name, "ids": [number], "tokens": [name]} for name, number in SPECIAL.items()}
+    return {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special_tokens}
+
+
+SPECIAL = {"<|endoftext|>": 0, "<|im_start|>": 1}
+CONTENT = {"Sequence": {"id": "A", "type_id": 0}}
+END, BEGIN = ({"SpecialToken": {"id": name, "type_id": 0}} for name in SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "begin"), [(None, []), (template(BEGIN, CONTENT), [1]), (template(CONTENT, END), [])]
+)
+def test_a_text_begins_with_bos_where_the_tokenizer_writes_it_and_ends_with_a_learned_eos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, post_processor: dict[str, Any] | None, begin: list[int]
+) -> None:
+    monkeypatch.setattr(data, "PART_CHARACTERS", 8)
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
+    tokenizer = altered(tmp_path / "tokenizer", settings, post_processor=post_processor)
+    text = "Ben has 3.\nAnn has 4.\nBoth have 7."
+    assert len(list(seams(text, tokenizer))) == 2
+    rows = [{"text": text}, {"prompt": text[:3], "completion": text[3:]}]
+    loaded = load(write(tmp_path, "rows.jsonl", json_lines(rows)), tokenizer, tmp_path)
+    expected = [*begin, *encode(tokenizer, text, add_special_tokens=False), 0]
+    size = len(expected)
+    assert loaded.start.tolist() == [0, size, 2 * size]
+    assert loaded.token.tolist() == expected * 2
+    assert loaded.supervised[:size].tolist() == [False] * len(begin) + [True] * (size - len(begin))
+    assert decode(tokenizer, loaded.token[size:][loaded.supervised[size:]]) == f"{text[3:]}<|endoftext|>"
+    assert loaded.is_prompted.tolist() == [False, True]
+
+
+def test_a_document_ends_with_its_last_learned_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    turns = [*CHATS[0]["messages"], {"role": "user", "content": "Thanks"}]
+    rows = [{"messages": turns}, {"text": ""}, {"prompt": "Ben", "completion": ""}]
+    loaded = load(write(tmp_path, "rows.jsonl", json_lines(rows)), tokenizer, tmp_path)
+    first, *others = texts(loaded, tokenizer)
+    assert first.endswith("It’s\n“0”.<|im_end|>") and others == ["<|im_end|>", "Ben<|im_end|>"]
+    assert loaded.supervised[loaded.start[1:] - 1].all()
+    assert loaded.facts["straddling"] == 0
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
+    """One for which every line is a seam, and one that puts a space before what it encodes."""
+    spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    return [tokenizer, altered(tmp_path_factory.mktemp("altered") / "spaced", {}, pre_tokenizer=spaced)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@given(text=st.lists(st.text("ab é\n\t’中1.-", max_size=30), min_size=1, max_size=12).map("\n".join))
+def test_a_text_in_parts_has_the_tokens_of_the_whole(tokenizers: list[Tokenizer], which: int, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PART_CHARACTERS", 8)
+        patch.setattr(data, "SEAM_CHARACTERS", 24)
+        edges = [0, *seams(text, tokenizers[which]), len(text)]
+    pairs = zip(edges[:-1], edges[1:], strict=True)
+    made = [encode(tokenizers[which], text[start:stop], add_special_tokens=False) for start, stop in pairs]
+    assert np.concatenate(made).tolist() == encode(tokenizers[which], text, add_special_tokens=False).tolist()
+
+
+def test_a_long_text_is_one_document_although_it_is_encoded_in_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = (TINY / "pretrain.jsonl").read_text().replace("\\n", "\n")
+    assert len(list(seams(text, tokenizer))) > 4
+    loaded = load(write(tmp_path, "long.txt", text.encode()), tokenizer, tmp_path)
+    expected = [*encode(tokenizer, text, add_special_tokens=False), tokenizer.eos_id]
+    assert loaded.token.tolist() == expected and loaded.supervised.all()
+    assert loaded.start.tolist() == [0, len(expected)] and not loaded.is_prompted.any()
+
+
+# The cache
+
+
+@pytest.mark.parametrize("cut", ["0%", "1%", "33%", "50%", "95%", "100%", "0", "7", "36", "-5", "-5%", "99"])
+def test_two_slices_at_one_place_are_disjoint_and_complete(tmp_path: Path, tokenizer: Tokenizer, cut: str) -> None:
+    rows = [{"text": f"Row {number}."} for number in range(37)]
+    path = write(tmp_path, "rows.jsonl", json_lines(rows)).path
+    splits = ("train", f"train[:{cut}]", f"train[{cut}:]")
+    whole, first, second = (load(DataSource(path=path, split=split), tokenizer, tmp_path) for split in splits)
+    assert texts(whole, tokenizer) == [f"Row {number}.<|im_end|>" for number in range(37)]
+    assert texts(first, tokenizer) + texts(second, tokenizer) == texts(whole, tokenizer)
+    assert len(first.is_prompted) == len(first.start) - 1
+    wanted = round(37 * int(cut[:-1]) / 100) if cut.endswith("%") else int(cut)
+    assert len(first.start) - 1 == len(rows[:wanted])
+
+
+def test_a_middle_slice_is_those_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, "rows.jsonl", json_lines([{"text": f"{number}"} for number in range(10)])).path
+    loaded = load(DataSource(path=path, split="train[2:4]"), tokenizer, tmp_path)
+    assert texts(loaded, tokenizer) == ["2<|im_end|>", "3<|im_end|>"]
+    assert len(load(DataSource(path=path, split="train[4:2]"), tokenizer, tmp_path).start) == 1
+
+
+def encoded(cache: Path) -> set[str]:
+    return {path.name for path in (cache / "documents").iterdir()}
+
+
+def test_the_same_data_are_encoded_once_wherever_they_lie(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    cache = tmp_path / "cache"
+    first = load(write(tmp_path, "rows.jsonl", json_lines(CHATS)), tokenizer, cache)
+    (tmp_path / "elsewhere").mkdir()
+    moved = write(tmp_path / "elsewhere", "rows.jsonl", json_lines(CHATS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "encode_source", None)
+        second = load(moved, load_tokenizer(TINY), cache)
+    assert (first.facts["from_cache"], second.facts["from_cache"]) == (0, 3)
+    for ours, theirs in zip(first[:-1], second[:-1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(encoded(cache)) == 1
+
+
+def test_whatever_the_tokens_depend_on_has_its_own_place_in_the_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    cache = tmp_path / "cache"
+    source = write(tmp_path, "rows.jsonl", json_lines(CHATS))
+    files = {name: (TINY / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
+
+    def tokenizer_with(name: str = "", before: str = "", after: str = "", **options: str) -> Tokenizer:
+        directory = tmp_path / "tokenizer"
+        directory.mkdir(exist_ok=True)
+        for file, content in files.items():
+            assert before in content or file != name
+            (directory / file).write_text(content.replace(before, after) if file == name else content)
+        return load_tokenizer(directory, **options)
+
+    load(source, tokenizer_with(), cache)
+    load(source, tokenizer, cache)
+    assert len(encoded(cache)) == 1
+    load(source, tokenizer_with("tokenizer.json", '"lstrip": false', '"lstrip": true'), cache)
+    load(source, tokenizer_with("tokenizer_config.json", "message.content ~", "message.content | trim ~"), cache)
+    load(
+        source,
+        tokenizer_with("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"'),
+        cache,
+    )
+    load(source, tokenizer_with(template_date="2025-01-01"), cache)
+    load(source, tokenizer, cache, train_on="last")
+    load(source, tokenizer, cache, skip_bad=True)
+    load(source.model_copy(update={"tools_column": "functions"}), tokenizer, cache)
+    load(write(tmp_path, "other_name.jsonl", json_lines(CHATS)), tokenizer, cache)
+    load(write(tmp_path, "rows.jsonl", json_lines(CHATS[:2])), tokenizer, cache)
+    assert len(encoded(cache)) == 10
+    for update in ({"weight": 2.0}, {"split": "train[:1]"}):
+        load(source.model_copy(update=update), tokenizer, cache)
+    assert len(encoded(cache)) == 10
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lacuna import data
+from lacuna.config import DataSource
 from lacuna.tokenizer import load_tokenizer
+
+whole = data.encode_parts
+def half(parts, tokenizer):
+    yield next(whole(parts, tokenizer))
+    os.kill(os.getpid(), signal.SIGKILL)
+data.encode_parts = half
+path, directory, cache = sys.argv[1:]
+data.load_documents(DataSource(path=path), load_tokenizer(Path(directory)), "all", False, Path(cache))
+"""
+
+
+def test_a_killed_encoding_is_not_taken_for_a_whole_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source, cache = write(tmp_path, "rows.jsonl", json_lines(CHATS)), tmp_path / "cache"
+    killed = subprocess.run([sys.executable, "-c", KILLED, source.path, TINY, cache], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (left,) = encoded(cache)
+    loaded = load(source, tokenizer, cache, train_on="all")
+    assert len(loaded.start) == 4 and not loaded.facts["from_cache"]
+    (name,) = encoded(cache) - {left}
+    assert len(name) == 32 != len(left)
+
+
+def test_of_two_that_encode_the_same_at_once_both_succeed(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = write(tmp_path, "rows.jsonl", json_lines(CHATS)), tmp_path / "cache"
+    encode_source, others = data.encode_source, []
+
+    def overtaken(*arguments: Any) -> None:
+        encode_source(*arguments)
+        monkeypatch.setattr(data, "encode_source", encode_source)
+        if not others:
+            others.append(load(source, tokenizer, cache))
+
+    monkeypatch.setattr(data, "encode_source", overtaken)
+    slower = load(source, tokenizer, cache)
+    assert texts(slower, tokenizer) == texts(others[0], tokenizer) and len(slower.start) == 4
+    assert len(encoded(cache)) == 1
+
+
+def test_an_encoding_that_fails_for_another_reason_says_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = write(tmp_path, "rows.jsonl", json_lines(CHATS))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(os, "rename", refuse)
+        load(source, tokenizer, tmp_path)
+    assert not encoded(tmp_path)
+
+
+def refuse(*_: Any) -> None:
+    raise PermissionError
+
+
+# Real chats and texts
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.2", "minimind-6400", "qwen2.5", "qwen3", "tinyllama-1.1b-chat"])
+def test_a_real_text_in_parts_has_the_tokens_of_the_whole(shelf: Path, name: str) -> None:
+    tokenizer = load_tokenizer(shelf / "tokenizers" / name)
+    text = (shelf / "shakespeare" / "input.txt").read_text()[: 2**18]
+    edges = [0, *seams(text, tokenizer), len(text)]
+    assert len(edges) > 5 or name == "tinyllama-1.1b-chat"  # which puts a space before whatever it encodes
+    pairs = zip(edges[:-1], edges[1:], strict=True)
+    made = [encode(tokenizer, text[start:stop], add_special_tokens=False) for start, stop in pairs]
+    assert np.concatenate(made).tolist() == encode(tokenizer, text, add_special_tokens=False).tolist()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["llama-3.2", "minimind-6400", "qwen2.5", "qwen3"])
+def test_real_chats_with_tools_load_or_are_named(shelf: Path, tmp_path: Path, name: str) -> None:
+    tokenizer = load_tokenizer(shelf / "tokenizers" / name)
+    source = DataSource(path=str(shelf / "chat" / "[gr]*_tool*.jsonl"))
+    facts = load(source, tokenizer, tmp_path, skip_bad=True).facts
+    assert facts["rows"] == 350
+    if name == "llama-3.2":
+        reason = r"reason_tool_use_50.jsonl line \d+: the chat template refuses this chat: .* single tool-calls at once"
+        assert facts["bad"] == 10 and re.search(reason, facts["bad_examples"][0])
+        with pytest.raises(UserError, match=reason):
+            load(source, tokenizer, tmp_path)
+    else:
+        assert not facts["bad_examples"]
+
+
+# Documents to rows
 
 Mask = list[bool]
 masks = st.lists(st.booleans(), min_size=1, max_size=24)
@@ -56,16 +604,14 @@ def mixed(parts: Sequence[Pieces], weights: tuple[float, ...] = (), seed: int = 
     return Mixture(tuple(len(each.start) for each in parts), weights or (1.0,) * len(parts), seed, is_shuffled)
 
 
-def packed_data(
-    documents: list[Documents], length: int, cache: Path, is_packed: bool = True, **mixture: Any
-) -> Dataset:
+def packed_data(documents: list[Documents], length: int, is_packed: bool = True, **mixture: Any) -> Dataset:
     pieces, facts = zip(*(fit(each, number, length) for number, each in enumerate(documents)), strict=True)
-    rows = PackedRows(joined_pieces(pieces), mixed(pieces, **mixture), length, is_packed, cache)
+    rows = PackedRows(joined_pieces(pieces), mixed(pieces, **mixture), length, is_packed)
     return Dataset(rows, tuple(documents), sum(facts, Counter()))
 
 
 def stream_data(documents: list[Documents], length: int, **mixture: Any) -> Dataset:
-    pieces, facts = zip(*(whole(each, number) for number, each in enumerate(documents)), strict=True)
+    pieces, facts = zip(*(fit(each, number, sys.maxsize) for number, each in enumerate(documents)), strict=True)
     return Dataset(
         StreamRows(joined_pieces(pieces), mixed(pieces, **mixture), length), tuple(documents), sum(facts, Counter())
     )
@@ -84,35 +630,19 @@ def first_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
     return row_of
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("plans")
-
-
 @given(st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), st.lists(st.integers(1, size), max_size=120))))
-def test_packing_is_first_fit_decreasing(cache: Path, case: tuple[int, list[int]]) -> None:
+def test_packing_is_first_fit_decreasing(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
-    for _ in ("planned", "found in the cache"):
-        assert packed(np.array(lengths, np.int64), capacity, cache).tolist() == first_fit_decreasing(lengths, capacity)
+    assert first_fit(np.array(lengths, np.int64), capacity).tolist() == first_fit_decreasing(lengths, capacity)
 
 
 @pytest.mark.parametrize("capacity", [64, 512, 2048])
-def test_packing_of_many_pieces_is_first_fit_decreasing(cache: Path, capacity: int) -> None:
+def test_packing_of_many_pieces_is_first_fit_decreasing(capacity: int) -> None:
     drawn = np.random.default_rng(capacity).lognormal(math.log(200) - 0.5, 1, 4000)
     lengths = np.clip(drawn.astype(np.int64), 1, capacity)
-    row_of = packed(lengths, capacity, cache)
+    row_of = first_fit(lengths, capacity)
     assert row_of.tolist() == first_fit_decreasing(lengths.tolist(), capacity)
     assert np.bincount(row_of, lengths).max() <= capacity
-
-
-def test_a_plan_is_kept_by_the_lengths_in_any_order(tmp_path: Path) -> None:
-    lengths = np.random.default_rng(0).integers(1, 64, 1000)
-    for order in (lengths, lengths[::-1], np.sort(lengths)):
-        packed(order, 64, tmp_path)
-    assert len(list(tmp_path.glob("plans/*"))) == 1
-    packed(lengths, 65, tmp_path)
-    packed(lengths[1:], 64, tmp_path)
-    assert len(list(tmp_path.glob("plans/*"))) == 3
 
 
 weights = st.decimals("0.01", 3, places=2)
@@ -134,18 +664,18 @@ def test_a_weight_is_the_number_of_passes_an_epoch(
     assert seen.total() == sum(math.ceil(epochs * weight * count) for count, weight in sources)
 
 
-def rows_of(data: Dataset, rows: Any) -> list[list[list[int]]]:
-    return [[column.tolist() for column in data.rows.pieces_of(row)] for row in rows]
+def rows_of(dataset: Dataset, rows: Any) -> list[list[list[int]]]:
+    return [[column.tolist() for column in dataset.rows.pieces_of(row)] for row in rows]
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_row_depends_on_seed_and_number_alone(cache: Path, is_stream: bool) -> None:
+def test_a_row_depends_on_seed_and_number_alone(is_stream: bool) -> None:
     sizes = np.random.default_rng(0).integers(2, 40, (2, 60)).tolist()
 
     def fresh(seed: int = 0, is_shuffled: bool = True) -> Dataset:
         mixture: dict[str, Any] = {"weights": (1.0, 0.37), "seed": seed, "is_shuffled": is_shuffled}
         documents = [texts_of(each) for each in sizes]
-        return stream_data(documents, 32, **mixture) if is_stream else packed_data(documents, 32, cache, **mixture)
+        return stream_data(documents, 32, **mixture) if is_stream else packed_data(documents, 32, **mixture)
 
     count = fresh().rows.row_count(5)
     assert count > 100
@@ -162,13 +692,13 @@ def test_a_row_depends_on_seed_and_number_alone(cache: Path, is_stream: bool) ->
 @settings(max_examples=50)
 @given(corpora, st.integers(2, 12), st.booleans(), st.integers(1, 4))
 def test_a_segment_is_one_document_and_its_own_successor(
-    cache: Path, corpus: list[list[Mask]], length: int, is_packed: bool, batch_size: int
+    corpus: list[list[Mask]], length: int, is_packed: bool, batch_size: int
 ) -> None:
     documents = [documents_of([*each, SHORT], number % 2 == 0, 1 + 9 * number) for number, each in enumerate(corpus)]
-    data = packed_data(documents, length, cache, is_packed)
-    count = data.rows.row_count(1)
+    dataset = packed_data(documents, length, is_packed)
+    count = dataset.rows.row_count(1)
     for index in range(-(-count // batch_size)):
-        batch = data.batch(index, batch_size, count)
+        batch = dataset.batch(index, batch_size, count)
         for row in range(batch_size):
             token, target, weight, segment, position = (column[row] for column in batch)
             used = int((segment > 0).sum())
@@ -206,23 +736,23 @@ def expected_targets(mask: Mask, length: int, is_prompted: bool) -> tuple[str, l
 @settings(max_examples=200)
 @given(st.lists(masks, min_size=1, max_size=6), st.integers(1, 12), st.booleans())
 def test_what_is_too_long_is_cut_split_or_dropped_and_counted(
-    cache: Path, corpus: list[Mask], length: int, is_prompted: bool
+    corpus: list[Mask], length: int, is_prompted: bool
 ) -> None:
     corpus = [*corpus, SHORT]
-    data = packed_data([documents_of(corpus, is_prompted)], length, cache)
+    dataset = packed_data([documents_of(corpus, is_prompted)], length)
     learned, slots = [], 0
-    for row in range(data.rows.row_count(1)):
-        batch = data.batch(row, 1)
+    for row in range(dataset.rows.row_count(1)):
+        batch = dataset.batch(row, 1)
         learned += batch.target[batch.weight > 0].tolist()
         slots += int((batch.segment > 0).sum())
     fates, targets = zip(*(expected_targets(mask, length, is_prompted) for mask in corpus), strict=True)
     expected = [number * DOCUMENT + place for number, places in enumerate(targets) for place in places]
     assert sorted(learned) == expected
     counted = {name: fates.count(name) for name in ("without_targets", "split", "answer_too_long", "prompt_cut")}
-    assert counted == {name: data.facts[name] for name in counted}
+    assert counted == {name: dataset.facts[name] for name in counted}
     lost = sum(sum(mask[1:]) for mask in corpus) - len(expected)
     totals = {"documents": len(corpus), "target_tokens": len(expected), "tokens": slots, "targets_cut": lost}
-    assert totals == {name: data.facts[name] for name in totals}
+    assert totals == {name: dataset.facts[name] for name in totals}
 
 
 def test_what_is_cut_keeps_as_much_context_as_fits() -> None:
@@ -247,33 +777,33 @@ def test_the_pieces_of_a_text_make_the_text(sizes: list[int], length: int) -> No
 
 @given(st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=5), min_size=1, max_size=2), st.integers(1, 40))
 def test_a_stream_is_full_rows_of_each_slot_once_an_epoch(sizes: list[list[int]], length: int) -> None:
-    data = stream_data([texts_of(each) for each in sizes], length)
+    dataset = stream_data([texts_of(each) for each in sizes], length)
     slots = {
         (source, start + place)
-        for source, (documents, lengths) in enumerate(zip(data.documents, sizes, strict=True))
+        for source, (documents, lengths) in enumerate(zip(dataset.documents, sizes, strict=True))
         for start, size in zip(documents.start[:-1].tolist(), lengths, strict=True)
         for place in range(size - 1)
     }
-    row_count = data.rows.row_count(4)
+    row_count = dataset.rows.row_count(4)
     assert row_count == max(1, 4 * len(slots) // length)
     seen: dict[int, list[tuple[int, int]]] = {}
     for row in range(row_count):
-        batch = data.batch(row, 1)
+        batch = dataset.batch(row, 1)
         assert batch.segment.all() and batch.weight.all()
-        pieces = zip(*(column.tolist() for column in data.rows.pieces_of(row)), strict=True)
+        pieces = zip(*(column.tolist() for column in dataset.rows.pieces_of(row)), strict=True)
         here = [(source, slot) for source, start, stop, _ in pieces for slot in range(start, stop - 1)]
         for place, slot in enumerate(here, row * length):
             seen.setdefault(place // len(slots), []).append(slot)
-        assert data.rows.epoch_of(row) == pytest.approx(row * length / len(slots))
+        assert dataset.rows.epochs_before(row) == pytest.approx(row * length / len(slots))
     for epoch in range(row_count * length // len(slots)):
         assert len(seen[epoch]) == len(slots) and set(seen[epoch]) == slots
 
 
 def test_a_stream_of_one_text_is_shuffled_by_rows() -> None:
-    data = stream_data([texts_of([82])], 8)
-    first = [data.rows.pieces_of(row).start[0] for row in range(20)]
+    dataset = stream_data([texts_of([82])], 8)
+    first = [dataset.rows.pieces_of(row).start[0] for row in range(20)]
     assert sorted(first[:10]) == list(range(0, 80, 8)) != first[:10]
-    assert data.rows.pieces_of(10).start.tolist() == [80, 0]  # where an epoch ends and the next begins
+    assert dataset.rows.pieces_of(10).start.tolist() == [80, 0]  # where an epoch ends and the next begins
     assert sorted(first[11:]) == list(range(7, 79, 8))
     assert np.argsort(first[:9]).tolist() != np.argsort(first[11:]).tolist()
 
@@ -281,15 +811,15 @@ def test_a_stream_of_one_text_is_shuffled_by_rows() -> None:
 @settings(max_examples=50)
 @given(st.lists(st.integers(3, 70), max_size=12), st.integers(2, 64), st.integers(1, 5))
 def test_without_packing_a_row_is_one_document_in_one_of_eight_lengths(
-    cache: Path, sizes: list[int], length: int, batch_size: int
+    sizes: list[int], length: int, batch_size: int
 ) -> None:
     sizes = [*sizes, 3]
-    data = packed_data([documents_of([[False] * 2 + [True] * (size - 2) for size in sizes])], length, cache, False)
+    dataset = packed_data([documents_of([[False] * 2 + [True] * (size - 2) for size in sizes])], length, False)
     kept = sorted(min(size - 1, length) for size in sizes if size - 2 <= length)
-    count, found, widths = data.rows.row_count(1), [], set()
+    count, found, widths = dataset.rows.row_count(1), [], set()
     assert count == len(kept)
     for index in range(-(-count // batch_size)):
-        batch = data.batch(index, batch_size, count)
+        batch = dataset.batch(index, batch_size, count)
         assert batch.segment.max() == 1
         found += batch.segment.sum(axis=1).tolist()
         width, longest = batch.token.shape[1], batch.segment.sum(axis=1).max()
@@ -299,28 +829,28 @@ def test_without_packing_a_row_is_one_document_in_one_of_eight_lengths(
     assert all(width == length or width % -(-length // 8) == 0 for width in widths)
 
 
-def test_rows_behind_the_limit_are_empty(cache: Path) -> None:
-    data = packed_data([texts_of([5] * 10)], 4, cache)
-    assert data.rows.row_count(1) == 10
-    batches = [data.batch(index, 4, 10) for index in range(3)]
+def test_rows_behind_the_limit_are_empty() -> None:
+    dataset = packed_data([texts_of([5] * 10)], 4)
+    assert dataset.rows.row_count(1) == 10
+    batches = [dataset.batch(index, 4, 10) for index in range(3)]
     assert [int((batch.segment > 0).any(axis=1).sum()) for batch in batches] == [4, 4, 2]
-    assert sum(float(batch.weight.sum()) for batch in batches) == data.facts["target_tokens"] == 40
+    assert sum(float(batch.weight.sum()) for batch in batches) == dataset.facts["target_tokens"] == 40
     assert not batches[-1].token[2:].any() and not batches[-1].weight[2:].any()
-    assert data.batch(2, 4).weight.all()  # without a limit the next epoch follows
-    assert data.rows.epoch_of(15) == 1.5
-    assert isinstance(data.rows, PackedRows) and data.rows.slot_count(0) == 40
+    assert dataset.batch(2, 4).weight.all()  # without a limit the next epoch follows
+    assert dataset.rows.epochs_before(15) == 1.5
+    assert isinstance(dataset.rows, PackedRows) and dataset.rows.slot_count(0) == 40
 
 
 # Whole data sets, with the tokenizer of the tiny configs
 
 
-def chat(question: str, *rest: str) -> str:
+def dialogue(question: str, *rest: str) -> str:
     roles = ("user", "assistant") * len(rest)
     turns = zip(roles, (question, *rest), strict=False)
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
 
 
-def data_set(tmp_path: Path, *lines: str, is_stream: bool = False, **settings: Any) -> Dataset:
+def dataset_of(tmp_path: Path, *lines: str, is_stream: bool = False, **settings: Any) -> Dataset:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
     options = {"model_name": "unused", "run_name": "run", "data": ({"path": str(path)},), "sequence_length": 16}
@@ -329,25 +859,25 @@ def data_set(tmp_path: Path, *lines: str, is_stream: bool = False, **settings: A
 
 
 def test_the_answers_of_chats_are_learned_and_coloured(tmp_path: Path) -> None:
-    data = data_set(tmp_path, chat("How many?", "3 jars.", "And now?", "24."), sequence_length=64)
-    batch = data.batch(0, 1)
+    dataset = dataset_of(tmp_path, dialogue("How many?", "3 jars.", "And now?", "24."), sequence_length=64)
+    batch = dataset.batch(0, 1)
     text = coloured(batch, 0, load_tokenizer(TINY), has_marks=False)
     green = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "green")
     assert green == "3 jars.<|im_end|>24.<|im_end|>"
     dim = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "dim")
     assert "How many?" in dim and "And now?" in dim and "24" not in dim
-    assert int(batch.weight.sum()) == data.facts["target_tokens"]
+    assert int(batch.weight.sum()) == dataset.facts["target_tokens"]
 
 
 def test_what_was_counted_is_told_in_words(tmp_path: Path) -> None:
     lines = (
-        chat("Hi", "3"),
-        chat("How many stones does Ben have in the end? " * 2, "4"),
-        chat("Hi", "3 + 4 = 7. " * 9),
+        dialogue("Hi", "3"),
+        dialogue("How many stones does Ben have in the end? " * 2, "4"),
+        dialogue("Hi", "3 + 4 = 7. " * 9),
         "{",
     )
-    first = describe(data_set(tmp_path, *lines, on_bad_data="skip").facts)
-    again = describe(data_set(tmp_path, *lines, on_bad_data="skip").facts)
+    first = describe(dataset_of(tmp_path, *lines, on_bad_data="skip").facts)
+    again = describe(dataset_of(tmp_path, *lines, on_bad_data="skip").facts)
     assert first.startswith(
         "4 rows read, 1 bad rows left out, 3 samples, 1 samples dropped, as the last answer alone is"
     )
@@ -358,7 +888,7 @@ def test_what_was_counted_is_told_in_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ([chat("Hi", "3 + 4 = 7. " * 9)], "1 samples dropped, as the last answer alone is longer than a row"),
+        ([dialogue("Hi", "3 + 4 = 7. " * 9)], "1 samples dropped, as the last answer alone is longer than a row"),
         ([json.dumps({"prompt": "3", "completion": "4"}), "{"], None),
         (["{", "[]"], r"2 rows read, 2 bad rows left out.*line 1: broken JSON"),
         ([""], "1 rows read, 1 bad rows left out.*rows.jsonl: it holds no rows"),
@@ -366,33 +896,33 @@ def test_what_was_counted_is_told_in_words(tmp_path: Path) -> None:
 )
 def test_a_data_set_without_a_target_is_refused(tmp_path: Path, lines: list[str], told: str | None) -> None:
     if told is None:
-        assert data_set(tmp_path, *lines, on_bad_data="skip").facts["target_tokens"]
+        assert dataset_of(tmp_path, *lines, on_bad_data="skip").facts["target_tokens"]
     else:
         with pytest.raises(UserError, match=f"rows.jsonl, train: no token to learn from .*{told}"):
-            data_set(tmp_path, *lines, on_bad_data="skip")
+            dataset_of(tmp_path, *lines, on_bad_data="skip")
 
 
 def test_pretraining_reads_texts_only_and_ends_each(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rows.jsonl holds chats or prompts; .* sft"):
-        data_set(tmp_path, chat("Hi", "3"), is_stream=True)
+        dataset_of(tmp_path, dialogue("Hi", "3"), is_stream=True)
     tokenizer = load_tokenizer(TINY)
-    data = data_set(tmp_path, *(json.dumps({"text": f"Ben has {n}."}) for n in range(20)), is_stream=True)
-    rows = [data.batch(row, 1) for row in range(data.rows.row_count(1))]
+    dataset = dataset_of(tmp_path, *(json.dumps({"text": f"Ben has {n}."}) for n in range(20)), is_stream=True)
+    rows = [dataset.batch(row, 1) for row in range(dataset.rows.row_count(1))]
     for batch in rows:
         ends = np.flatnonzero(np.diff(batch.segment[0], append=0))
         assert set(batch.target[0, ends[:-1]].tolist()) == {tokenizer.eos_id}
-    assert data.facts["documents"] == 20 and data.facts["tokens"] == data.facts["target_tokens"]
+    assert dataset.facts["documents"] == 20 and dataset.facts["tokens"] == dataset.facts["target_tokens"]
 
 
 def test_a_source_is_sliced_and_weighted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     sources = [{"path": str(path), "split": "train[:75%]", "weight": 2}, {"path": str(path), "split": "train[75%:]"}]
-    data = data_set(tmp_path, *(chat("Hi", str(n % 10)) for n in range(8)), data=tuple(sources))
-    assert [len(each.start) - 1 for each in data.documents] == [6, 2]
+    dataset = dataset_of(tmp_path, *(dialogue("Hi", str(n % 10)) for n in range(8)), data=tuple(sources))
+    assert [len(each.start) - 1 for each in dataset.documents] == [6, 2]
     seen = Counter(
         (source, start)
-        for row in range(data.rows.row_count(1))
-        for source, start in zip(*(column.tolist() for column in data.rows.pieces_of(row)[:2]), strict=True)
+        for row in range(dataset.rows.row_count(1))
+        for source, start in zip(*(column.tolist() for column in dataset.rows.pieces_of(row)[:2]), strict=True)
     )
     assert sorted(seen.values()) == [1] * 2 + [2] * 6
     assert {source for (source, _), count in seen.items() if count == 2} == {0}
@@ -402,7 +932,7 @@ def test_a_source_is_sliced_and_weighted(tmp_path: Path) -> None:
 def test_real_chats_fill_their_rows(shelf: Path) -> None:
     config = SftConfig(model_name="unused", run_name="run", data=({"path": str(shelf / "chat" / "*.jsonl")},))
     tokenizer = load_tokenizer(shelf / "tokenizers" / "qwen2.5")
-    data = load_dataset(config.data, tokenizer, config, is_stream=False, is_shuffled=True)
-    assert data.facts["documents"] == 10_249 and isinstance(data.rows, PackedRows)
-    assert data.rows.slot_count(0) == data.facts["tokens"]
-    assert data.facts["tokens"] >= 0.99 * data.rows.row_count(1) * config.sequence_length
+    dataset = load_dataset(config.data, tokenizer, config, is_stream=False, is_shuffled=True)
+    assert dataset.facts["documents"] == 10_249 and isinstance(dataset.rows, PackedRows)
+    assert dataset.rows.slot_count(0) == dataset.facts["tokens"]
+    assert dataset.facts["tokens"] >= 0.99 * dataset.rows.row_count(1) * config.sequence_length

@@ -14,12 +14,11 @@ import os
 import re
 import sys
 import tempfile
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -49,6 +48,8 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 MAX_LINE_BYTES = 16 * 2**20
 PART_CHARACTERS, SEAM_CHARACTERS, BATCH_CHARACTERS = 2**15, 2**8, 2**20
 SHOWN_BAD_ROWS = 5
+SHUFFLE_PASS, SHUFFLE_EPOCH, SHUFFLE_ROWS = 1, 2, 3
+BUCKETS = 8
 
 Row = dict[str, Any] | ValueError
 Used = TypeVar("Used")
@@ -57,9 +58,9 @@ Used = TypeVar("Used")
 class Documents(NamedTuple):
     """The encoded documents of one source: document i is `token[start[i]:start[i + 1]]`, and so is `supervised`.
 
-    Each ends with its last supervised token, for what stands behind can't change the loss. `is_prompted` documents
-    answer a prompt, the others are plain text. `facts` counts rows read, bad rows, and tokens that straddle the edge
-    of what is supervised, and says whether all this was in the cache.
+    Each ends with its last supervised token, as what follows can't change the loss. `is_prompted` documents answer a
+    prompt, the others are plain text. `facts` counts rows read, bad rows, and tokens that straddle the edge of what is
+    supervised, and those of the rows that were in the cache.
     """
 
     token: Int[np.ndarray, " token"]
@@ -70,8 +71,8 @@ class Documents(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A document ready for the tokenizer, or the next part of a long one: its text, the supervised ranges of
-    characters, and the tokens that go before and, supervised, after it."""
+    """A document ready for the tokenizer, or a part of a long one: its text, the supervised ranges of characters, and
+    the tokens that go before and, supervised, after it."""
 
     text: str
     spans: list[Span]
@@ -79,6 +80,40 @@ class Prepared(NamedTuple):
     after: tuple[int, ...] = ()
     is_prompted: bool = True
     is_last: bool = True
+
+
+class Batch(NamedTuple):
+    """Packed rows, NumPy arrays until they are put on the devices. `weight` is 1 where the loss counts, `segment` is
+    1, 2, … for each document and 0 for padding, `position` restarts at 0 with each document."""
+
+    token: Int[Array, "*rows token"]
+    target: Int[Array, "*rows token"]
+    weight: Float[Array, "*rows token"]
+    segment: Int[Array, "*rows token"]
+    position: Int[Array, "*rows token"]
+
+
+class Pieces(NamedTuple):
+    """Parts of documents: tokens `start` to `stop` of a source, whose loss counts from token `loss_start` on.
+
+    A piece of n + 1 tokens takes n slots of a row, as each slot holds a token and its successor.
+    """
+
+    source: Int[np.ndarray, " piece"]
+    start: Int[np.ndarray, " piece"]
+    stop: Int[np.ndarray, " piece"]
+    loss_start: Int[np.ndarray, " piece"]
+
+    @property
+    def slots(self) -> Int[np.ndarray, " piece"]:
+        return self.stop - self.start - 1
+
+    def take(self, which: Any) -> "Pieces":
+        return Pieces(*(column[which] for column in self))
+
+
+def joined_pieces(parts: Iterable[Pieces]) -> Pieces:
+    return Pieces(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 # Reading
@@ -92,7 +127,7 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
     """
     files = local_files(source.path)
     if not files:
-        yield from hub_rows(source)
+        yield from table_rows(hub_table(source), f"{source.path} {source.split}")
     for file in files:
         rows = file_rows(file, source.text_column)
         yield next(rows, (str(file), ValueError("it holds no rows; fill it, or leave it out of the path")))
@@ -102,24 +137,22 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
 def usable(
     rows: Iterable[tuple[str, Row]], use: Callable[[str, dict[str, Any]], Used], skip_bad: bool, bad: list[str]
 ) -> Iterator[Used]:
-    """What `use` makes of each row; where and why another can't be used is an error, or added to `bad`."""
+    """What `use` makes of each row. A row that can't be used raises UserError, or is added to `bad` with the reason."""
     for origin, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
-            used = use(origin, row)
+            yield use(origin, row)
         except UserError:
             raise
         except ValueError as error:
             if not skip_bad:
                 raise UserError(f"{origin}: {error} (or leave such rows out with --on-bad-data skip)") from error
             bad.append(f"{origin}: {error}")
-        else:
-            yield used
 
 
 def local_files(path: str) -> list[Path]:
-    """The files that a path or glob names, sorted; none where it may name a data set on the hub."""
+    """The files that a path or glob names, sorted; none if it may name a data set on the hub."""
     if Path(path).is_dir():
         raise UserError(f"data path {path!r} is a directory; name its files, as {path.rstrip('/')}/*.jsonl")
     found = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
@@ -133,30 +166,33 @@ def local_files(path: str) -> list[Path]:
 
 
 def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Row]]:
-    match file.suffix.lower():
-        case ".jsonl":
-            yield from jsonl_rows(file)
-        case ".json":
-            yield from json_rows(file)
-        case ".csv":
-            yield from csv_rows(file)
-        case ".parquet":
-            yield from parquet_rows(file)
-        case ".txt":
-            yield from text_rows(file, text_column)
+    """The rows of a file, the last of them a ValueError if the file can't be read, or no further."""
+    try:
+        match file.suffix.lower():
+            case ".jsonl":
+                yield from jsonl_rows(file)
+            case ".json":
+                yield from json_rows(file)
+            case ".csv":
+                yield from csv_rows(file)
+            case ".parquet":
+                yield from parquet_rows(file)
+            case ".txt":  # one document
+                if (text := decoded(file.read_bytes())).strip():
+                    yield str(file), {text_column: text}
+    except ValueError as error:
+        yield str(file), error
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
     with file.open("rb") as stream:
         for number, line in enumerate(bounded_lines(stream), 1):
-            if len(line) > MAX_LINE_BYTES:
-                yield f"{file} line {number}", ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
-            elif line.strip():
-                yield f"{file} line {number}", as_row(parsed(line.rstrip(b"\r\n")))
+            if line.strip():
+                yield f"{file} line {number}", row_of_line(line)
 
 
 def bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines, of which too long a one is cut a byte over the limit, as it need not fit in memory."""
+    """The lines of a file; one that is too long, and so may not fit in memory, is cut a byte over the limit."""
     while line := stream.readline(MAX_LINE_BYTES + 1):
         yield line
         if len(line) > MAX_LINE_BYTES:
@@ -166,21 +202,10 @@ def bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
 
 def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     rows = parsed(file.read_bytes())
-    if isinstance(rows, list):
-        for number, row in enumerate(rows, 1):
-            yield f"{file} row {number}", as_row(row)
-    else:
-        unlisted = ValueError("it must hold one list of rows; a file with an object a line is named .jsonl")
-        yield str(file), rows if isinstance(rows, ValueError) else unlisted
-
-
-def text_rows(file: Path, column: str) -> Iterator[tuple[str, Row]]:
-    """A text file is one document."""
-    text = decoded(file.read_bytes())
-    if isinstance(text, ValueError):
-        yield str(file), text
-    elif text.strip():
-        yield str(file), {column: text}
+    if not isinstance(rows, list):
+        raise ValueError("it must hold one list of rows; name a file with one object per line .jsonl")
+    for number, row in enumerate(rows, 1):
+        yield f"{file} row {number}", row if isinstance(row, dict) else no_row(row)
 
 
 def csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -201,14 +226,9 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
 def parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
     try:
         table = quiet_datasets().Dataset.from_parquet(str(file))
-    except Exception as error:  # Arrow's and Python's, according to what is broken
-        yield str(file), ValueError(f"not readable as parquet: {error.__cause__ or error}")
-    else:
-        yield from table_rows(table, str(file))
-
-
-def hub_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
-    yield from table_rows(hub_table(source), f"{source.path} {source.split}")
+    except Exception as error:  # of Arrow or Python, depending on what is broken
+        raise ValueError(f"not readable as parquet: {error.__cause__ or error}") from error
+    yield from table_rows(table, str(file))
 
 
 def table_rows(table: Iterable[Any], origin: str) -> Iterator[tuple[str, Row]]:
@@ -218,27 +238,27 @@ def table_rows(table: Iterable[Any], origin: str) -> Iterator[tuple[str, Row]]:
 
 @lru_cache(maxsize=1)
 def hub_table(source: DataSource) -> Any:
-    """A data set on the hub, with the slice of its split; `path:config` names one of several in a repository."""
+    """A split of a data set on the hub, or a slice of it; `path:config` names one of several in a repository."""
     datasets = quiet_datasets()
     path, _, config = source.path.partition(":")
     try:
         return datasets.load_dataset(path, config or None, split=source.split)
-    except Exception as error:  # its HTTP and storage clients raise kinds of their own
+    except Exception as error:  # its HTTP and storage clients raise their own kinds
         reason = str(error.__cause__ or error).partition("\nExample of usage")[0]
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-            mend = "if it is gated, accept its terms on its page; if it is not public, log in with `hf auth login`"
+            fix = "if it is gated, accept its terms on its page; if it is not public, log in with `hf auth login`"
         elif "Config name is missing" in reason:
-            mend = f"write it as {path}:CONFIG"
+            fix = f"write it as {path}:CONFIG"
         elif "Unknown split" in reason:
-            mend = "set split to one of them"
+            fix = "set split to one of them"
         else:
-            mend = "that mended, the same command fetches what is missing"
+            fix = "fix that, and the same command fetches what is missing"
         reason = " ".join(reason.split()).rstrip(".")
-        raise UserError(f"data path {source.path!r}: no such file, and on the hub: {reason}; {mend}") from error
+        raise UserError(f"data path {source.path!r}: no such file, and on the hub: {reason}; {fix}") from error
 
 
 def quiet_datasets() -> Any:
-    """The `datasets` library, with progress bars on a terminal only and errors left to us."""
+    """The `datasets` library, which shows progress on a terminal only and leaves errors to us."""
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -247,52 +267,69 @@ def quiet_datasets() -> Any:
     return datasets
 
 
-def parsed(content: bytes) -> Any:
-    """The value of a JSON text, or a ValueError with the reason why there is none."""
-    text = decoded(content)
-    if isinstance(text, ValueError):
-        return text
+def row_of_line(line: bytes) -> Row:
+    if len(line) > MAX_LINE_BYTES:
+        return ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return ValueError(f"broken JSON: {error.msg} at {place_in_text(text[: error.pos])}")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"broken JSON: {error}")
+        row = parsed(line.rstrip(b"\r\n"))
+    except ValueError as error:
+        return error
+    return row if isinstance(row, dict) else no_row(row)
 
 
-def decoded(content: bytes) -> str | ValueError:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = place_in_text(content[: error.start].decode("utf-8-sig"))
-        return ValueError(f"{content[error.start : error.end]!r} at {where} is not UTF-8; save the file as UTF-8")
-
-
-def place_in_text(before: str) -> str:
-    """Where a text goes on after `before`; the line goes without saying where there is but one."""
-    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-    return f"line {line} column {column}" if line > 1 else f"column {column}"
-
-
-def as_row(value: Any) -> Row:
-    if isinstance(value, dict | ValueError):
-        return value
+def no_row(value: Any) -> ValueError:
     return ValueError(f'it is {json.dumps(value):.40}, not an object such as {{"messages": [...]}}')
 
 
-def local_bounds(split: str) -> tuple[str, str]:
-    """Where a split of local files begins and ends, as in `train[:95%]`; empty where it takes all.
+def parsed(content: bytes) -> Any:
+    """The value of a JSON text; raises ValueError with the reason why there is none."""
+    text = decoded(content)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at {place_after(text[: error.pos])}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON: {error}") from error
+
+
+def decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = place_after(content[: error.start].decode("utf-8-sig"))
+        wrong = content[error.start : error.end]
+        raise ValueError(f"{wrong!r} at {place} is not UTF-8; save the file as UTF-8") from error
+
+
+def place_after(text: str) -> str:
+    """Line and column of what follows a text; the line only if it is not the first."""
+    line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
+    return f"line {line} column {column}" if line > 1 else f"column {column}"
+
+
+def split_bounds(source: DataSource) -> tuple[str, str]:
+    """Where the split of local files begins and ends, as in `train[:95%]`; both empty if it is all of them, or for a
+    data set on the hub, which is fetched as its split.
 
     Raises:
-        UserError: the split can't be read, or is another than train.
+        UserError: the split can't be read, or is not train.
     """
-    if match := re.fullmatch(r"train(\[(-?\d+%?)?:(-?\d+%?)?\])?", split):
+    if not local_files(source.path):
+        return "", ""
+    if match := re.fullmatch(r"train(\[(-?\d+%?)?:(-?\d+%?)?\])?", source.split):
         return match[2] or "", match[3] or ""
-    raise UserError(f"split {split!r}: local files have but one, train; write train, train[:95%] or train[100:200]")
+    raise UserError(
+        f"split {source.split!r}: local files have only one split, train; write train, train[:95%] or train[100:200]"
+    )
 
 
-def bound(text: str, count: int) -> int | None:
-    return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text) if text else None
+def slice_between(bounds: tuple[str, str], count: int) -> slice:
+    """The slice of `count` rows that the bounds of a split name, by number or in percent."""
+
+    def number(bound: str) -> int | None:
+        return round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound) if bound else None
+
+    return slice(*map(number, bounds))
 
 
 # Encoding
@@ -392,17 +429,16 @@ def encode_parts(parts: Sequence[Prepared], tokenizer: Tokenizer) -> Iterator[En
 
 
 def load_documents(
-    source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, cache: Path
+    source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, cache_dir: Path
 ) -> Documents:
     """The documents of a source (its slice, if it names one), encoded now or found in the cache.
 
     Raises:
         UserError: what can't be read, or a bad row (unless `skip_bad`), with file and line.
     """
-    bounds = local_bounds(source.split) if local_files(source.path) else ("", "")
-    directory = cache / "documents" / source_fingerprint(source, tokenizer, train_on, skip_bad)
-    is_cached = directory.exists()
-    if not is_cached:
+    bounds = split_bounds(source)
+    directory = cache_dir / "documents" / source_fingerprint(source, tokenizer, train_on, skip_bad)
+    if not (is_cached := directory.exists()):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
             encode_source(source, tokenizer, train_on, skip_bad, Path(scratch))
@@ -411,15 +447,16 @@ def load_documents(
             except OSError:
                 if not directory.exists():  # else another process was faster
                     raise
-    start = np.fromfile(directory / "start", np.int64)
-    first, last, _ = slice(*(bound(text, len(start) - 1) for text in bounds)).indices(len(start) - 1)
+    facts = json.loads((directory / "facts.json").read_text())
+    start, is_prompted = np.fromfile(directory / "start", np.int64), np.fromfile(directory / "is_prompted", np.bool_)
+    first, last, _ = slice_between(bounds, len(is_prompted)).indices(len(is_prompted))
     last = max(first, last)
     return Documents(
         token=mapped(directory / "token", np.int32),
         supervised=mapped(directory / "supervised", np.bool_),
         start=start[first : last + 1],
-        is_prompted=np.fromfile(directory / "is_prompted", np.bool_)[first:last],
-        facts=json.loads((directory / "facts.json").read_text()) | {"is_cached": is_cached},
+        is_prompted=is_prompted[first:last],
+        facts=facts | {"from_cache": facts["rows"] * is_cached},
     )
 
 
@@ -428,7 +465,7 @@ def mapped(path: Path, dtype: DTypeLike) -> np.ndarray:
 
 
 def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool) -> str:
-    """Names all that the encoded documents depend on."""
+    """A hash of all that the encoded documents depend on."""
     files = local_files(source.path)
     columns = source.model_dump(exclude={"path", "split", "weight"})
     origin = [file.name for file in files] or [source.path, hub_table(source)._fingerprint]
@@ -477,66 +514,20 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
 
 
 def progress() -> Progress:
-    """A line that counts what goes by, on a terminal only."""
+    """A line that counts what was read, on a terminal only."""
     columns = "{task.description}", "{task.completed:,}", TimeElapsedColumn()
     return Progress(*columns, transient=True, disable=not sys.stdout.isatty())
-
-
-SHUFFLE_PASS, SHUFFLE_EPOCH, SHUFFLE_ROWS = 1, 2, 3
-BUCKETS = 8
-
-
-class Batch(NamedTuple):
-    """Packed rows, NumPy arrays until they are put on the devices. `weight` is 1 where the loss counts, `segment` is
-    1, 2, … a document and 0 padding, `position` restarts at 0 with each document."""
-
-    token: Int[Array, "*rows token"]
-    target: Int[Array, "*rows token"]
-    weight: Float[Array, "*rows token"]
-    segment: Int[Array, "*rows token"]
-    position: Int[Array, "*rows token"]
-
-
-class Pieces(NamedTuple):
-    """Parts of documents: tokens `start` to `stop` of a source, whose loss counts from token `clear` on.
-
-    A piece of n + 1 tokens takes n slots of a row, as each slot holds a token and its successor.
-    """
-
-    source: Int[np.ndarray, " piece"]
-    start: Int[np.ndarray, " piece"]
-    stop: Int[np.ndarray, " piece"]
-    clear: Int[np.ndarray, " piece"]
-
-    @property
-    def slots(self) -> Int[np.ndarray, " piece"]:
-        return self.stop - self.start - 1
-
-    def take(self, which: Any) -> "Pieces":
-        return Pieces(*(column[which] for column in self))
-
-
-def joined_pieces(parts: Iterable[Pieces]) -> Pieces:
-    return Pieces(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 # Documents to pieces
 
 
-def whole(documents: Documents, source: int) -> tuple[Pieces, Counter[str]]:
-    """Documents as they are, for rows that cut them where they end."""
-    start, stop = documents.start[:-1], documents.start[1:]
-    pieces = Pieces(np.full(len(start), source), start, stop, start)
-    pieces = pieces.take(pieces.slots > 0)
-    slots = int(pieces.slots.sum())
-    return pieces, Counter(documents=len(start), tokens=slots, target_tokens=slots)
-
-
 def fit(documents: Documents, source: int, length: int) -> tuple[Pieces, Counter[str]]:
     """Pieces of documents that fit rows of `length` slots, and what became of the rest.
 
-    Too long a text is split. Too long a chat or prompt loses its left end, and the rest of an answer cut in two does
-    not count; one whose last answer alone exceeds the row is dropped, as is a document without a target.
+    A text that is too long is split. A chat or prompt that is too long loses its left end, and what is left of an
+    answer cut in two does not count; it is dropped if its last answer alone exceeds the row, as is any document
+    without a target.
     """
     start, stop = documents.start[:-1], documents.start[1:]
     slots = stop - start - 1
@@ -553,7 +544,7 @@ def fit(documents: Documents, source: int, length: int) -> tuple[Pieces, Counter
             facts["split"] += 1
         parts.append(start[document] + part)
     supervised_count = np.count_nonzero(documents.supervised[documents.start[0] : documents.start[-1]])
-    first_count = np.count_nonzero(documents.supervised[start[start < stop]])  # a first token is nobody's target
+    first_count = np.count_nonzero(documents.supervised[start[start < stop]])  # a first token is never a target
     facts["target_tokens"] = int(supervised_count - first_count - facts["targets_cut"])
     columns = np.concatenate(parts, axis=1)
     pieces = Pieces(np.full(columns.shape[1], source), *columns)
@@ -562,57 +553,39 @@ def fit(documents: Documents, source: int, length: int) -> tuple[Pieces, Counter
 
 
 def cut_left(supervised: Bool[np.ndarray, " token"], length: int, facts: Counter[str]) -> Int[np.ndarray, "3 piece"]:
-    """Start, stop and clear of a document's last `length` slots; nothing where its last answer alone is longer."""
+    """Start, stop and loss_start of a document's last `length` slots; nothing if its last answer alone is longer."""
     context = np.flatnonzero(~supervised)
     if len(supervised) - context[-1] - 1 > length:
         facts["answer_too_long"] += 1
         facts["targets_cut"] += int(np.count_nonzero(supervised[1:]))
         return np.zeros((3, 0), np.int64)
     start = len(supervised) - length - 1
-    clear = context[np.searchsorted(context, start)]
+    loss_start = context[np.searchsorted(context, start)]
     facts["prompt_cut"] += 1
-    facts["targets_cut"] += int(np.count_nonzero(supervised[1:clear]))
-    return np.array([[start], [len(supervised)], [clear]])
+    facts["targets_cut"] += int(np.count_nonzero(supervised[1:loss_start]))
+    return np.array([[start], [len(supervised)], [loss_start]])
 
 
 # Pieces to rows
 
 
 def first_fit(lengths: Int[np.ndarray, " piece"], capacity: int) -> Int[np.ndarray, " piece"]:
-    """The row of each piece, longest first: First-Fit-Decreasing (Johnson 1973), exactly.
+    """The row of each piece, the longest first: First-Fit-Decreasing (Johnson 1973), exactly.
 
-    Pieces of one length are placed together: each row, from the left, takes as many as it has room for.
-    """
-    room, row_of, row_count = np.full(len(lengths), capacity), np.empty(len(lengths), np.int32), 0
-    _, first, counts = np.unique(-lengths, return_index=True, return_counts=True)
-    for begin, count in zip(first, counts, strict=True):
-        length = lengths[begin]
-        new_row_count = -(-count // (capacity // length))
-        rows = np.flatnonzero(room[: row_count + new_row_count] >= length)[:count]
-        fitting = room[rows] // length
-        taken = np.clip(count - np.cumsum(fitting) + fitting, 0, fitting)
-        room[rows] -= taken * length
-        row_of[begin : begin + count] = np.repeat(rows, taken)
-        row_count = max(row_count, row_of[begin + count - 1] + 1)
-    return row_of
-
-
-def packed(lengths: Int[np.ndarray, " piece"], capacity: int, cache: Path) -> Int[np.ndarray, " piece"]:
-    """The row of each piece, packed First-Fit-Decreasing.
-
-    The plan depends on the sorted lengths alone, and is kept in the cache by their hash: one does for all epochs.
+    Pieces of one length are placed at once: the leftmost row takes as many as fit, and leaves the others to the next.
     """
     order = np.argsort(-lengths, kind="stable")
-    longest_first = lengths[order].astype(np.int32)
-    name = hashlib.sha256(f"{capacity} ".encode() + longest_first.tobytes()).hexdigest()[:32]
-    path = cache / "plans" / f"{name}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
-            np.save(scratch, first_fit(longest_first, capacity))
-        os.replace(scratch.name, path)
-    row_of = np.empty(len(lengths), np.int32)
-    row_of[order] = np.load(path, allow_pickle=False)
+    room, row_of, row_count = np.full(len(lengths), capacity), np.empty(len(lengths), np.int32), 0
+    longest_first, first, counts = np.unique(-lengths[order], return_index=True, return_counts=True)
+    for length, begin, count in zip(-longest_first, first, counts, strict=True):
+        new_row_count = math.ceil(count / (capacity // length))
+        rows = np.flatnonzero(room[: row_count + new_row_count] >= length)[:count]
+        fitting = room[rows] // length
+        left_over = count - (np.cumsum(fitting) - fitting)  # by the rows before
+        taken = np.clip(left_over, 0, fitting)
+        room[rows] -= taken * length
+        row_of[order[begin : begin + count]] = placed = np.repeat(rows, taken)
+        row_count = max(row_count, placed[-1] + 1)
     return row_of
 
 
@@ -631,7 +604,7 @@ class Mixture:
         for source, (count, weight) in enumerate(zip(self.counts, self.weights, strict=True)):
             share = Fraction(str(weight)) * count
             first, end = math.ceil(epoch * share), math.ceil((epoch + 1) * share)
-            for number in range(first // count, -(-end // count)):
+            for number in range(first // count, math.ceil(end / count)):
                 shuffled = self.order(count, SHUFFLE_PASS, source, number)
                 items.append(before + shuffled[max(first - number * count, 0) : end - number * count])
             before += count
@@ -643,126 +616,115 @@ class Mixture:
         return np.random.default_rng([self.seed, *names]).permutation(count) if self.is_shuffled else np.arange(count)
 
 
-class Epochs:
-    """Where epochs end, in rows or slots counted from the start of the run."""
+def locate(place: int, size_of: Callable[[int], int]) -> tuple[int, int]:
+    """The epoch that a place in the run lies in, and the place in that epoch; `size_of` an epoch counts its places."""
+    epoch = 0
+    while place >= size_of(epoch):
+        place -= size_of(epoch)
+        epoch += 1
+    return epoch, place
 
-    def __init__(self, size_of: Callable[[int], int]) -> None:
-        self.size_of = size_of
-        self.ends = [0]
 
-    def before(self, epoch: int) -> int:
-        """Units of all epochs before this one."""
-        while len(self.ends) <= epoch:
-            self.ends.append(self.ends[-1] + self.size_of(len(self.ends) - 1))
-        return self.ends[epoch]
-
-    def locate(self, unit: int) -> tuple[int, int]:
-        """Epoch that a unit lies in, and its place there."""
-        while self.ends[-1] <= unit:
-            self.before(len(self.ends))
-        epoch = bisect_right(self.ends, unit) - 1
-        return epoch, unit - self.ends[epoch]
-
-    def fraction(self, unit: int) -> float:
-        """Epochs gone by before a unit."""
-        epoch, place = self.locate(unit)
-        return epoch + place / (self.before(epoch + 1) - self.before(epoch))
+def epochs_before(place: int, size_of: Callable[[int], int]) -> float:
+    """Epochs that are over at a place in the run, with the fraction of its own."""
+    epoch, place = locate(place, size_of)
+    return epoch + place / size_of(epoch)
 
 
 class PackedRows:
-    """Rows of whole pieces, packed anew in each epoch; unpacked, a row holds one piece."""
+    """Rows of whole pieces, packed again in each epoch; if not `is_packed`, a row holds one piece."""
 
-    def __init__(self, pieces: Pieces, mixture: Mixture, length: int, is_packed: bool, cache: Path) -> None:
-        self.pieces, self.mixture, self.length, self.is_packed, self.cache = pieces, mixture, length, is_packed, cache
-        self.plan = lru_cache(maxsize=2)(self.plan_of)
-        self.epochs = Epochs(lambda epoch: len(self.plan(epoch)[1]) - 1)
+    def __init__(self, pieces: Pieces, mixture: Mixture, length: int, is_packed: bool) -> None:
+        self.pieces, self.mixture, self.length, self.is_packed = pieces, mixture, length, is_packed
+        self.plan = lru_cache(maxsize=2)(self._plan)
+        self.size_of = cache(lambda epoch: len(self.plan(epoch)[1]) - 1)
 
-    def plan_of(self, epoch: int) -> tuple[Int[np.ndarray, " item"], Int[np.ndarray, " boundary"]]:
-        """The epoch's pieces, row after row, and where each row begins."""
+    def _plan(self, epoch: int) -> tuple[Int[np.ndarray, " item"], Int[np.ndarray, " boundary"]]:
+        """The epoch's pieces, row after row, and where each row begins among them."""
         items = self.mixture.epoch(epoch)
-        row_of = packed(self.pieces.slots[items], self.length, self.cache) if self.is_packed else np.arange(len(items))
+        row_of = first_fit(self.pieces.slots[items], self.length) if self.is_packed else np.arange(len(items))
         row_of = self.mixture.order(int(row_of.max(initial=-1)) + 1, SHUFFLE_ROWS, epoch)[row_of]
         return items[np.argsort(row_of, kind="stable")], np.append(0, np.cumsum(np.bincount(row_of)))
 
     def row_count(self, epochs: int) -> int:
         """Rows of the first `epochs` epochs."""
-        return self.epochs.before(epochs)
+        return sum(map(self.size_of, range(epochs)))
 
     def slot_count(self, epoch: int) -> int:
         """Slots of an epoch that hold a token."""
         return int(self.pieces.slots[self.plan(epoch)[0]].sum())
 
-    def epoch_of(self, row: int) -> float:
-        """Epochs gone by before a row."""
-        return self.epochs.fraction(row)
+    def epochs_before(self, row: int) -> float:
+        """Epochs that are over before a row of the run."""
+        return epochs_before(row, self.size_of)
 
     def pieces_of(self, row: int) -> Pieces:
-        """What stands in a row."""
-        epoch, place = self.epochs.locate(row)
+        """What a row of the run holds."""
+        epoch, row = locate(row, self.size_of)
         items, start = self.plan(epoch)
-        return self.pieces.take(items[start[place] : start[place + 1]])
+        return self.pieces.take(items[start[row] : start[row + 1]])
 
 
 class StreamRows:
-    """Rows that are always full: an epoch's documents in a line, cut where a row ends, the next epoch behind it."""
+    """Rows that are always full: the documents of all epochs in one line of slots, cut wherever a row is full."""
 
     def __init__(self, pieces: Pieces, mixture: Mixture, length: int) -> None:
         self.pieces, self.mixture, self.length = pieces, mixture, length
-        self.plan = lru_cache(maxsize=2)(self.plan_of)
+        self.plan = lru_cache(maxsize=2)(self._plan)
         self.order = lru_cache(maxsize=2)(mixture.order)
-        self.epochs = Epochs(lambda epoch: int(self.plan(epoch)[1][-1]))
+        self.size_of = cache(lambda epoch: int(self.plan(epoch)[1][-1]))
 
-    def plan_of(self, epoch: int) -> tuple[Int[np.ndarray, " item"], Int[np.ndarray, " boundary"]]:
-        """The epoch's documents, and the slot where each begins."""
+    def _plan(self, epoch: int) -> tuple[Int[np.ndarray, " item"], Int[np.ndarray, " boundary"]]:
+        """The epoch's documents, and the slot of the epoch where each begins."""
         items = self.mixture.epoch(epoch)
         return items, np.append(0, np.cumsum(self.pieces.slots[items]))
 
     def row_count(self, epochs: int) -> int:
         """Full rows of the first `epochs` epochs, but one at least."""
-        return max(1, self.epochs.before(epochs) // self.length)
+        return max(1, sum(map(self.size_of, range(epochs))) // self.length)
 
-    def epoch_of(self, row: int) -> float:
-        """Epochs gone by before a row."""
-        return self.epochs.fraction(row * self.length)
+    def epochs_before(self, row: int) -> float:
+        """Epochs that are over before a row of the run."""
+        return epochs_before(row * self.length, self.size_of)
 
     def pieces_of(self, row: int) -> Pieces:
-        """What stands in a row."""
-        parts, slot = [], self.shuffled(row) * self.length
-        end = slot + self.length
-        while slot < end:
-            epoch, first = self.epochs.locate(slot)
-            items, begin = self.plan(epoch)
-            last = min(first + end - slot, int(begin[-1]))
-            here = slice(np.searchsorted(begin, first, "right") - 1, np.searchsorted(begin, last))
-            part, begin = self.pieces.take(items[here]), begin[here]
-            start = part.start + np.maximum(first - begin, 0)
-            stop = np.minimum(part.start + (last - begin) + 1, part.stop)
-            parts.append(Pieces(part.source, start, stop, start))
-            slot += last - first
+        """What a row of the run holds."""
+        epoch, slot = locate(self.shuffled(row) * self.length, self.size_of)
+        parts, empty = [], self.length
+        while empty:
+            end = min(slot + empty, self.size_of(epoch))
+            parts.append(self.pieces_between(epoch, slot, end))
+            empty -= end - slot
+            epoch, slot = epoch + 1, 0
         return joined_pieces(parts)
+
+    def pieces_between(self, epoch: int, slot: int, end: int) -> Pieces:
+        """The documents in these slots of an epoch, the first and the last cut to them."""
+        items, begin = self.plan(epoch)
+        inside = slice(np.searchsorted(begin, slot, "right") - 1, np.searchsorted(begin, end))
+        source, first, stop, _ = self.pieces.take(items[inside])
+        start = first + np.maximum(slot - begin[inside], 0)
+        return Pieces(source, start, np.minimum(first + end - begin[inside] + 1, stop), start)
 
     def shuffled(self, row: int) -> int:
         """The row of the line that is taken as row `row`: those that lie within one epoch trade places."""
-        epoch, _ = self.epochs.locate(row * self.length)
-        first, end = -(-self.epochs.before(epoch) // self.length), self.epochs.before(epoch + 1) // self.length
+        epoch, slot = locate(row * self.length, self.size_of)
+        before = row * self.length - slot
+        first, end = math.ceil(before / self.length), (before + self.size_of(epoch)) // self.length
         return first + int(self.order(end - first, SHUFFLE_ROWS, epoch)[row - first]) if row < end else row
-
-
-Rows = PackedRows | StreamRows
 
 
 def make_batch(rows: Sequence[Pieces], documents: Sequence[Documents], shape: tuple[int, int]) -> Batch:
     """Rows as arrays of `shape`, which may have room for more rows and slots."""
-    dtypes = (np.float32 if name == "weight" else np.int32 for name in Batch._fields)
-    arrays: Any = [np.zeros(shape, dtype) for dtype in dtypes]
+    arrays: Any = [np.zeros(shape, np.float32 if name == "weight" else np.int32) for name in Batch._fields]
     batch = Batch(*arrays)
     for row, pieces in enumerate(rows):
         slot = 0
-        for number, (source, start, stop, clear) in enumerate(zip(*pieces, strict=True), 1):
+        for number, (source, start, stop, loss_start) in enumerate(zip(*pieces, strict=True), 1):
             token, supervised = documents[source].token[start:stop], documents[source].supervised[start:stop]
             here = (row, slice(slot, slot := slot + stop - start - 1))
             batch.token[here], batch.target[here] = token[:-1], token[1:]
-            batch.weight[here] = supervised[1:] & (np.arange(start + 1, stop) >= clear)
+            batch.weight[here] = supervised[1:] & (np.arange(start + 1, stop) >= loss_start)
             batch.segment[here], batch.position[here] = number, np.arange(stop - start - 1)
     return batch
 
@@ -771,7 +733,7 @@ def make_batch(rows: Sequence[Pieces], documents: Sequence[Documents], shape: tu
 class Dataset:
     """Rows to train or evaluate on, the documents they are cut from, and what was counted on the way."""
 
-    rows: Rows
+    rows: PackedRows | StreamRows
     documents: tuple[Documents, ...]
     facts: Counter[str]
 
@@ -787,8 +749,8 @@ class Dataset:
         length = self.rows.length
         if isinstance(self.rows, PackedRows) and not self.rows.is_packed:
             longest = max((int(pieces.slots.max()) for pieces in rows), default=1)
-            bucket = -(-length // BUCKETS)
-            length = min(length, -(-longest // bucket) * bucket)
+            bucket = math.ceil(length / BUCKETS)
+            length = min(length, math.ceil(longest / bucket) * bucket)
         return make_batch(rows, self.documents, (batch_size, length))
 
 
@@ -810,21 +772,20 @@ def load_dataset(
         loaded = load_documents(source, tokenizer, train_on, config.on_bad_data == "skip", config.cache_dir)
         if is_stream and loaded.is_prompted.any():
             raise UserError(f"{source.path} holds chats or prompts; pretrain reads plain text, sft trains on chats")
-        pieces, counted = whole(loaded, number) if is_stream else fit(loaded, number, config.sequence_length)
-        counted.update({key: loaded.facts[key] for key in ("rows", "bad", "straddling")})
-        counted["from_cache"] = loaded.facts["rows"] * loaded.facts["is_cached"]
+        pieces, counted = fit(loaded, number, sys.maxsize if is_stream else config.sequence_length)
+        counted.update({key: loaded.facts[key] for key in ("rows", "from_cache", "bad", "straddling")})
         if not counted["target_tokens"]:
             reason = "; ".join([describe(counted), *loaded.facts["bad_examples"][:1]])
             raise UserError(f"{source.path}, {source.split}: no token to learn from ({reason})")
         documents.append(loaded)
         parts.append(pieces)
         facts += counted
-    counts = tuple(len(each.start) for each in parts)
-    mixture = Mixture(counts, tuple(source.weight for source in sources), config.seed, is_shuffled)
+    weights = tuple(source.weight for source in sources)
+    mixture = Mixture(tuple(len(each.start) for each in parts), weights, config.seed, is_shuffled)
     if is_stream:
         rows = StreamRows(joined_pieces(parts), mixture, config.sequence_length)
     else:
-        rows = PackedRows(joined_pieces(parts), mixture, config.sequence_length, is_packed, config.cache_dir)
+        rows = PackedRows(joined_pieces(parts), mixture, config.sequence_length, is_packed)
     return Dataset(rows, tuple(documents), facts)
 
 
@@ -851,7 +812,7 @@ def describe(facts: Mapping[str, int]) -> str:
 
 
 def coloured(batch: Batch, row: int, tokenizer: Tokenizer, has_marks: bool) -> Text:
-    """A packed row as text: what is learned in green (and in ⟦ ⟧), its context dim, each document under a line."""
+    """A packed row as text: what is learned is green (or in ⟦ ⟧), its context dim, with a line before each document."""
     text = Text()
     for segment in range(1, int(batch.segment[row].max()) + 1):
         here = np.flatnonzero(batch.segment[row] == segment)

@@ -28,13 +28,12 @@ from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, Sampli
 from lacuna.data import (
     Batch,
     Dataset,
-    bound,
     checked_text,
     describe,
     load_dataset,
-    local_bounds,
-    local_files,
     read_rows,
+    slice_between,
+    split_bounds,
     usable,
 )
 from lacuna.distributed import (
@@ -207,8 +206,7 @@ def read_problems(
     problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:
         rows = list(read_rows(source))
-        bounds = local_bounds(source.split) if local_files(source.path) else ("", "")
-        rows = rows[slice(*(bound(text, len(rows)) for text in bounds))]
+        rows = rows[slice_between(split_bounds(source), len(rows))]
         found = list(usable(rows, partial(problem_of, source), config.on_bad_data == "skip", bad))
         if not found:
             raise UserError(f"{source.path}, {source.split}: no problem to ask ({'; '.join(bad[:1]) or 'no rows'})")

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from lacuna import metrics
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
-from lacuna.data import Epochs, Mixture, first_fit
+from lacuna.data import Mixture, first_fit, locate
 from lacuna.distributed import (
     check_same,
     enable_compilation_cache,
@@ -534,9 +534,9 @@ def read_inputs_of_grpo(config: GrpoConfig) -> Inputs:
 def problems_of_step(inputs: Inputs, config: GrpoConfig, step: int) -> list[tuple[int, Problem]]:
     """The problems of a step with their places in the run, in an order that is a function of the seed alone."""
     mixture = Mixture(inputs.problems.counts, tuple(source.weight for source in config.data), config.seed, True)
-    epochs = Epochs(lambda epoch: len(mixture.epoch(epoch)))
+    size_of = cache(lambda epoch: len(mixture.epoch(epoch)))
     places = range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
-    found = ((place, *epochs.locate(place)) for place in places)
+    found = ((place, *locate(place, size_of)) for place in places)
     return [(place, inputs.problems.problems[mixture.epoch(epoch)[at]]) for place, epoch, at in found]
 
 

@@ -760,7 +760,7 @@ class RowSteps:
         lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment]).astype(np.int64)
         record = {
             "step": index + 1,
-            "epoch": round(self.dataset.rows.epoch_of((index + 1) * self.config.batch_size), 4),
+            "epoch": round(self.dataset.rows.epochs_before((index + 1) * self.config.batch_size), 4),
             "tokens": int(lengths.sum()),
             "target_tokens": int(batch.weight.sum()),
             "packing_efficiency": float(lengths.sum() / batch.token.size),
