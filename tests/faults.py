@@ -44,7 +44,7 @@ def after(owner: Any, name: str, strike: Callable[[], None], is_due: Callable[..
 
 
 def sleep() -> None:
-    """Sleep for ever, waking often, as a signal that comes just before a long sleep is only seen behind it."""
+    """Sleep for ever, waking often, as a signal that comes just before a long sleep is only seen after it."""
     while True:
         time.sleep(0.1)
 
@@ -86,6 +86,8 @@ def build_in(kind: str, step: int) -> None:
             before(trainer.RowSteps, "prepare", fail, is_reached)
         case "sleep":
             before(trainer.RowSteps, "prepare", sleep, is_reached)
+        case "short heartbeat":
+            distributed.HEARTBEAT_SECONDS = 5
         case "hang":
             distributed.STALL_SECONDS = 3.0
             before(trainer.RowSteps, "prepare", sleep, is_reached)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ COMMANDS = {"pretrain": (text_run, {"steps": 20, "save_every": 3}), "sft": (chat
 
 
 class Job:
-    """One or several processes at a run, with a fault built into one of them."""
+    """One or several processes at a run, with a fault built into one of them, or into all."""
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class Job:
         more: tuple[str, ...] = (),
         processes: int = 1,
         devices: int = 1,
-        faulty: int = 0,
+        faulty: int | None = 0,
         last_only: tuple[str, ...] = (),
     ) -> None:
         file = page.run_directory.parent / f"{page.run_name}.toml"
@@ -52,7 +53,7 @@ class Job:
         }
         self.processes = [
             subprocess.Popen(
-                [sys.executable, FAULTS, *((fault, str(step)) if rank == faulty else ("none", "0")),
+                [sys.executable, FAULTS, *((fault, str(step)) if faulty in (rank, None) else ("none", "0")),
                  command, f"@{file}", *more, *(last_only if rank == processes - 1 else ())],
                 env=os.environ | common | job | ({"JAX_PROCESS_ID": str(rank)} if job else {}),
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -240,37 +241,33 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_saved_step(smal
     assert len(checkpoint.read_manifest(checkpoint.checkpoint_directory(page.run_directory, step)).files) == 2
 
 
-@pytest.mark.parametrize(("fault", "victim"), [("kill", 0), ("raise", 0), ("raise", 1)])
-def test_when_one_of_two_processes_ends_the_other_soon_ends_too_and_says_why(
-    small: Path, fault: str, victim: int
+@pytest.mark.parametrize(
+    ("fault", "victim", "why"),
+    [
+        ("kill", 0, "process 0 is gone|leader task was preempted/died"),  # whichever is faster: ours, or JAX
+        ("raise", 0, "process 0 on {host} ended: RuntimeError"),
+        ("raise", 1, "process 1 on {host} ended: RuntimeError"),
+    ],
+)
+def test_when_one_of_two_processes_ends_the_other_ends_too_and_says_why(
+    fault: str, victim: int, why: str, small: Path
 ) -> None:
-    page = text_job(small, steps=10_000)
-    with Job(page, fault, 5, processes=2, faulty=victim) as job:
-        job.processes[victim].wait(PATIENCE)
-        began = time.monotonic()
+    with Job(text_job(small, steps=10_000), fault, 5, processes=2, faulty=victim) as job:
         codes, output = job.end()
-        assert time.monotonic() - began < 15
-    assert all(codes), output
-    why = "process 0 is gone" if fault == "kill" else f"process {victim} on {socket.gethostname()} ended: RuntimeError"
-    assert why in output, output
+    assert all(codes) and re.search(why.format(host=socket.gethostname()), output), output
 
 
-def test_a_killed_process_that_is_not_the_first_is_missed_within_the_heartbeat(small: Path) -> None:
-    page = text_job(small, steps=10_000)
-    with Job(page, processes=2) as job:
-        job.wait_for(page.run_directory / "metrics.jsonl", '"step": 3,')
-        job.processes[1].kill()
-        began = time.monotonic()
-        codes, output = job.end()
-        assert time.monotonic() - began < 20 + 10
-    why = (
-        "error: process 1 has not been heard of for 20 s",
-        "error: JaxRuntimeError",
-        "error: ValueError: UNKNOWN: Gloo",
-    )
-    assert codes[0] > 0 and any(line in output for line in why), output
-    finished(page, more=("--resume", "--steps", "30"), processes=2)
-    assert [record["step"] for record in records(page)] == list(range(1, len(records(page)) + 1))
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_that_stands_still_is_missed_by_its_heartbeat_alone(small: Path, victim: int) -> None:
+    config = text_job(small, steps=10_000)
+    with Job(config, "short heartbeat", processes=2, faulty=None) as job:
+        job.wait_for(config.run_directory / "metrics.jsonl", '"step": 5,')
+        job.processes[victim].send_signal(signal.SIGSTOP)
+        survivor = job.processes[1 - victim]
+        output = "".join(survivor.communicate(timeout=PATIENCE))
+    assert survivor.returncode and "heartbeat" in output.lower(), output
+    finished(config, more=("--resume", "--steps", "12"))
+    assert [record["step"] for record in records(config)] == list(range(1, 13))
 
 
 def test_processes_that_read_other_data_are_refused_before_anything_is_trained(small: Path) -> None:
