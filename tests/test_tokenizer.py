@@ -45,7 +45,7 @@ CHATML = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 TRIMMED = CHATML.replace("message.content", "message.content | trim")
-# Writes no generation prompt, and nothing but a space stands before the answer.
+# Writes no generation prompt, and nothing but a space precedes the answer.
 BRACKETS = """{{- bos_token }}{% for message in messages %}
     {%- if message.role == 'user' %}{{- '[INST] ' + message.content + '[/INST]' }}
     {%- elif message.role == 'assistant' %}{{- ' ' + message.content + '</s>' }}{% endif %}
@@ -499,7 +499,7 @@ GOOD = [user("a"), assistant("b")]
         ([user("a\ud83e"), assistant("b")], None, r"lone surrogate '\\ud83e'"),
         ([user("a"), assistant("b", tool_calls=[{"name": "f", "arguments": {"\udc00": 1}}])], None, "lone surrogate"),
         ([user("a\ufdd1"), assistant("b")], None, r"U\+FDD1"),
-        ([user("a"), assistant("b", extra={1, 2})], None, "what JSON does not know"),
+        ([user("a"), assistant("b", extra={1, 2})], None, "what JSON can't express"),
         ([{"role": "system", "content": "x"}] * 2 + GOOD, None, "2 system messages"),
         (GOOD, "add", "tools is str"),
         (GOOD, ["add"], "tools is list, not a list of objects"),
@@ -525,13 +525,13 @@ def with_template(directory: Path, source: str) -> Tokenizer:
     [
         (
             CHATML.replace("<|im_end|>", ""),
-            r"message 2 \(assistant\).*goes on with '\\n', which is no end-of-turn token",
+            r"message 2 \(assistant\).*continues with '\\n', which is no end-of-turn token",
         ),
         (CHATML.replace("message.content", "message.content | upper"), "does not write its content as it is"),
         (CHATML.replace("message.content", "message.content + message.content"), "writes its content 2 times"),
         (CHATML.replace("message.content", "''"), "writes its content 0 times"),
-        (CHATML + "{{- messages[1].content | length }}", "writes what follows in another way"),
-        ("{{- '<%d' % messages[1].content | length }}" + CHATML, "writes what precedes in another way"),
+        (CHATML + "{{- messages[1].content | length }}", "writes what follows differently"),
+        ("{{- '<%d' % messages[1].content | length }}" + CHATML, "writes what precedes differently"),
         ("{{- messages | length }}" + BRACKETS, "its beginning is not where the chat template would prompt"),
         (
             CHATML.replace("assistant\\n' }}", "model\\n' }}").replace("'<|im_start|>' +", "'# ' +"),
@@ -543,7 +543,7 @@ def with_template(directory: Path, source: str) -> Tokenizer:
         ("{{- messages[0].content + 1 }}", "refuses this chat: .*concatenate"),
     ],
 )
-def test_chat_whose_answers_cannot_be_told_for_certain_is_refused(source: str, reason: str, tmp_path: Path) -> None:
+def test_chat_whose_answers_cannot_be_found_for_certain_is_refused(source: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         chat_spans(with_template(tmp_path, source), [user("ab"), assistant("cd")], None, "assistant")
 
@@ -616,11 +616,11 @@ def test_special_tokens_of_the_map_fill_those_missing_in_the_config(tmp_path: Pa
     assert load_tokenizer(directory).eos_id == 3
 
 
-def test_missing_or_broken_files_are_named_with_the_mend(tmp_path: Path) -> None:
+def test_missing_or_broken_files_are_named_with_a_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer.json: no such file; give a directory"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(UserError, match=r"tokenizer.json: no such file; convert tokenizer.model by transformers"):
+    with pytest.raises(UserError, match=r"tokenizer.json: no such file; convert tokenizer.model with transformers"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer"):

@@ -1,7 +1,8 @@
 """Text to tokens: `tokenizer.json`, chat templates, and which tokens of a chat the model learns to produce.
 
-Few chat templates say what the assistant wrote, so each answer is found by rendering the chat again with that answer
-blanked out, and by what the template writes when it prompts for one. What can't be found for certain is refused.
+Few chat templates mark what the assistant wrote, so each answer is found by rendering the chat again with a mark in
+place of that answer, and by what the template writes when it prompts for one. What can't be found for certain is
+refused.
 """
 
 import datetime
@@ -10,6 +11,7 @@ import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,9 +29,9 @@ from lacuna.config import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-# Unicode sets these code points aside for marks inside a program: they are never part of a text.
+# Unicode reserves these code points for use inside a program: they are never part of a text.
 BLANK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not a whole character
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
@@ -53,7 +55,7 @@ class Tokenizer:
 
 
 class EncodedText(NamedTuple):
-    """A text's ids, which of them are supervised, and how many are not because they reach over the edge of a span."""
+    """A text's ids, which of them are supervised, and how many are not because they straddle the edge of a span."""
 
     token: Int[np.ndarray, " token"]
     supervised: Bool[np.ndarray, " token"]
@@ -74,7 +76,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 def load_tokenizer(directory: Path, chat_template: str = "", template_date: str = "2024-07-26") -> Tokenizer:
     """The tokenizer of a Hugging Face directory; `chat_template` is a file that replaces its template, `template_date`
-    the day that templates take for today. Raises UserError where a file is missing or can't be read."""
+    the day that templates take for today. Raises UserError if a file is missing or can't be read."""
     backend = load_backend(directory)
     settings = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
     special_tokens = {
@@ -103,9 +105,9 @@ def load_backend(directory: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         convertible = next((name for name in ("tokenizer.model", "vocab.json") if (directory / name).is_file()), "")
         loader = f"transformers' AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained(…)"
-        mend = f"convert {convertible} by {loader}" if convertible else "give a directory in Hugging Face layout"
-        raise UserError(f"{path}: no such file; {mend}")
-    # Trimmed offsets leave out the spaces that belong to a token; they have no bearing on the ids.
+        fix = f"convert {convertible} with {loader}" if convertible else "give a directory in Hugging Face layout"
+        raise UserError(f"{path}: no such file; {fix}")
+    # Trimmed offsets leave out the spaces that belong to a token; the ids do not depend on them.
     text = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', path.read_text("utf-8"))
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -119,7 +121,7 @@ def load_backend(directory: Path) -> tokenizers.Tokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's object, empty where there is no such file."""
+    """The object in a file, empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -140,7 +142,7 @@ def token_id(backend: tokenizers.Tokenizer, special_tokens: dict[str, str], name
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id that ends a document; raises UserError where the tokenizer names none."""
+    """The id that ends a document; raises UserError if the tokenizer names none."""
     if tokenizer.eos_id is None:
         raise UserError(
             f"{tokenizer.directory / 'tokenizer_config.json'}: no eos_token, which has to end a text in training; "
@@ -150,7 +152,7 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def find_template(directory: Path, settings: dict[str, Any], chat_template: str) -> tuple[str, Path]:
-    """The template's text, empty where there is none, and the file it came from."""
+    """The template's text, empty if there is none, and the file it came from."""
     path = Path(chat_template) if chat_template else directory / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8"), path
@@ -174,25 +176,15 @@ def compile_template(source: str, origin: Path, template_date: str) -> jinja2.Te
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json
+    # Jinja's own filter would write `<` and `'` as HTML entities.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     today = datetime.datetime.fromisoformat(template_date)
     try:
         return environment.from_string(source, {"raise_exception": raise_exception, "strftime_now": today.strftime})
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
-            f"{origin}: line {error.lineno} of the chat template: {error.message}; mend the template"
+            f"{origin}: line {error.lineno} of the chat template: {error.message}; fix the template"
         ) from error
-
-
-def to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON; Jinja's own filter would write `<` and `'` as HTML entities."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def check_messages(messages: Any, tools: Any) -> None:
@@ -214,13 +206,13 @@ def check_messages(messages: Any, tools: Any) -> None:
         text = json.dumps([messages, tools], ensure_ascii=False)
         text.encode()
     except TypeError as error:
-        raise ValueError(f"messages hold what JSON does not know: {error}") from error
+        raise ValueError(f"messages hold what JSON can't express: {error}") from error
     except UnicodeEncodeError as error:
         raise ValueError(
             f"lone surrogate {error.object[error.start]!r}, which is half a character; remove it"
         ) from error
     if mark := re.search(f"[{BLANK}{OPEN}{CLOSE}]", text):
-        raise ValueError(f"U+{ord(mark[0]):04X} is no character of Unicode and is used as a mark here; remove it")
+        raise ValueError(f"U+{ord(mark[0]):04X} is not a character of Unicode and is used as a mark here; remove it")
 
 
 def check_message(where: str, message: Any) -> None:
@@ -240,7 +232,7 @@ def check_message(where: str, message: Any) -> None:
 
 
 def called_name(call: Any) -> str:
-    """The name of the function in a tool call, empty where there is none."""
+    """The name of the function in a tool call, empty if there is none."""
     function = call.get("function", call) if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""
@@ -254,7 +246,7 @@ def render(
     **variables: object,
 ) -> str:
     """The chat as text, the same as transformers' `apply_chat_template`; `variables` are the template's own, such as
-    `enable_thinking`. Raises ValueError where the template, which is foreign code, refuses the chat or fails."""
+    `enable_thinking`. Raises ValueError if the template, which is foreign code, refuses the chat or fails."""
     if tokenizer.template is None:
         raise UserError(
             f"{tokenizer.directory}: no chat template in chat_template.jinja or tokenizer_config.json; "
@@ -285,7 +277,7 @@ def seen_by_template(message: Message) -> Message:
 
 def chat_spans(tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainOn) -> tuple[str, list[Span]]:
     """The rendered chat and the ranges of its characters that the model learns: what it would have generated, each
-    answer with its end-of-turn token. Raises ValueError with the reason where they can't be told for certain."""
+    answer with its end-of-turn token. Raises ValueError with the reason if they can't be found for certain."""
     check_messages(messages, tools)
     marked = render(tokenizer, messages, tools, generation_start=OPEN, generation_end=CLOSE)
     text = marked.replace(OPEN, "").replace(CLOSE, "")
@@ -321,47 +313,61 @@ def marked_spans(marked: str) -> list[Span]:
 
 def turn_span(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn: int, text: str, header: str) -> Span:
     """The range of one answer in `text`; `header` is what the template writes to prompt for an answer."""
-    message = messages[turn]
-    blank = {key: value for key, value in message.items() if key not in (*REASONING_KEYS, "tool_calls")}
-    blanked = [*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]]
-    before, *rest = render(tokenizer, blanked, tools).split(BLANK)
-    if len(rest) != 1:
-        raise ValueError(f"the chat template writes its content {len(rest)} times")
-    (after,) = rest
+    before, after = around_answer(tokenizer, messages, tools, turn)
     end_of_turn = tokenizer.end_of_turn.match(after)
     if end_of_turn is None:
         raise ValueError(
-            f"the chat template goes on with {after[:20]!r}, which is no end-of-turn token; "
+            f"the chat template continues with {after[:20]!r}, which is no end-of-turn token; "
             "write eos_token after each answer in a template of your own (--chat-template)"
         )
     if not text.endswith(after):
-        raise ValueError("the chat template writes what follows in another way when the answer differs")
+        raise ValueError("the chat template writes what follows differently if the answer differs")
     content_end = len(text) - len(after)
-
     common = before if text.startswith(before) else os.path.commonprefix([before, text])
     if end_of_turn[1] in before[len(common) :]:
-        raise ValueError("the chat template writes what precedes in another way when the answer differs")
-    if not header:
+        raise ValueError("the chat template writes what precedes differently if the answer differs")
+    if header:
+        start = start_after_header(common, header, end_of_turn[1])
+    else:
         prompt = render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
         start = len(prompt) if text.startswith(prompt) else None
-    elif (found := common.rfind(header)) >= 0 and end_of_turn[1] not in common[found + len(header) :]:
-        start = found + len(header)
-    else:  # the template prompts with more than it writes before this answer, such as an empty think block
-        start = len(common) if any(common.endswith(header[:size]) for size in range(1, len(header))) else None
     if start is None or start > content_end:
         raise ValueError("its beginning is not where the chat template would prompt for it")
+    check_written(messages[turn], text[start:content_end])
+    return start, content_end + end_of_turn.end()
 
-    written = text[start:content_end]
+
+def around_answer(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn: int) -> tuple[str, str]:
+    """What the template writes before and after the content of an answer, found by rendering a mark in its place."""
+    blank = {key: value for key, value in messages[turn].items() if key not in (*REASONING_KEYS, "tool_calls")}
+    blanked = [*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]]
+    before, *after = render(tokenizer, blanked, tools).split(BLANK)
+    if len(after) != 1:
+        raise ValueError(f"the chat template writes its content {len(after)} times")
+    return before, after[0]
+
+
+def start_after_header(before: str, header: str, end_of_turn: str) -> int | None:
+    """Where an answer begins, given what precedes it whatever it is: after the last header, unless a turn ended since.
+    A template may prompt with more than it writes before this answer, such as an empty think block: then after that."""
+    header_start = before.rfind(header)
+    start = header_start + len(header)
+    if header_start >= 0 and end_of_turn not in before[start:]:
+        return start
+    return len(before) if any(before.endswith(header[:size]) for size in range(1, len(header))) else None
+
+
+def check_written(message: Message, written: str) -> None:
+    """Raises ValueError if the template left out a tool call of an answer, or wrote its content differently."""
     names = [called_name(call) for call in message.get("tool_calls") or []]
     if missing := [name for name in names if name not in written]:
         raise ValueError(f"the chat template does not write its call of {missing[0]!r}")
     if not names and str(message["content"]).split("</think>")[-1].strip() not in written:
         raise ValueError("the chat template does not write its content as it is")
-    return start, content_end + end_of_turn.end()
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Int[np.ndarray, " token"]:
-    """Token ids; `add_special_tokens` puts BOS where the tokenizer wants it, which a rendered chat already holds."""
+    """Token ids; `add_special_tokens` adds the BOS that the tokenizer asks for, which a rendered chat already has."""
     return np.array(tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
 
 
