@@ -309,8 +309,8 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
         with jax.set_mesh(mesh):
             params = checkpoint.load_params(directory, opened.model, mesh)
             scored = sorted(log_likelihoods(Tasks(config, opened, Problems(), None), params, pairs))
-        found.append([each.log_likelihood for _, each in scored])
-        assert [each.is_greedy for _, each in scored] == greedy
+        found.append([log_likelihood for _, log_likelihood, _ in scored])
+        assert [is_greedy for *_, is_greedy in scored] == greedy
     np.testing.assert_allclose(found[0], found[1], atol=1e-4, rtol=0)
     assert any(greedy) and not all(greedy)
 

@@ -94,8 +94,8 @@ def score(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str) -
 def held_out_loss(
     params: PyTree[Array], dataset: Dataset, batch_size: int, opened: OpenedModel, dtype: str, report: Report
 ) -> Figures:
-    """Mean loss (nats), share of targets that were the likeliest token, and count over all targets of a data set, of
-    which each device gets `batch_size` rows at a time."""
+    """Mean loss (nats) and its perplexity, share of targets that were the likeliest token, and count over all targets
+    of a data set, of which each device gets `batch_size` rows at a time."""
     rows, row_count = batch_size * row_shards(opened.mesh), dataset.rows.row_count(1)
     loss, correct, targets, batches = 0.0, 0.0, 0, math.ceil(row_count / rows)
     for index in range(batches):
@@ -105,24 +105,19 @@ def held_out_loss(
         loss, correct = loss + float(scores.loss), correct + float(scores.correct)
         targets += int(batch.weight.sum())
         report(index + 1, batches)
-    return {"eval_loss": loss / targets, "eval_accuracy": correct / targets, "target_tokens": targets}
+    loss, accuracy = loss / targets, correct / targets
+    perplexity = math.exp(min(loss, 700))
+    return {"eval_loss": loss, "perplexity": perplexity, "eval_accuracy": accuracy, "target_tokens": targets}
 
 
 LEAST_LENGTH = 32  # of the rows that are scored, whose lengths are powers of two
 
 
-class Scored(NamedTuple):
-    """Log-likelihood of a continuation in nats, and whether greedy decoding would have written it."""
-
-    log_likelihood: float
-    is_greedy: bool
-
-
 def log_likelihoods(
     tasks: "Tasks", params: PyTree[Array], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> Iterator[tuple[int, Scored]]:
-    """Place and score of each (context, continuation), longest first. A context loses its left end where both together
-    have more tokens to read than there is room for."""
+) -> Iterator[tuple[int, float, bool]]:
+    """Of each (context, continuation), longest first: its place, the continuation's log-likelihood in nats, and whether
+    greedy decoding would write it. A context loses its left end where both are too long together."""
     config, (_, model, _, mesh, _), longest = tasks.config, tasks.opened, tasks.capacity
     rows = config.batch_size * row_shards(mesh)
     order = sorted(range(len(pairs)), key=lambda place: -sum(map(len, pairs[place])))
@@ -140,7 +135,7 @@ def log_likelihoods(
         batch: Any = token, target, weight, segment, position
         scores = jax.device_get(score(params, put_batch(Batch(*batch), mesh), model, config.compute_dtype))
         for row, place in enumerate(places):
-            yield place, Scored(-float(scores.row_loss[row]), bool(scores.row_is_greedy[row]))
+            yield place, -float(scores.row_loss[row]), bool(scores.row_is_greedy[row])
 
 
 # Problems
@@ -189,12 +184,8 @@ def read_problems(
             raise ValueError(f"no reference answer; set completion_column to its column ({', '.join(row)})")
         if config.system_prompt:
             messages = [{"role": "system", "content": config.system_prompt}, *messages]
-        has_template = tokenizer.template is not None
-        if has_template:
-            text = render(tokenizer, messages, row.get(source.tools_column) or None, add_generation_prompt=True)
-        else:
-            text = "\n\n".join(str(message["content"]) for message in messages)
-        token = tuple(encode(tokenizer, text, add_special_tokens=not has_template).tolist())
+        tools, is_chat = row.get(source.tools_column) or None, tokenizer.template is not None
+        text, token = prompt_of(tokenizer, messages, tools, is_chat)
         if len(token) > longest:
             raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
         has_choices = isinstance(config, EvalConfig) and "choices" in config.tasks
@@ -215,6 +206,15 @@ def read_problems(
         counts.append(len(found))
         problems += found
     return Problems(tuple(problems), tuple(counts), tuple(digests), tuple(bad))
+
+
+def prompt_of(tokenizer: Tokenizer, messages: list[Message], tools: Any, is_chat: bool) -> tuple[str, tuple[int, ...]]:
+    """Text and tokens of messages to answer: by the chat template, or else their plain texts."""
+    if is_chat:
+        text = render(tokenizer, messages, tools, add_generation_prompt=True)
+    else:
+        text = "\n\n".join(str(message["content"]) for message in messages)
+    return text, tuple(encode(tokenizer, text, add_special_tokens=not is_chat).tolist())
 
 
 def question_and_answer(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], Any]:
@@ -262,7 +262,7 @@ def choices_of(row: dict[str, Any], answer: Any, config: EvalConfig) -> tuple[tu
 
 # Final answers
 
-SEEN = 20_000  # characters at the end of a text in which its answer is looked for
+SEARCHED = 20_000  # characters at the end of a text, in which its answer is looked for
 SIGN = r"####|\\boxed\s{0,4}\{|\\fbox\s{0,4}\{|<answer>"
 FORMAL_MARK = re.compile(SIGN, re.IGNORECASE)
 MARK = re.compile(rf"{SIGN}|\b(?:final\s{{1,4}})?answer\s{{0,4}}(?:is|:|=)", re.IGNORECASE)
@@ -285,16 +285,16 @@ def final_answer(text: str) -> str | None:
     """What follows the last of the marks `####`, `\\boxed{}`, `<answer>` and "answer is", else the last number."""
     if found := marked_answer(text, MARK):
         return found
-    numbers = [match[0].strip() for match in NUMBER.finditer(plain_numbers(text[-SEEN:]))]
+    numbers = [match[0].strip() for match in NUMBER.finditer(plain_numbers(text[-SEARCHED:]))]
     return numbers[-1] if numbers else None
 
 
 def marked_answer(text: str, mark: re.Pattern[str]) -> str | None:
-    """What follows the last of the marks behind which there is anything."""
-    text = text[-SEEN:]
+    """What follows the last of the marks that anything follows."""
+    text = text[-SEARCHED:]
     for match in reversed(list(mark.finditer(text))):
-        behind = text[match.end() :]
-        found = inside_braces(behind) if match[0].endswith("{") else ANSWER_END.split(behind, 1)[0]
+        rest = text[match.end() :]
+        found = inside_braces(rest) if match[0].endswith("{") else ANSWER_END.split(rest, 1)[0]
         if not match[0].startswith(("<", "\\")):
             found = found.strip().split("\n", 1)[0]
         if found := found.strip(" :*\n\t").rstrip(". "):
@@ -303,7 +303,7 @@ def marked_answer(text: str, mark: re.Pattern[str]) -> str | None:
 
 
 def inside_braces(text: str) -> str:
-    """The text up to the brace that closes one opened before it, all of it where none does."""
+    """The text up to the brace that closes the one opened before it, or all of it where none does."""
     depth = 1
     for match in re.finditer(r"[{}]", text):
         depth += 1 if match[0] == "{" else -1
@@ -313,9 +313,9 @@ def inside_braces(text: str) -> str:
 
 
 def number_of(answer: str) -> Fraction | None:
-    """The number an answer states: behind its last equals sign the first one, units, currency and separators aside."""
-    match = NUMBER.search(plain_numbers(answer[-SEEN:].rpartition("=")[2]))
-    if match is None:
+    """The number an answer states, the first after its last equals sign, without unit, currency and separators."""
+    match = NUMBER.search(plain_numbers(answer[-SEARCHED:].rpartition("=")[2]))
+    if match is None or match["under"] and not int(match["under"]):
         return None
     sign = -1 if (match["sign"] or match["minus"]) in ("-", "−", "–") else 1
     if match["top"]:
@@ -324,11 +324,10 @@ def number_of(answer: str) -> Fraction | None:
     value = Fraction(re.sub(r"\D", "", match["whole"]) or 0) + Fraction("0" + (match["part"] or ".0"))
     if match["power"]:
         value *= Fraction(10) ** int(match["power"][1:])
-    if match["under"]:
-        if not int(match["under"]):
-            return None
-        under = int(match["under"])
-        value = value + Fraction(int(match["mixed"]), under) if match["mixed"] else value / under
+    if match["mixed"]:
+        value += Fraction(int(match["mixed"]), int(match["under"]))
+    elif match["under"]:
+        value /= int(match["under"])
     return sign * value
 
 
@@ -338,18 +337,18 @@ def plain_numbers(text: str) -> str:
 
 
 def is_same_answer(answer: str | None, expected: str) -> bool:
-    """Whether two answers state the same number or, where one of them states none, the same words."""
+    """Whether two answers state the same number or, if one of them states none, consist of the same words."""
     if answer is None:
         return False
-    wanted, given = number_of(expected), number_of(answer)
-    if wanted is not None and given is not None:
-        return wanted == given
-    return plain_words(answer) == plain_words(expected)
+    numbers = number_of(answer), number_of(expected)
+    if None in numbers:
+        return plain_words(answer) == plain_words(expected)
+    return numbers[0] == numbers[1]
 
 
 def plain_words(answer: str) -> str:
-    """An answer without markup, punctuation at its ends, and case."""
-    return " ".join(NOT_CONTENT.sub(" ", answer[-SEEN:]).split()).strip(" .,:;!?\"'()[]").casefold()
+    """An answer in lower case, without markup and without punctuation at its ends."""
+    return " ".join(NOT_CONTENT.sub(" ", answer[-SEARCHED:]).split()).strip(" .,:;!?\"'()[]").casefold()
 
 
 # Tasks
@@ -381,12 +380,9 @@ class Predictions:
             return
         self.lines[key] = dict(zip(("task", "row", "sample"), key, strict=True)) | content
         if self.path:
-            try:
-                with self.path.open("ab", buffering=0) as file:
-                    text = json.dumps(self.lines[key], ensure_ascii=False) + "\n"
-                    file.write(text.encode("utf-8", "surrogatepass"))
-            except OSError as error:
-                raise UserError(f"{self.path}: {error.strerror}; fix that, and the same command resumes") from error
+            text = json.dumps(self.lines[key], ensure_ascii=False) + "\n"
+            with trainer.writing_to(self.path.parent), self.path.open("ab", buffering=0) as file:
+                file.write(text.encode("utf-8", "surrogatepass"))
         self.done += 1
         self.report(self.done, self.total)
 
@@ -545,10 +541,11 @@ def choose(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> Fig
     rows = predictions.missing(keys)
     for begin in range(0, len(rows), CHUNK):
         pairs = [list(choice_tokens(tasks, problems[row])) for row in rows[begin : begin + CHUNK]]
-        scores = iter(sorted(log_likelihoods(tasks, params, [pair for parts in pairs for pair in parts])))
-        for row, parts in zip(rows[begin:], pairs, strict=False):
-            values = [next(scores)[1].log_likelihood for _ in parts]
-            predictions.add(keys[row], chosen(problems[row], values, [len(text) for _, text in parts]))
+        found = sorted(log_likelihoods(tasks, params, [pair for parts in pairs for pair in parts]))
+        values = iter(value for _, value, _ in found)
+        for row, parts in zip(rows[begin : begin + CHUNK], pairs, strict=True):
+            likelihoods = [next(values) for _ in parts]
+            predictions.add(keys[row], chosen(problems[row], likelihoods, [len(text) for _, text in parts]))
     return choice_figures([predictions.lines[key] for key in keys])
 
 
@@ -602,7 +599,8 @@ SAMPLE_SLOTS = 8
 def evaluation_of_rows(
     prepare: Callable[[OpenedModel], Tasks] | None, config: RowsConfig, opened: OpenedModel
 ) -> Evaluation:
-    """What pretrain and sft measure while they train: held-out loss, samples, and the tasks of eval_config.
+    """What pretrain and sft measure while they train: greedy answers (sft) or continuations (pretrain) of the sample
+    prompts, the tasks of eval_config, and the held-out loss.
 
     Raises:
         UserError: what can't be asked.
@@ -621,7 +619,12 @@ def evaluation_of_rows(
     def measure(params: PyTree[Array], watchdog: Watchdog) -> Figures:
         figures: Figures = {}
         if requests:
-            figures["samples"] = sampled_texts(config, params, requests, opened)
+            capacity = max(len(request.prompt) for request in requests) + config.sample_tokens
+            shards = row_shards(opened.mesh)
+            slots = math.ceil(min(len(requests), SAMPLE_SLOTS) / shards) * shards
+            completions = Sampler(params, opened, slots, capacity, config.compute_dtype).generate(requests)
+            texts = (completion.text for completion in completions)
+            figures["samples"] = dict(zip(config.sample_prompts, texts, strict=True))
         if tasks:
             figures |= measure_in_training(tasks, params)
         if held_out:
@@ -635,31 +638,17 @@ def evaluation_of_rows(
 
 def sample_requests(config: RowsConfig, opened: OpenedModel) -> list[Request]:
     """The sample prompts as the sampler takes them: in the chat template for sft, as plain text for pretrain."""
-    _, model, tokenizer, _, _ = opened
-    rules = SamplingKeys(temperature=0.0, max_tokens=config.sample_tokens)
-    _, stop_ids = generation_defaults(tokenizer.directory, tokenizer)
-    requests, is_chat = [], isinstance(config, SftConfig)
+    _, stop_ids = generation_defaults(opened.tokenizer.directory, opened.tokenizer)
+    rules, requests = SamplingKeys(temperature=0.0, max_tokens=config.sample_tokens), []
     for prompt in config.sample_prompts:
-        text = prompt
-        if is_chat:
-            try:
-                text = render(tokenizer, [{"role": "user", "content": prompt}], None, add_generation_prompt=True)
-            except ValueError as error:
-                raise UserError(f"sample_prompts: {prompt!r}: {error}") from error
-        token = encode(tokenizer, text, add_special_tokens=not is_chat)
-        check_sequence_length(model, len(token) + config.sample_tokens)
-        requests.append(Request(tuple(token.tolist()), rules, stop_ids))
+        messages: list[Message] = [{"role": "user", "content": prompt}]
+        try:
+            _, token = prompt_of(opened.tokenizer, messages, None, isinstance(config, SftConfig))
+        except ValueError as error:
+            raise UserError(f"sample_prompts: {prompt!r}: {error}") from error
+        check_sequence_length(opened.model, len(token) + config.sample_tokens)
+        requests.append(Request(token, rules, stop_ids))
     return requests
-
-
-def sampled_texts(
-    config: RowsConfig, params: PyTree[Array], requests: Sequence[Request], opened: OpenedModel
-) -> dict[str, str]:
-    """Greedy answers (sft) or continuations (pretrain) of `sample_prompts`."""
-    shards, capacity = row_shards(opened.mesh), max(len(request.prompt) for request in requests) + config.sample_tokens
-    slots = math.ceil(min(len(requests), SAMPLE_SLOTS) / shards) * shards
-    completions = Sampler(params, opened, slots, capacity, config.compute_dtype).generate(requests)
-    return dict(zip(config.sample_prompts, (completion.text for completion in completions), strict=True))
 
 
 # The command
@@ -674,19 +663,21 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
     Raises:
         UserError: whatever about config, model, data or devices can't be evaluated.
     """
-    started = time.perf_counter()
-    directory = config.run_directory
-    check_unfinished(config)
-    mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
-    opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
-    dataset = None
-    if "loss" in config.tasks:
-        check_sequence_length(opened.model, config.sequence_length)
-        dataset = load_dataset(config.data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
-    tasks = prepare_tasks(config, run_harness, opened)
-    enable_compilation_cache(config)
-    print_inputs(tasks, dataset)
+    started, directory = time.perf_counter(), config.run_directory
     with trainer.held_directory(directory) if is_first() else nullcontext():
+        if is_first() and (directory / "summary.json").exists() and not config.overwrite:
+            raise UserError(
+                f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
+            )
+        mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
+        opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
+        dataset = None
+        if "loss" in config.tasks:
+            check_sequence_length(opened.model, config.sequence_length)
+            dataset = load_dataset(config.data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
+        tasks = prepare_tasks(config, run_harness, opened)
+        enable_compilation_cache(config)
+        print_inputs(tasks, dataset)
         if is_first():
             begin_evaluation(tasks)
         from_first("evaluation begun", "")
@@ -696,9 +687,13 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
             check_same("earlier predictions", known)  # nobody adds to them before all have read them
             if predictions.lines:
                 print(f"resuming with {len(predictions.lines):,} answers of {predictions.path}")
+            summary: Figures = {"command": "eval"}
             try:
                 params = checkpoint.load_params(opened.source, opened.model, mesh)
-                summary = loss_figures(config, params, dataset, opened, report) if dataset else {}
+                if dataset:
+                    settings = config.batch_size, opened, config.compute_dtype
+                    summary |= held_out_loss(params, dataset, *settings, report)
+                    summary |= {"tokens": dataset.facts["tokens"], "data": dict(dataset.facts)}
                 summary |= run_tasks(tasks, params, predictions)
             except KeyboardInterrupt:
                 again = "without --overwrite" if config.overwrite else "again"
@@ -706,7 +701,7 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
                     f"; {len(predictions.lines):,} answers are kept in {directory}, and the same command {again} "
                     "resumes"
                 ) from None
-        summary = {"command": "eval", **summary} | {
+        summary |= {
             "parameters": parameter_counts(opened.model)["all"],
             "wall_seconds": time.perf_counter() - started,
             "device_kind": jax.devices()[0].device_kind,
@@ -717,14 +712,6 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
             metrics.write_summary(directory, summary)
             show_summary(summary, directory)
         from_first("evaluation ended", "")  # the others wait here for what the first process writes
-
-
-def check_unfinished(config: EvalConfig) -> None:
-    """Refuse to measure again unasked what has been measured."""
-    if (config.run_directory / "summary.json").exists() and not config.overwrite:
-        raise UserError(
-            f"{config.run_directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
-        )
 
 
 def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
@@ -749,7 +736,6 @@ def begin_evaluation(tasks: Tasks) -> None:
         UserError: the earlier start was another evaluation.
     """
     config, directory = tasks.config, tasks.config.run_directory
-    check_unfinished(config)  # again, now that no one else can write
     files = sorted(tasks.opened.source.glob("*.safetensors"))
     now = json.loads(config.model_dump_json(exclude=FREE_ON_RESUME)) | {
         "content of data": list(tasks.problems.digests),
@@ -769,18 +755,6 @@ def begin_evaluation(tasks: Tasks) -> None:
             )
         metrics.write_atomically(identity, json.dumps(now))
         metrics.write_atomically(directory / "config.toml", to_toml(config))
-
-
-def loss_figures(
-    config: EvalConfig, params: PyTree[Array], dataset: Dataset, opened: OpenedModel, report: Report
-) -> Figures:
-    """What summary.json says of the held-out loss."""
-    figures = held_out_loss(params, dataset, config.batch_size, opened, config.compute_dtype, report)
-    return figures | {
-        "perplexity": math.exp(min(figures["eval_loss"], 700)),
-        "tokens": dataset.facts["tokens"],
-        "data": dict(dataset.facts),
-    }
 
 
 @contextmanager

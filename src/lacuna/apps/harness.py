@@ -72,9 +72,9 @@ class Model(TemplateLM):
                 f"{self.tasks.capacity:,}; raise capacity, or leave this task out"
             )
         pairs = [requests[place][1:] for place in missing]
-        for number, scored in log_likelihoods(self.tasks, self.params, pairs):
+        for number, *result in log_likelihoods(self.tasks, self.params, pairs):
             prompt, output = requests[missing[number]][0] or ("", "")
-            content = {"prompt": prompt, "output": output, "result": [scored.log_likelihood, scored.is_greedy]}
+            content = {"prompt": prompt, "output": output, "result": result}
             self.predictions.add(keys[missing[number]], content)
         results = [self.predictions.lines[key]["result"] for key in keys]
         return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in results]
