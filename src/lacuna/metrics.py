@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -13,7 +14,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import jax
@@ -64,11 +64,24 @@ def step_flops(
 
 
 def memory_bytes() -> int:
-    """Peak bytes in use on the fullest local device, or this process's peak resident set where devices do not tell."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    known = [peak for peak in peaks if peak is not None]
+    """Peak bytes in use on the fullest local device, or this process's peak resident set where devices don't report."""
+    peaks = [stats["peak_bytes_in_use"] for stats in device_memory() if "peak_bytes_in_use" in stats]
     unit = 1 if sys.platform == "darwin" else 1024
-    return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def free_memory_bytes() -> int | None:
+    """Free bytes of the fullest local device, or a device's share of this machine's; None where neither is reported."""
+    devices, machine = device_memory(), Path("/proc/meminfo")
+    if all("bytes_limit" in stats for stats in devices):
+        return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in devices)
+    found = re.search(r"MemAvailable: +(\d+) kB", machine.read_text()) if machine.exists() else None
+    return int(found[1]) * 1024 // len(devices) if found else None
+
+
+def device_memory() -> list[dict[str, int]]:
+    """What each local device reports of its memory, which is nothing on CPUs."""
+    return [device.memory_stats() or {} for device in jax.local_devices()]
 
 
 def versions() -> dict[str, str]:
@@ -77,28 +90,26 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
-def short(number: float | int) -> str:
-    """A few digits and a unit: 1.54 B, 12.3 k, 0.25, 3.0e-04."""
-    for unit, size in {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}.items():
-        if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
+def short(number: float | int, letters: str = "kMBT") -> str:
+    """Three digits and a letter for each thousandfold: 1.54 B, 12.3 k, 0.25, 3.0e-04."""
+    for power in range(len(letters), 0, -1):
+        if abs(number) >= 0.9995 * 1000**power:
+            return f"{number / 1000**power:.3g} {letters[power - 1]}"
     return f"{number:.1e}" if 0 < abs(number) < 1e-3 else f"{number:.3g}"
 
 
 def flop_size(number: float | int) -> str:
     """1.54 GFLOP."""
-    for unit, size in {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}.items():
-        if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}FLOP"
-    return f"{number:.3g} FLOP"
+    return short(number, "kMGTP") + "FLOP"
 
 
 def byte_size(number: float | int) -> str:
-    """A size in memory: 1.54 GB, 12.3 MB."""
-    return short(number).replace("B", "G").replace("k", "K") + "B"
+    """1.54 GB."""
+    return short(number, "KMGT") + "B"
 
 
 def percent(share: float | int) -> str:
+    """12.3%."""
     return f"{100 * share:.3g}%"
 
 
@@ -127,11 +138,6 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_text(path: Path) -> str:
-    """What the file holds, "" if there is none."""
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write_atomically(directory / "summary.json", json.dumps(strict(summary), indent=2, allow_nan=False) + "\n")
 
@@ -153,23 +159,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the records alone tell for summary.json: totals, medians, first and last."""
-
-    def known(key: str) -> list[float | int]:
-        return [record[key] for record in records if record.get(key) is not None]
-
-    def median(key: str) -> float | int | None:
-        return statistics.median(known(key)) if known(key) else None
-
+    """What summary.json holds of the records alone: totals, medians, first and last."""
+    known = {
+        key: [record[key] for record in records if record.get(key) is not None]
+        for key in ("eval_loss", "tokens", "target_tokens", "step_seconds", "tokens_per_second", "mfu")
+    }
     return {
         "steps": records[-1]["step"] if records else 0,
         "final_loss": records[-1].get("loss") if records else None,
-        "best_eval_loss": min(known("eval_loss"), default=None),
-        "tokens": sum(known("tokens")),
-        "target_tokens": sum(known("target_tokens")),
-        "wall_seconds": sum(known("step_seconds")),
-        "tokens_per_second": median("tokens_per_second"),
-        "mfu": median("mfu"),
+        "best_eval_loss": min(known["eval_loss"], default=None),
+        "tokens": sum(known["tokens"]),
+        "target_tokens": sum(known["target_tokens"]),
+        "wall_seconds": sum(known["step_seconds"]),
+        **{key: statistics.median(known[key]) if known[key] else None for key in ("tokens_per_second", "mfu")},
     }
 
 
@@ -193,26 +195,20 @@ PHRASES: dict[str, Callable[[float], str]] = {
     "tokens_per_second": lambda number: f"{short(number)} tokens/s",
     "mfu": lambda share: f"MFU {percent(share)}",
 }
+ON_BAR = ("reward", "loss", "learning_rate", "tokens_per_second", "mfu", "left")
 
 
 def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dict[str, Any], is_resumed: bool) -> Any:
-    """A Weights & Biases run; one resumed online goes on under the id kept in the run directory."""
+    """A Weights & Biases run; one resumed online continues under the id kept in the run directory."""
     import wandb
 
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         raise UserError("no W&B key on this machine; run `wandb login` once, or set wandb to offline")
     kept = directory / "wandb" / "id"
-    is_known = is_resumed and mode == "online" and kept.exists()
-    run = wandb.init(
-        project=config.get("wandb_project", "lacuna"),
-        name=directory.name,
-        dir=str(directory),
-        mode=mode,
-        config=config,
-        id=kept.read_text() if is_known else None,
-        resume="allow" if is_known else None,
-        settings=wandb.Settings(console="off", init_timeout=30),
-    )
+    earlier = kept.read_text() if is_resumed and mode == "online" and kept.exists() else None
+    names = {"project": config.get("wandb_project", "lacuna"), "name": directory.name, "dir": str(directory)}
+    settings = wandb.Settings(console="off", init_timeout=30)
+    run = wandb.init(**names, mode=mode, config=config, id=earlier, resume=earlier and "allow", settings=settings)
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(run.id)
     return run
@@ -224,7 +220,7 @@ def printable(text: str) -> str:
 
 
 class LineFile:
-    """Lines at the end of a file; those that find no room on the disk are kept, and written when there is some."""
+    """Lines appended to a file; those that find no room on the disk are kept, and written once there is some."""
 
     def __init__(self, path: Path, mode: Literal["ab", "wb"]) -> None:
         self.file = path.open(mode, buffering=0)
@@ -232,22 +228,16 @@ class LineFile:
 
     def write(self, line: str) -> None:
         self.waiting += line.encode() + b"\n"
-        try:
+        with suppress(OSError):
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
-        except OSError:
-            return
-
-    def sync(self) -> None:
-        with suppress(OSError):
-            os.fsync(self.file.fileno())
 
 
 class RunLog:
-    """Everything a run writes down as it goes; as a context manager it leaves whole files and a sane terminal.
+    """Everything a run logs; as a context manager it leaves whole files and a sane terminal.
 
-    metrics.jsonl keeps the steps up to `resume_step` and drops the rest; 0 begins anew. Where `is_kept` is false, as in
-    all processes of a job but the first, nothing is written or shown.
+    metrics.jsonl keeps the steps up to `resume_step` and drops the rest; 0 starts it from scratch. Where `is_kept` is
+    false, as in all processes of a job but the first, nothing is written or shown.
     """
 
     def __init__(
@@ -261,25 +251,18 @@ class RunLog:
         is_kept: bool = True,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl" if is_kept else Path(os.devnull)
+        path, text_path = (directory / name if is_kept else Path(os.devnull) for name in ("metrics.jsonl", "run.log"))
         if is_kept:
-            kept = [record for record in read_json_lines(path) if record["step"] <= resume_step] if resume_step else []
+            kept = [line for line in read_json_lines(path) if line["step"] <= resume_step] if resume_step else []
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.metrics_file = LineFile(path, "ab")
-        self.text_file = LineFile(directory / "run.log" if is_kept else path, "ab" if resume_step else "wb")
+        self.metrics_file, self.text_file = LineFile(path, "ab"), LineFile(text_path, "ab" if resume_step else "wb")
         self.steps, self.log_every = steps, log_every
         self.step_seconds: deque[float] = deque(maxlen=100)
         self.console = Console(highlight=False, quiet=not is_kept)
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            console=self.console,
-            refresh_per_second=4,
-            disable=not self.console.is_interactive,
-            expand=True,
-        )
+        numbers = TextColumn("{task.fields[numbers]}", markup=False)
+        columns = SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None), numbers
+        is_hidden = not self.console.is_interactive
+        self.bar = Progress(*columns, console=self.console, refresh_per_second=4, disable=is_hidden, expand=True)
         self.task = self.bar.add_task("", total=steps, completed=resume_step, numbers="")
         self.wandb: Any = None
         if wandb_mode != "off" and is_kept:
@@ -297,13 +280,12 @@ class RunLog:
         """Log one step: every one in metrics.jsonl, on the progress bar and in W&B; a line every `log_every` steps."""
         self.metrics_file.write(json.dumps(strict(record), allow_nan=False))
         step = record["step"]
+        parts = {key: phrase(record[key]) for key, phrase in PHRASES.items() if record.get(key) is not None}
         if record.get("step_seconds") is not None:
             self.step_seconds.append(record["step_seconds"])
-        parts = {key: phrase(record[key]) for key, phrase in PHRASES.items() if record.get(key) is not None}
         if self.step_seconds and step < self.steps:
             parts["left"] = f"{duration(statistics.median(self.step_seconds) * (self.steps - step))} left"
-        on_bar = ("reward", "loss", "learning_rate", "tokens_per_second", "mfu", "left")
-        self.bar.update(self.task, completed=step, numbers="  ".join(parts[key] for key in on_bar if key in parts))
+        self.bar.update(self.task, completed=step, numbers="  ".join(parts[key] for key in ON_BAR if key in parts))
         parts |= {key: f"{key.removeprefix('eval/')} {record[key]:.4g}" for key in task_figures([record])}
         is_evaluation = any(key.startswith(("eval_", "eval/")) or key == "samples" for key in record)
         if is_evaluation or step % self.log_every == 0 or step in (1, self.steps):
@@ -319,33 +301,31 @@ class RunLog:
                 self.wandb.log(record, step=step)
 
     @contextmanager
-    def wandb_may_fail(self) -> Generator[None, None, None]:
+    def wandb_may_fail(self) -> Generator[None]:
         """Whatever W&B raises ends W&B, never the run."""
         try:
             yield
         except Exception as error:
             self.wandb = None
             reason = f"{type(error).__name__}: {error}"
-            self.info(Text(f"Weights & Biases failed, the run goes on with metrics.jsonl alone ({reason})", "bold red"))
-
-    def close(self, exit_code: int = 0) -> None:
-        self.bar.stop()
-        if self.wandb is not None:
-            with self.wandb_may_fail():
-                self.wandb.finish(exit_code=exit_code)
-        if lost := len(self.metrics_file.waiting) + len(self.text_file.waiting):
-            self.console.print(f"WARNING: {byte_size(lost)} of metrics.jsonl and run.log found no room on the disk")
-        self.metrics_file.file.close()
-        self.text_file.file.close()
+            self.info(
+                Text(f"Weights & Biases failed, the run continues with metrics.jsonl alone ({reason})", "bold red")
+            )
 
     def sync(self) -> None:
-        """Wait until all that was logged is on the disk."""
-        self.metrics_file.sync()
+        """Wait until all records are on the disk."""
+        with suppress(OSError):
+            os.fsync(self.metrics_file.file.fileno())
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(exit_code=0 if kind is None else 1)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.bar.stop()
+        if self.wandb is not None:
+            with self.wandb_may_fail():
+                self.wandb.finish(exit_code=int(kind is not None))
+        if lost := len(self.metrics_file.waiting) + len(self.text_file.waiting):
+            self.console.print(f"WARNING: {byte_size(lost)} of metrics.jsonl and run.log found no room on the disk")
+        self.metrics_file.file.close()
+        self.text_file.file.close()

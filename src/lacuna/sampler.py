@@ -25,7 +25,7 @@ from lacuna.apps.configs import GenerationConfig
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
 from lacuna.distributed import ROW_AXES, enable_compilation_cache, make_mesh, row_shards, shard_rows
-from lacuna.metrics import byte_size
+from lacuna.metrics import byte_size, free_memory_bytes
 from lacuna.model import (
     PAGE,
     Cache,
@@ -800,21 +800,9 @@ def batch_bytes(model: ModelConfig, slots: int, capacity: int, dtype: str) -> in
     return slots * (cache + model.padded_vocabulary * 5)
 
 
-def free_bytes() -> int | None:
-    """Memory left on the fullest device, or for each of this machine's where devices do not tell; None if unknown."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if all("bytes_limit" in each for each in stats):
-        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
-    memory = Path("/proc/meminfo")
-    if not memory.is_file():
-        return None
-    lines = (line.split() for line in memory.read_text().splitlines())
-    return next(int(line[1]) for line in lines if line[0] == "MemAvailable:") * 1024 // len(stats)
-
-
 def check_memory(model: ModelConfig, slots: int, capacity: int, dtype: str, mesh: Mesh) -> None:
     """Refuse a batch that does not fit; growing to its last size it is there one and a half times."""
-    total, free = batch_bytes(model, slots, capacity, dtype), free_bytes()
+    total, free = batch_bytes(model, slots, capacity, dtype), free_memory_bytes()
     share = total * 3 // (2 * mesh.size)
     if free is not None and share > free:
         raise UserError(

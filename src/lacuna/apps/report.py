@@ -15,7 +15,6 @@ from lacuna.metrics import (
     duration,
     percent,
     read_json_lines,
-    read_text,
     short,
     summarise,
     task_figures,
@@ -130,7 +129,9 @@ def write_report(directory: Path) -> None:
     """report.html from config.toml, metrics.jsonl and summary.json, as far as they are there yet."""
     from jinja2 import Environment
 
-    config, summary = (read_text(directory / name) for name in ("config.toml", "summary.json"))
+    config, summary = (
+        path.read_text() if path.exists() else "" for path in (directory / "config.toml", directory / "summary.json")
+    )
     records = read_json_lines(directory / "metrics.jsonl")
     live, ended = summarise(records), json.loads(summary or "{}")
     facts = live | ended if ended.get("steps") == live["steps"] else ended | live
