@@ -12,13 +12,15 @@ import pytest
 from conftest import REFERENCE, TINY, mesh_of, records
 from test_model import load
 
-from lacuna import cli, grpo
+from lacuna import cli, grpo, trainer
+from lacuna.checkpoint import open_model
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
 from lacuna.eval import Problem
 from lacuna.grpo import Sample, load_rewards, rewards_of
+from lacuna.metrics import read_json_lines
 from lacuna.model import embed, forward, head_of
-from lacuna.trainer import state_shardings
+from lacuna.sampler import Sampler
 
 REWARDS = '''
 def letters(prompt, completion, row):
@@ -72,7 +74,7 @@ def samples_of(inputs: dict[str, Any]) -> list[Sample]:
 
 def rows_of(inputs: dict[str, Any], config: GrpoConfig) -> tuple[grpo.RolloutBatch, jax.Array, list[tuple[int, int]]]:
     """The reference's inputs in packed rows, with the current log-probabilities, and where each token went."""
-    batch = grpo.packed_rows(samples_of(inputs), config, 2, is_shared=False)
+    batch, _ = grpo.packed_rows(samples_of(inputs), config, (4, 2, config.sequence_length), is_shared=False)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
     current, places = np.zeros(flat.token.shape, np.float32), []
     for number, length in enumerate(inputs["lengths"]):
@@ -98,7 +100,7 @@ def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
     switches = {key: case[key] for key in ("loss_normalisation", "kl_weight", "importance_limit")}
     config = page(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
     batch, current, places = rows_of(inputs, config)
-    (loss, _), gradient = jax.value_and_grad(grpo.objective, has_aux=True)(current, batch, config)
+    (loss, _), gradient = jax.value_and_grad(grpo.policy_loss(config).objective, has_aux=True)(current, batch)
     np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
     expected = [
         value for row, length in zip(case["gradient"], inputs["lengths"], strict=True) for value in row[:length]
@@ -111,7 +113,7 @@ def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
     inputs = CASES["inputs"]
     config = page(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
     batch, current, places = rows_of(inputs, config)
-    gradient = jax.grad(lambda x: grpo.objective(x, batch, config)[0])(current)
+    gradient = jax.grad(lambda x: grpo.policy_loss(config).objective(x, batch)[0])(current)
     wide = {name: np.asarray(leaf, np.float64) for name, leaf in batch._asdict().items()}
 
     def formula(log_probability: np.ndarray) -> float:
@@ -128,6 +130,30 @@ def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
         nudge[place] = 1e-6
         slope = (formula(at + nudge) - formula(at - nudge)) / 2e-6
         np.testing.assert_allclose(gradient[place], slope, rtol=1e-3, atol=1e-6)
+
+
+def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> None:
+    inputs = CASES["inputs"]
+    config = page(updates_per_rollout=2, sequence_length=24, kl_weight=0.1, clip_low=0.1, clip_high=0.1)
+    batch, current, places = rows_of(inputs, config)
+    _, facts = grpo.policy_loss(config).objective(current, batch)
+    rows, slots = np.array(places).T
+    named = batch._asdict() | {"current": current}
+    wide = {name: np.asarray(leaf, np.float64)[rows, slots] for name, leaf in named.items()}
+    ratio, mismatch = np.exp(wide["current"] - wide["old"]), wide["old"] - wide["sampled"]
+    is_clipped = np.where(wide["advantage"] > 0, ratio > 1.1, (ratio < 0.9) & (wide["advantage"] < 0))
+    log_reference = wide["reference"] - wide["current"]
+    expected = {
+        "count": len(places),
+        "clip_fraction": np.sum(is_clipped),
+        "importance_mean": np.sum(np.exp(mismatch)),
+        "kl": np.sum(np.exp(log_reference) - log_reference - 1),
+        "logprob_difference_max": np.max(np.abs(mismatch)),
+    }
+    assert 0 < expected["clip_fraction"] < len(places)
+    assert facts.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(facts[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_advantages_are_zero_without_variance_and_centred_else() -> None:
@@ -160,14 +186,16 @@ def random_samples(vocabulary: int) -> list[Sample]:
 def gradient_of(
     samples: list[Sample], config: GrpoConfig, rows_at_once: int, is_shared: bool = False
 ) -> tuple[Any, float]:
-    """Gradient and loss of samples in micro-batches, by the functions of the update."""
+    """Gradient and loss of samples in micro-batches, read off the step of the update."""
     model, params = load(REFERENCE / "qwen3")
-    batch = grpo.packed_rows(samples, config, rows_at_once, is_shared)
-    total = grpo.zeros(params)
-    for number in range(batch.token.shape[0]):
-        part = jax.tree.map(lambda leaf, number=number: jnp.asarray(leaf[number]), batch)
-        total = grpo.add_gradient(total, params, part, model, config)
-    return total[0], float(total[1])
+    shape = 12, rows_at_once, config.sequence_length
+    batch, count = grpo.packed_rows(samples, config, shape, is_shared)
+    recipe = trainer.recipe_of(config.model_copy(update={"clip_norm": 1e30}), 50)
+    state = trainer.fresh_state(jax.tree.map(jnp.copy, params))
+    loss, batch = grpo.policy_loss(config), jax.tree.map(jnp.asarray, batch)
+    state, facts = trainer.train_step(state, batch, np.float32(1), recipe, model, "float32", loss, np.int32(count))
+    moments: Any = state.moments
+    return jax.tree.map(lambda leaf: leaf / (1 - trainer.ADAM_BETA1), moments.mu), float(facts["loss"])
 
 
 @pytest.mark.parametrize(("is_shared", "expected"), [
@@ -181,7 +209,8 @@ def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: d
         replace(sample, prompt_tokens=(1, 2, 3, 4), tokens=tokens, sampled_log_probabilities=(-1.0,) * len(tokens))
         for sample, tokens in zip(random_samples(150), ((5, 6), (7, 8, 9)), strict=False)
     ]
-    rows = grpo.packed_rows(two, page(sequence_length=16), 1, is_shared)
+    rows, count = grpo.packed_rows(two, page(sequence_length=16), (2, 1, 16), is_shared)
+    assert count == 1 and not rows.segment[1].any()
     for name, values in expected.items():
         assert getattr(rows, name)[0, 0].tolist() == values + [0] * (16 - len(values)), name
     assert rows.target[rows.weight > 0].tolist() == [7, 8, 9, 5, 6]
@@ -202,23 +231,21 @@ def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
 
 
-def test_sums_of_gradients_take_a_device_no_more_than_the_parameters_do() -> None:
-    model, params = load(REFERENCE / "qwen3")
-    params = jax.device_put(params, state_shardings(model, mesh_of(1, 8, 1)).params)
-    for param, total in zip(jax.tree.leaves(params), jax.tree.leaves(grpo.zeros(params)[0]), strict=True):
-        assert total.addressable_shards[0].data.shape == param.addressable_shards[0].data.shape
-
-
 def test_the_gradient_is_that_of_the_whole_logits() -> None:
     samples, config = random_samples(150), page(temperature=0.8, importance_limit=2.0)
     model, params = load(REFERENCE / "qwen3")
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), grpo.packed_rows(samples, config, 4, is_shared=False))
+    rows, _ = grpo.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
 
-    def plain(params: Any) -> jax.Array:
+    def table_of(params: Any) -> jax.Array:
         hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
         logits = hidden @ head_of(params, model).T / config.temperature
-        table = jax.nn.log_softmax(logits[..., : model.vocabulary_size])
-        return grpo.objective(jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0], batch, config)[0]
+        return jax.nn.log_softmax(logits[..., : model.vocabulary_size])
+
+    def plain(params: Any) -> jax.Array:
+        table = table_of(params)
+        of_targets = jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0]
+        return grpo.policy_loss(config).objective(of_targets, batch)[0]
 
     loss, expected = jax.value_and_grad(plain)(params)
     found, same = gradient_of(samples, config, 4)
@@ -227,10 +254,24 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
 
 
+def test_the_entropy_is_that_of_the_distributions() -> None:
+    samples, config = random_samples(150), page(temperature=0.8)
+    model, params = load(REFERENCE / "qwen3")
+    rows, _ = grpo.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
+    _, facts = grpo.policy_loss(config)(params, batch, model, None)
+    hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
+    logits = np.asarray(hidden @ head_of(params, model).T / 0.8, np.float64)[np.asarray(batch.weight) > 0]
+    probability = np.exp(logits - logits.max(-1, keepdims=True))
+    probability /= probability.sum(-1, keepdims=True)
+    assert len(logits) == int(facts["count"]) == sum(len(sample.tokens) for sample in samples)
+    np.testing.assert_allclose(facts["entropy"], -np.sum(probability * np.log(probability)), rtol=1e-5)
+
+
 def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
     samples = random_samples(150)
     samples[0] = replace(samples[0], is_truncated=True)
-    groups = grpo.grouped(samples)
+    groups = grpo.group_by_prompt(samples)
     groups[1] = [replace(sample, reward=1.0) for sample in groups[1]]
     kept = grpo.kept_samples(groups, page())
     expected = [(0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
@@ -342,6 +383,56 @@ def test_a_run_logs_saves_resumes_and_replays(
         assert same == [True] * 4 if not change else same == [False, False, True, True]
 
 
+def test_the_figures_of_a_rollout_are_those_of_its_samples(finished: GrpoConfig) -> None:
+    lines = read_json_lines(finished.run_directory / "rollouts.jsonl")
+    for record in records(finished)[1:]:
+        ours = [line for line in lines if line["step"] == record["step"]]
+        groups = np.array([line["reward"] for line in ours]).reshape(4, 4)
+        lengths = [len(line["tokens"]) for line in ours]
+        expected = {
+            "reward": groups.mean(),
+            "reward_std": np.sqrt(((groups - groups.mean(1, keepdims=True)) ** 2).mean(1)).mean(),
+            "reward/letters": sum(line["rewards"]["letters"] for line in ours) / 16,
+            "completion_length": sum(lengths) / 16,
+            "completion_tokens": sum(lengths),
+            "truncated_fraction": sum(length == 9 and line["is_truncated"] for length, line in zip(lengths, ours, strict=True)) / 16,
+            "zero_advantage_fraction": sum(len(set(group)) == 1 for group in groups.tolist()) / 4,
+            "target_tokens": sum(lengths),
+            "tokens_per_second": sum(lengths) / record["step_seconds"],
+        }
+        assert {name: record[name] for name in expected} == pytest.approx(expected)
+        assert record["tokens"] >= record["target_tokens"]
+        used = record["tokens"] / record["packing_efficiency"]  # slots of whole micro-batches of one row
+        assert used == pytest.approx(160 * round(used / 160)) and used >= record["tokens"]
+        assert record["step_seconds"] >= record["rollout_seconds"] + record["update_seconds"] - 1e-3
+
+
+def test_a_sampler_with_other_weights_is_seen_in_the_log(
+    small: Path, rewards_file: Path, one_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_weights = Sampler.load
+
+    def disturbed(sampler: Sampler, params: Any) -> None:
+        load_weights(sampler, jax.tree.map(lambda leaf: leaf * 1.5, params))
+
+    monkeypatch.setattr(Sampler, "load", disturbed)
+    config = run_page(small, rewards_file, steps=1)
+    cli.run(config)
+    opened = open_model(config, mesh_of(1, 1, 1), with_weights=False)
+    params, model = trainer.starting_state(config, opened).params, opened.model
+    differences = []
+    for line in read_json_lines(config.run_directory / "rollouts.jsonl"):
+        whole = jnp.array([*line["prompt_tokens"], *line["tokens"]])[None]
+        place = jnp.arange(whole.shape[1])[None]
+        hidden = forward(params, embed(params, whole), jnp.ones_like(whole), place, model)
+        table = jax.nn.log_softmax(hidden @ head_of(params, model).T)[0, len(line["prompt_tokens"]) - 1 : -1]
+        found = table[jnp.arange(len(line["tokens"])), jnp.array(line["tokens"])]
+        differences.append(np.abs(found - np.array(line["sampled_log_probabilities"])).max())
+    (record,) = records(config)
+    assert max(differences) > 0.01
+    assert record["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-3)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, one_device: None, sign: int) -> None:
     config = run_page(small, rewards_file, steps=10, prompts_per_step=6, completions_per_prompt=8, slots=48,
@@ -356,8 +447,8 @@ def test_a_rollout_with_any_text_is_kept_and_cut(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     grpo.write_rollouts(path, [[sample], [replace(sample, step=2)]])
     grpo.keep_rollouts(path, 1)
-    (line,) = grpo.rollout_lines(path)
-    assert json.loads(line)["text"] == sample.text
+    (line,) = read_json_lines(path)
+    assert line["text"] == sample.text
 
 
 def test_eight_devices_do_what_one_does(finished: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +484,7 @@ def test_nothing_is_compiled_after_the_first_steps(
     held_out = ({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},)
     config = run_page(small, rewards_file, steps=8, eval_every=2, save_every=2, eval_data=held_out)
     cli.run(config)
-    assert (0, "jit(apply_gradient)") in compiled
+    assert (0, "jit(train_step)") in compiled
     assert {name for step, name in compiled if step > 0} <= {"jit(prefill)"}  # of prompts longer than those before
     assert [each for each in compiled if each[0] > 3] == []
     assert f"compiled programs are kept in {config.cache_dir}" in (config.run_directory / "run.log").read_text()

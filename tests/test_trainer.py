@@ -19,6 +19,8 @@ from lacuna.data import Batch
 from lacuna.distributed import put_batch
 from lacuna.model import ModelConfig, initial_params, model_config, parameter_counts, parameter_table, read_model_config
 
+ROW_LOSS = trainer.RowLoss("matmuls")
+
 
 def config(**changes: Any) -> SftConfig:
     settings: dict[str, Any] = {
@@ -29,7 +31,7 @@ def config(**changes: Any) -> SftConfig:
 
 
 def random_batch(key: int, micro_batches: int, rows: int, length: int, vocabulary: int) -> Batch:
-    """Rows of two documents with padding behind them; a third of the targets do not count."""
+    """Rows of two documents with padding after them; a third of the targets do not count."""
     generator = np.random.default_rng(key)
     shape = (micro_batches * rows, length)
     cut, end = generator.integers(2, length // 2, (shape[0], 1)), generator.integers(length // 2, length, (shape[0], 1))
@@ -42,6 +44,25 @@ def random_batch(key: int, micro_batches: int, rows: int, length: int, vocabular
     return Batch(*(array.reshape(micro_batches, rows, length) for array in arrays))
 
 
+def take_step(
+    state: trainer.TrainState, batch: Batch, model: ModelConfig, steps: int = 50, **changes: Any
+) -> tuple[trainer.TrainState, dict[str, Any]]:
+    """A step of a config with these changes; the state given stays as it is."""
+    settings = config(**changes)
+    loss = trainer.RowLoss(settings.rematerialisation, settings.neftune_alpha > 0)
+    state, divisor = jax.tree.map(jnp.copy, state), np.sum(batch.weight, dtype=np.float32)
+    recipe = trainer.recipe_of(settings, steps)
+    return trainer.train_step(state, batch, divisor, recipe, model, settings.compute_dtype, loss)
+
+
+def loss_and_gradient(params: Any, batch: Batch, model: ModelConfig, step: int = 0, **changes: Any) -> tuple[Any, Any]:
+    """Loss and gradient of a step, read off the first moments, which are a tenth of an unclipped gradient."""
+    state = trainer.fresh_state(params)._replace(step=jnp.int32(step))
+    after, facts = take_step(state, batch, model, clip_norm=1e30, **changes)
+    moments: Any = after.moments
+    return facts["loss"], jax.tree.map(lambda leaf: leaf / (1 - trainer.ADAM_BETA1), moments.mu)
+
+
 def regrouped(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, leaf.shape[-1]), batch)
 
@@ -51,14 +72,13 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
     model = read_model_config(REFERENCE / family)
     expected = np.load(REFERENCE / "training.npz")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
-    step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
     losses, norms, rates = [], [], []
     for number in range(50):
         token, target = (expected[name][number][None].astype(np.int32) for name in ("tokens", "targets"))
         weight = expected["weights"][number][None].astype(np.float32)
         position = np.broadcast_to(np.arange(token.shape[-1], dtype=np.int32), token.shape)
         arrays: Any = (token, target, weight, np.ones_like(token), position)
-        state, facts = step(state, Batch(*arrays), trainer.recipe_of(config(), 50), model, config())
+        state, facts = take_step(state, Batch(*arrays), model)
         losses.append(float(facts["loss"]))
         norms.append(float(facts["gradient_norm"]))
         rates.append(float(facts["learning_rate"]))
@@ -76,10 +96,9 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
 def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
     model = read_model_config(REFERENCE / "qwen2")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
-    batch, settings = random_batch(0, 1, 4, 24, model.vocabulary_size), config(clip_norm=0.5)
-    recipe = trainer.recipe_of(settings, 50)
-    loss, gradients = trainer.whole_batch_gradient(state.params, batch, jnp.int32(0), recipe, model, settings)
-    after, facts = trainer.train_step(state, batch, recipe, model, settings)
+    batch = random_batch(0, 1, 4, 24, model.vocabulary_size)
+    loss, gradients = loss_and_gradient(state.params, batch, model)
+    after, facts = take_step(state, batch, model, clip_norm=0.5)
     wide = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]
     norm = np.sqrt(sum(np.sum(leaf**2) for leaf in wide))
     assert norm > 0.5 and float(facts["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
@@ -104,24 +123,22 @@ def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
 def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
     model = read_model_config(REFERENCE / "qwen3")
     params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
-    whole, settings = random_batch(1, 1, 8, 24, model.vocabulary_size), config(neftune_alpha=alpha)
-    gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))
-    recipe = trainer.recipe_of(settings, 50)
-    expected = gradient(params, whole, jnp.int32(3), recipe, model, settings)
+    whole = random_batch(1, 1, 8, 24, model.vocabulary_size)
+    expected = loss_and_gradient(params, whole, model, step=3, neftune_alpha=alpha)
     for count in (2, 4):
-        ours = gradient(params, regrouped(whole, count), jnp.int32(3), recipe, model, settings)
+        ours = loss_and_gradient(params, regrouped(whole, count), model, step=3, neftune_alpha=alpha)
         assert_trees_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_is_within_its_bound_and_new_each_step() -> None:
     segment = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]])
     x = jnp.zeros((1, 8, 4))
-    noise = trainer.embedding_noise(jax.random.key(0), segment, jnp.int32(0), jnp.float32(3), x)
+    noise = trainer.embedding_noise(jax.random.key(0), 0, jnp.float32(3), segment, x)
     bound = 3.0 / np.sqrt(np.array([4, 4, 4, 4, 2, 2, 2, 2]) * 4)
     share = np.abs(noise[0]) / bound[:, None]
     assert share.max() <= 1 and share.max() > 0.8
     for key, row in ((jax.random.key(1), 0), (jax.random.key(0), 1)):
-        assert not np.allclose(noise, trainer.embedding_noise(key, segment, jnp.int32(row), jnp.float32(3), x))
+        assert not np.allclose(noise, trainer.embedding_noise(key, row, jnp.float32(3), segment, x))
 
 
 def sized(**changes: int) -> ModelConfig:
@@ -144,10 +161,9 @@ def curve(model: ModelConfig, mesh: Mesh, steps: int, rows: int, length: int) ->
     facts = []
     with jax.set_mesh(mesh):
         state = born(model, mesh)
-        step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
         for number in range(steps):
             batch = put_batch(random_batch(number, 1, rows, length, model.vocabulary_size), mesh)
-            state, metrics = step(state, batch, trainer.recipe_of(config(), 50), model, config())
+            state, metrics = take_step(state, batch, model)
             facts.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
     return state, np.array(facts)
 
@@ -185,15 +201,15 @@ def test_a_vocabulary_that_does_not_divide_is_padded_without_effect(tmp_path: Pa
 @pytest.mark.parametrize(("dtype", "counts"), [("float32", (2, 8)), ("bfloat16", (8,))])
 def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[int, ...]) -> None:
     model = sized(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8, head_dim=32)
-    settings, held, temporary, at_birth = config(compute_dtype=dtype), {}, {}, {}
+    held, temporary, at_birth = {}, {}, {}
     layer = 4 * parameter_counts(model)["all"] / model.layers
     for count in (1, *counts):
         mesh = mesh_of(1, count, 1)
         with jax.set_mesh(mesh):
             batch = put_batch(random_batch(0, 2, 8, 8, 157), mesh)
-            step = jax.jit(trainer.train_step, static_argnums=(3, 4), donate_argnums=0)
-            recipe, state = trainer.recipe_of(settings, 50), trainer.abstract_state(model, mesh)
-            memory: Any = step.lower(state, batch, recipe, model, settings).compile().memory_analysis()
+            recipe, state = trainer.recipe_of(config(), 50), trainer.abstract_state(model, mesh)
+            lowered = trainer.train_step.lower(state, batch, np.float32(1), recipe, model, dtype, ROW_LOSS)
+            memory: Any = lowered.compile().memory_analysis()
             make = jax.jit(
                 lambda key: trainer.fresh_state(initial_params(key, model)),
                 out_shardings=trainer.state_shardings(model, mesh),
@@ -211,16 +227,15 @@ def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[in
 def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
     model = read_model_config(REFERENCE / "qwen3")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
-    step = jax.jit(trainer.train_step, static_argnums=(3, 4))
     good = random_batch(0, 1, 4, 16, model.vocabulary_size)
     bad = good._replace(weight=good.weight + jnp.inf)
-    broken, facts = step(state, bad, trainer.recipe_of(config(), 50), model, config())
+    broken, facts = take_step(state, bad, model)
     assert int(facts["skipped"]) == 1 and int(broken.step) == 1
     for before, after in zip(*(jax.tree.leaves((s.params, s.moments)) for s in (state, broken)), strict=True):
         np.testing.assert_array_equal(before, after)
-    mended, facts = step(broken, good, trainer.recipe_of(config(), 50), model, config())
+    after, facts = take_step(broken, good, model)
     assert int(facts["skipped"]) == 0
-    assert not np.array_equal(mended.params["embedding"], state.params["embedding"])
+    assert not np.array_equal(after.params["embedding"], state.params["embedding"])
 
 
 # Whole runs
@@ -229,10 +244,11 @@ def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
 def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
     model = read_model_config(REFERENCE / "qwen3")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
-    batch, settings = random_batch(0, 1, 2, 8, model.vocabulary_size), config(neftune_alpha=1.0)
+    batch = random_batch(0, 1, 2, 8, model.vocabulary_size)
+    recipes = trainer.recipe_of(config(), 50), trainer.recipe_of(config(learning_rate=1.0, seed=7), 9)
     programs = {
-        jax.jit(trainer.train_step, static_argnums=(3, 4)).lower(state, batch, recipe, model, settings).as_text()
-        for recipe in (trainer.recipe_of(settings, 50), trainer.recipe_of(config(learning_rate=1.0, seed=7), 9))
+        trainer.train_step.lower(state, batch, np.float32(1), recipe, model, "float32", ROW_LOSS).as_text()
+        for recipe in recipes
     }
     assert len(programs) == 1
 
@@ -242,12 +258,7 @@ def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_tim
     params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
     batch = random_batch(0, 1, 8, 256, model.vocabulary_size)
     batch = batch._replace(token=jnp.where(np.arange(256) % 2, 7, batch.token))
-    gradient = jax.jit(trainer.whole_batch_gradient, static_argnums=(4, 5))
-    found = {}
-    for dtype in ("float32", "bfloat16"):
-        settings = config(compute_dtype=dtype)
-        recipe = trainer.recipe_of(settings, 50)
-        found[dtype] = gradient(params, batch, jnp.int32(0), recipe, model, settings)
+    found = {dtype: loss_and_gradient(params, batch, model, compute_dtype=dtype) for dtype in ("float32", "bfloat16")}
     (wide_loss, wide), (loss, narrow) = found["float32"], found["bfloat16"]
     assert float(loss) == pytest.approx(float(wide_loss), rel=5e-3)
     for ours, expected in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
