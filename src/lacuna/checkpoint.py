@@ -39,8 +39,11 @@ from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec
 from lacuna.tokenizer import Tokenizer, load_tokenizer
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # ours, in a file's header
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SHARD_BYTES = 5 * 10**9
 LISTED = 10
+MANIFEST_FORMAT = 3
+FAILURES_IN_A_ROW = 3
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -170,13 +173,13 @@ def overlap(one: Box, other: Box) -> Box | None:
 
 
 def within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Slices that take a box out of an array holding the box `outer`."""
+    """Slices that take a box out of an array that holds the box `outer`."""
     return tuple(slice(begin - first, end - first) for (begin, end), (first, _) in zip(box, outer, strict=True))
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in files, in one or more pieces, of which only what is asked for is read."""
+    """A tensor that lies in files in one or more pieces, read box by box when needed."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -204,7 +207,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model's safetensors files, single or with an index, by name; values are read as float32.
 
     Raises:
-        UserError: a file that is missing or damaged, or an index that is no index.
+        UserError: a file is missing or damaged.
     """
     index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
@@ -251,8 +254,8 @@ def load_params(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array
 def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse a model whose files do not hold exactly the tensors that its config asks for."""
     found = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if model.is_tied:
-        found.pop("lm_head.weight", None)  # some files repeat the embedding as the head, old ones the rotary table
+    if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
+        found.pop("lm_head.weight", None)
     wanted = {
         name: file_shape(row, model)
         for row in jax.tree.leaves(parameter_table(model))
@@ -291,7 +294,7 @@ def file_order(row: Parameter) -> list[str]:
 
 
 def load_parameter(row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh) -> Array:
-    """One weight over the mesh."""
+    """One weight over the mesh; each shard reads its part of each layer's tensor."""
     shape, names = shape_of(row, model.sizes), file_names(row, model)
 
     def shard(index: Any) -> np.ndarray:
@@ -366,16 +369,15 @@ def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    for file, names in zip(files, shards, strict=True):
-        values = (file_tensor(*tensors[name], model, dtype) for name in names)
-        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values, {"format": "pt"})
+    files = {"model.safetensors": shards[0]}
     if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        files = {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, 1)}
+        weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for file, names in files.items():
+        values = (file_tensor(*tensors[name], model, dtype) for name in names)
+        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values, {"format": "pt"})
 
 
 # Writing
@@ -433,9 +435,6 @@ def sync(path: Path) -> None:
 
 
 # The manifest of a checkpoint
-
-MANIFEST_FORMAT = 3
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Record(BaseModel):
@@ -693,13 +692,11 @@ def shard_name(process: int) -> str:
 
 
 def describe_error(error: OSError) -> str:
-    """Where and what."""
+    """Where and what, for a message."""
     return f"{error.filename or 'disk'}: {error.strerror or error}"
 
 
 # Saving
-
-FAILURES_IN_A_ROW = 3
 
 
 class Saver:
@@ -715,7 +712,7 @@ class Saver:
         self.saves: deque[futures.Future[str]] = deque()  # begun and not yet reported
 
     def save(self, state: PyTree[Array], shapes: PyTree, facts: RunFacts, is_best: bool) -> float:
-        """Start to save, once the save before has ended; returns for how many seconds this held up the caller.
+        """Start to save, once the previous save has ended; returns for how many seconds this held up the caller.
 
         `shapes` are those to be saved, without the rows that pad the vocabulary in memory.
         """
@@ -841,7 +838,7 @@ def newest_good(run_directory: Path, say: Callable[[str], None]) -> tuple[Path, 
 
 
 def remove_old(run_directory: Path, keep: int) -> None:
-    """Remove what was left half-written, and all checkpoints but the newest `keep` and the best."""
+    """Remove what was left half-written, and all checkpoints except the newest `keep` and the best."""
     checkpoints = run_directory / "checkpoints"
     for leftover in (*checkpoints.glob("*.tmp"), *checkpoints.glob("*.old")):
         shutil.rmtree(leftover)
