@@ -236,7 +236,7 @@ def test_rows_beyond_a_sliding_window_or_the_positions_are_refused() -> None:
     raw = json.loads((REFERENCE / "mistral" / "config.json").read_text()) | {"sliding_window": 64}
     config = model.model_config(raw, "config.json")
     model.check_sequence_length(config, 64)
-    with pytest.raises(UserError, match="sliding window of 64"):
+    with pytest.raises(UserError, match="sliding window = 64"):
         model.check_sequence_length(config, 65)
     with pytest.raises(UserError, match="max_position_embeddings = 2048"):
         model.check_sequence_length(model.read_model_config(REFERENCE / "llama2"), 4096)

@@ -1,7 +1,7 @@
-"""The model: one table of parameters from which everything about a weight derives, and one forward pass over it.
+"""The model: a table of parameters from which everything about a weight derives, the forward pass, and the loss.
 
-Qwen2/2.5, Qwen3, Llama 2/3, Mistral and SmolLM2 differ in a few rows and numbers, so a family here is a `ModelConfig`
-read from config.json, not a class.
+Qwen2/2.5, Qwen3, Llama 2/3, Mistral and SmolLM2 differ in a few rows and numbers, so a family is a `ModelConfig` read
+from config.json, not a class.
 """
 
 import json
@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
-from lacuna.attention import RESIDUAL, attention
+from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
 
-PAGE = 64
+PAGE = 64  # tokens of the cache
 TRANSPOSED_BLOCK = 64
-PRODUCT = "product"  # of a CPU
+PRODUCT = "product"  # names matrix products on a CPU, which rematerialisation keeps
 
 # Of each layer, keys [slot, kv_head, page, head, offset] and values [slot, kv_head, page, offset, head]
 Cache = tuple[tuple[Array, Array], ...]
@@ -156,7 +156,7 @@ def partition_spec(row: Parameter) -> PartitionSpec:
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
-    """Parameters in all, with weight decay, and in matrix products (the head counts once, the look-up does not)."""
+    """Parameters in total, with weight decay, and in matrix products, where a tied head counts."""
     sizes = model.sizes | {"vocab": model.vocabulary_size}
     rows = jax.tree.leaves(parameter_table(model))
     count = {row: math.prod(shape_of(row, sizes)) for row in rows}
@@ -172,7 +172,7 @@ def read_model_config(directory: Path) -> ModelConfig:
     """The model that `directory/config.json` describes.
 
     Raises:
-        UserError: no such file, broken JSON, or something in it that is not supported, by name.
+        UserError: no such file, not JSON, or something that is not supported, by name.
     """
     path = directory / "config.json"
     try:
@@ -186,114 +186,111 @@ def read_model_config(directory: Path) -> ModelConfig:
     return model_config(raw, str(path))
 
 
+# Keys of config.json: the type of each, and the default where it may be missing or null
+KEYS: dict[str, tuple[type, Any]] = {
+    "vocab_size": (int, None), "hidden_size": (int, None), "intermediate_size": (int, None),
+    "num_hidden_layers": (int, None), "num_attention_heads": (int, None), "max_position_embeddings": (int, None),
+    "num_key_value_heads": (int, 0), "head_dim": (int, 0), "sliding_window": (int, 0), "layer_types": (list, []),
+    "rms_norm_eps": (float, None), "rope_theta": (float, 10000.0), "initializer_range": (float, 0.02),
+    "use_sliding_window": (bool, False), "attention_bias": (bool, False), "tie_word_embeddings": (bool, False),
+    "architectures": (list, []),
+}  # fmt: skip
+ROPE_SCALING_KEYS: dict[str, tuple[type, Any]] = dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (float, None)
+)
+# Any other value of these keys asks for what is not implemented
+ONLY_VALUES: dict[str, Any] = {
+    "hidden_act": "silu", "partial_rotary_factor": 1, "mlp_bias": False, "attention_dropout": 0,
+    "rope_interleaved": False, "quantization_config": None, "num_experts": 0, "num_local_experts": 0,
+}  # fmt: skip
+
+
+def read_keys(fields: Mapping[str, Any], keys: Mapping[str, tuple[type, Any]], where: str) -> dict[str, Any]:
+    """The value of each key, or its default; refuses what is missing or not of its type.
+
+    No number is below 0, and a whole number without a default is above it.
+    """
+    values = {}
+    for key, (kind, default) in keys.items():
+        value = default if fields.get(key) is None else fields[key]
+        if value is None:
+            raise UserError(f"{where}: {key!r} is missing")
+        is_of_kind = type(value) in ((int, float) if kind is float else (kind,))
+        if not is_of_kind or (kind in (int, float) and value < (kind is int and default is None)):
+            raise UserError(f"{where}: {key!r} = {value!r} is not a {kind.__name__} that a model can have")
+        values[key] = kind(value)
+    return values
+
+
 def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """A `ModelConfig` from the fields of a config.json, in the form of transformers 4 or 5; `where` is for messages."""
-
-    def value(key: str, kind: type, default: Any, fields: Mapping[str, Any] = raw) -> Any:
-        found = fields.get(key) if fields.get(key) is not None else default
-        if found is None:
-            raise UserError(f"{where}: {key!r} is missing")
-        is_right = isinstance(found, (int, float) if kind is float else kind) and isinstance(found, bool) == (
-            kind is bool
-        )
-        if not is_right or (kind in (int, float) and found < 0) or (kind is int and found == 0 and default is None):
-            raise UserError(f"{where}: {key!r} = {found!r} is not a {kind.__name__} that a model can have")
-        return kind(found)
-
-    def refuse(key: str, what: Any) -> None:
-        raise UserError(f"{where}: {key} = {what!r} is not supported")
-
-    family = raw.get("model_type")
-    if family not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise UserError(f"{where}: model_type {family!r} is not supported; llama, mistral, qwen2 and qwen3 are")
-    for architecture in value("architectures", list, []):
-        if not str(architecture).endswith("ForCausalLM"):
-            refuse("architectures", architecture)
-    rope = value("rope_parameters", dict, raw.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if nested := [key for key, inner in rope.items() if isinstance(inner, dict)]:
-        refuse(f"a rope of its own for {nested[0]}", rope[nested[0]])
-    if rope_type not in ("default", "llama3"):
-        raise UserError(f"{where}: rope type {rope_type!r} is not supported; default and llama3 are")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", raw["hidden_act"])
-    for key in (
-        "mlp_bias",
-        "attention_dropout",
-        "rope_interleaved",
-        "quantization_config",
-        "num_experts",
-        "num_local_experts",
-    ):
-        if raw.get(key):
-            refuse(key, raw[key])
-    partial_rotary = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    if partial_rotary != 1:
-        refuse("partial_rotary_factor", partial_rotary)
+    ropes = read_keys(raw, {"rope_parameters": (dict, {}), "rope_scaling": (dict, {})}, where)
+    rope = ropes["rope_parameters"] or ropes["rope_scaling"]
+    fields = {**raw, **{key: value for key, value in rope.items() if value is not None}}
+    family, rope_type = raw.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
     file_dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if file_dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"{where}: dtype {file_dtype!r} is not supported; float32, bfloat16 and float16 are")
-    embed, heads = value("hidden_size", int, None), value("num_attention_heads", int, None)
-    kv_heads = value("num_key_value_heads", int, heads)
+    for name, value, supported in (
+        ("model_type", family, ("llama", "mistral", "qwen2", "qwen3")),
+        ("rope type", rope_type, ("default", "llama3")),
+        ("dtype", file_dtype, ("float32", "bfloat16", "float16")),
+    ):
+        if value not in supported:
+            raise UserError(f"{where}: {name} {value!r} is not supported; supported are {', '.join(supported)}")
+    keys = read_keys(fields, KEYS, where)
+    refused = [(key, fields[key]) for key, only in ONLY_VALUES.items() if (fields.get(key) or only) != only]
+    refused += [(f"a rope of its own for {key}", value) for key, value in rope.items() if isinstance(value, dict)]
+    refused += [("architectures", name) for name in keys["architectures"] if not str(name).endswith("ForCausalLM")]
+    for key, value in refused:
+        raise UserError(f"{where}: {key} = {value!r} is not supported")
+    heads, has_bias = keys["num_attention_heads"], keys["attention_bias"]
+    kv_heads, head = keys["num_key_value_heads"] or heads, keys["head_dim"] or keys["hidden_size"] // heads
     if heads % kv_heads:
-        raise UserError(f"{where}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
-    head = value("head_dim", int, embed // heads)
+        raise UserError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     if head % 2:
         raise UserError(f"{where}: head_dim = {head} is odd, and rotary embedding turns pairs of channels")
-    has_window = value("use_sliding_window", bool, family == "mistral")
-    has_window = has_window or "sliding_attention" in value("layer_types", list, [])
-    has_bias = value("attention_bias", bool, False)
-    scaling = None
-    if rope_type == "llama3":
-        numbers = (
-            value(key, float, None, rope)
-            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        )
-        scaling = RopeScaling(*numbers)
+    has_window = keys["use_sliding_window"] or "sliding_attention" in keys["layer_types"]
+    has_window |= family == "mistral" and raw.get("use_sliding_window") is None
+    scaling = RopeScaling(*read_keys(rope, ROPE_SCALING_KEYS, where).values()) if rope_type == "llama3" else None
     return ModelConfig(
-        family=family,
-        vocabulary_size=value("vocab_size", int, None),
-        embed=embed,
-        layers=value("num_hidden_layers", int, None),
+        family=str(family),
+        vocabulary_size=keys["vocab_size"],
+        embed=keys["hidden_size"],
+        layers=keys["num_hidden_layers"],
         kv_heads=kv_heads,
         group=heads // kv_heads,
         head=head,
-        feedforward=value("intermediate_size", int, None),
-        max_positions=value("max_position_embeddings", int, None),
-        sliding_window=value("sliding_window", int, 0) if has_window else 0,
-        norm_epsilon=value("rms_norm_eps", float, None),
-        rope_theta=value("rope_theta", float, value("rope_theta", float, 10000.0), rope),
+        feedforward=keys["intermediate_size"],
+        max_positions=keys["max_position_embeddings"],
+        sliding_window=keys["sliding_window"] if has_window else 0,
+        norm_epsilon=keys["rms_norm_eps"],
+        rope_theta=keys["rope_theta"],
         rope_scaling=scaling,
-        is_tied=value("tie_word_embeddings", bool, False),
+        is_tied=keys["tie_word_embeddings"],
         has_qkv_bias=family == "qwen2" or has_bias,
         has_output_bias=family != "qwen2" and has_bias,
         has_query_key_norm=family == "qwen3",
-        initializer_range=value("initializer_range", float, 0.02),
+        initializer_range=keys["initializer_range"],
         file_dtype=file_dtype,
-        padded_vocabulary=value("vocab_size", int, None),
+        padded_vocabulary=keys["vocab_size"],
         attention="xla",
     )
 
 
 def check_sequence_length(model: ModelConfig, sequence_length: int) -> None:
-    """Refuse rows longer than the model's positions or than a sliding window, which would then bind."""
-    if model.sliding_window and sequence_length > model.sliding_window:
+    """Refuse rows longer than the model's positions or its sliding window, which is not implemented."""
+    limit = model.capacity(sequence_length)
+    if limit < sequence_length:
+        name = "sliding window" if limit == model.sliding_window else "max_position_embeddings"
         raise UserError(
-            f"sequence_length = {sequence_length} exceeds the model's sliding window of {model.sliding_window}, which "
-            f"is not supported; set sequence_length to {model.sliding_window} or less"
-        )
-    if sequence_length > model.max_positions:
-        raise UserError(
-            f"sequence_length = {sequence_length} exceeds the model's max_position_embeddings = "
-            f"{model.max_positions}; set sequence_length to {model.max_positions} or less"
+            f"sequence_length = {sequence_length} exceeds the model's {name} = {limit}; set it to {limit} or less"
         )
 
 
 def initial_params(key: Key[Array, ""], model: ModelConfig) -> PyTree[Float[Array, "..."]]:
-    """Random float32 weights: normal with the config's std (0.02), residual projections over √(2 × layers), norms one.
+    """Random float32 weights: normal with std `initializer_range`, over √(2 × layers) for residual projections.
 
-    The practice of GPT-2 (Radford et al. 2019) and Llama. Each key is folded from the row's path, so a new row never
-    changes another's values; padded vocabulary rows are zero.
+    The practice of GPT-2 (Radford et al. 2019) and Llama. Norm scales are one, biases and padded vocabulary rows zero.
+    Each random key is folded from the row's path, so adding a row never changes another's values.
     """
 
     def draw(path: tuple[Any, ...], row: Parameter) -> Float[Array, "..."]:
@@ -311,9 +308,9 @@ def initial_params(key: Key[Array, ""], model: ModelConfig) -> PyTree[Float[Arra
 
 
 def cast(params: PyTree, model: ModelConfig, dtype: DTypeLike) -> PyTree:
-    """Weights in the dtype of compute; norm scales stay float32, and so does what has a row for each token.
+    """Weights in the dtype of compute; norm scales stay float32, and so do embedding and head.
 
-    Those rows are cast where they are used, so the gradient of one met a thousand times is a sum in float32.
+    Those rows are cast where they are used, so that the gradient of a frequent token is summed in float32.
     """
 
     def stays(row: Parameter) -> bool:
@@ -323,7 +320,7 @@ def cast(params: PyTree, model: ModelConfig, dtype: DTypeLike) -> PyTree:
 
 
 def rotary_frequencies(model: ModelConfig) -> Float[np.ndarray, " half"]:
-    """Radians per position of each channel pair (Su et al. 2021), stretched where the config asks for it."""
+    """Radians per position of each channel pair (Su et al. 2021), stretched by the model's rope scaling, if any."""
     frequency = model.rope_theta ** -(np.arange(0, model.head, 2) / model.head)
     if scaling := model.rope_scaling:
         turns = scaling.original_positions * frequency / (2 * np.pi)
@@ -373,16 +370,16 @@ def linear(
 def matrix_product(
     x: Float[Array, "token inputs"], weight: Float[Array, "inputs outputs"]
 ) -> Float[Array, "token outputs"]:
-    """`x @ weight` on a CPU, summed in float32, without which XLA has no kernel of bfloat16 there.
+    """`x @ weight` on a CPU, summed in float32: XLA has a fast kernel for bfloat16 there only with float32 sums.
 
-    The backward pass first writes the incoming gradient out, row-major. XLA else fuses what makes that gradient into a
-    transposed write for the weight's gradient, which is not vectorised: a fifth of a training step.
+    The backward pass first writes the incoming gradient to memory, row-major. Otherwise XLA fuses its computation with
+    the transposition that the weight's gradient needs, in a loop that is not vectorised: a fifth of a training step.
     """
     return _product("ti,io->to", x, weight)
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:
-    """Named, so that what is kept of it for the backward pass is the rounded result."""
+    """Named after rounding, so that rematerialisation keeps the result in the dtype of compute."""
     product = jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
     return checkpoint_name(product.astype(x.dtype), PRODUCT)
 
@@ -402,7 +399,7 @@ matrix_product.defvjp(lambda x, weight: (_product("ti,io->to", x, weight), (x, w
 def product_over_tokens(
     x: Float[Array, "token inputs"], gradient: Float[Array, "token outputs"]
 ) -> Float[Array, "inputs outputs"]:
-    """A weight's gradient, in float32."""
+    """A weight's gradient, in float32; on a CPU the fast bfloat16 kernel needs the transpose in memory."""
     if platform() == "cpu" and x.dtype == jnp.bfloat16:
         x = _written_transposed(x)
         return jnp.einsum("it,to->io", x, gradient, preferred_element_type=jnp.float32)
@@ -410,7 +407,7 @@ def product_over_tokens(
 
 
 def _written_transposed(x: Float[Array, "row column"]) -> Float[Array, "column row"]:
-    """The transpose, block by block: XLA on CPU makes a plain one part of the product, which has no kernel then."""
+    """The transpose, block by block: XLA would merge a plain one into the product, which then has no fast kernel."""
     rows, columns = (math.gcd(size, TRANSPOSED_BLOCK) for size in x.shape)
     blocks = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
     blocks = jax.lax.optimization_barrier(jnp.transpose(blocks, (2, 0, 3, 1)))
@@ -426,7 +423,7 @@ def layer_forward(
 ) -> tuple[Float[Array, "batch token embed"], Any]:
     """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual.
 
-    `attend` takes query, key and value, and what it returns besides their mix is handed on: decoding keeps its cache.
+    `attend` maps query, key and value to their mix and a second value, which is returned: decoding's cache.
     """
     normed = rms_norm(x, layer["attention_norm"], model.norm_epsilon)
     query, key, value = (linear(normed, layer[name]) for name in ("query", "key", "value"))
@@ -460,7 +457,7 @@ def forward(
     """Embedded rows to final normed hidden states; `params` are in the dtype of compute.
 
     `rematerialisation` says what the backward pass computes again: nothing, all but matrix products and attention, or
-    whole layers. What is computed again without them costs less than to write it out and read it. `prompt_offset`
+    whole layers. Computing the cheap rest again costs less than writing it to memory and reading it. `prompt_offset`
     is that of `attention`.
     """
 
@@ -474,15 +471,15 @@ def forward(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUAL, PRODUCT)
         )
         policy = policies.nothing_saveable if rematerialisation == "layer" else matmuls
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan's passes can't be merged
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged
     x, _ = jax.lax.scan(body, x, params["layers"])
     return rms_norm(x, params["final_norm"], model.norm_epsilon)
 
 
 def decoding_params(params: PyTree[Array], model: ModelConfig, dtype: DTypeLike) -> PyTree[Array]:
-    """The weights as decoding reads them: all but norms in the dtype of compute, each layer by itself.
+    """The weights for decoding: all but norms in the dtype of compute, and a tuple of layers instead of a stack.
 
-    A scan over layers would copy the cache in and out of a stack at every step.
+    A scan over stacked layers would copy the cache in and out of its stack at every step.
     """
     params = cast(params, model, dtype)
     layers = tuple(jax.tree.map(lambda leaf, at=at: leaf[at], params["layers"]) for at in range(model.layers))
@@ -500,7 +497,7 @@ def empty_cache(model: ModelConfig, slots: int, pages: int, dtype: DTypeLike) ->
 
 
 def prefill(params: PyTree[Array], token: Int[Array, "batch token"], model: ModelConfig) -> Cache:
-    """The cache of prompts that fill whole pages; what stands behind a shorter one is never read."""
+    """The cache of prompts, padded to whole pages; what follows a shorter prompt is never read."""
     rotation = rotation_at(jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape), model)
     segment = jnp.ones_like(token)
 
@@ -517,8 +514,8 @@ def prefill(params: PyTree[Array], token: Int[Array, "batch token"], model: Mode
 
 
 def rotation_table(cache: Cache, model: ModelConfig) -> Rotation:
-    """The rotation of every position that a cache has room for, to be made once for many steps: inside of them XLA
-    would make it anew for each layer, head and page."""
+    """The rotation at each position of a cache, computed once for many steps: inside a step XLA would compute it for
+    each layer, head and page."""
     return rotation_at(jnp.arange(cache[0][0].shape[2] * PAGE)[:, None], model)
 
 
@@ -530,23 +527,21 @@ def decode_step(
     rotations: Rotation,
     model: ModelConfig,
 ) -> tuple[Float[Array, "slot 1 embed"], Cache]:
-    """Final normed hidden state behind one more token in each slot, and the cache of `length` tokens with it."""
+    """Hidden state after one more token in each slot, final norm applied, and the cache with that token at `length`."""
     rotation = rotations[0][length], rotations[1][length]
     # One slot is written twice: XLA would fuse a scatter of one row into its readers and copy the cache at each step.
     slot = jnp.arange(max(len(token), 2)) % len(token)
-    config, offset = length[slot] // PAGE, length[slot] % PAGE
+    page, offset = length[slot] // PAGE, length[slot] % PAGE
+
+    def attend(keys: Array, values: Array, query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+        keys = keys.at[slot, :, page, :, offset].set(key[slot, 0])
+        values = values.at[slot, :, page, offset].set(value[slot, 0])
+        return cached_attention(query[:, 0], keys, values, length)[:, None], (keys, values)
+
     x, grown = shard_rows(params["embedding"][token[:, None]]), []
-    for layer, (keys, values) in zip(params["layers"], cache, strict=True):
-
-        def attend(
-            query: Array, key: Array, value: Array, keys: Array = keys, values: Array = values
-        ) -> tuple[Array, tuple[Array, Array]]:
-            keys = keys.at[slot, :, config, :, offset].set(key[slot, 0])
-            values = values.at[slot, :, config, offset].set(value[slot, 0])
-            return cached_attention(query[:, 0], keys, values, length)[:, None], (keys, values)
-
-        x, kept = layer_forward(x, layer, rotation, attend, model)
-        grown.append(kept)
+    for layer, pages in zip(params["layers"], cache, strict=True):
+        x, pages = layer_forward(x, layer, rotation, partial(attend, *pages), model)
+        grown.append(pages)
     return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(grown)
 
 
@@ -556,10 +551,10 @@ def cached_attention(
     values: Float[Array, "slot kv_head page offset head"],
     length: Int[Array, " slot"],
 ) -> Float[Array, "slot kv_head group head"]:
-    """Attention of one query on the tokens up to and with position `length` of its slot.
+    """Attention of one query per slot to the tokens up to and including position `length`.
 
-    Page by page, so an empty page adds exact zeros: a result does not depend on how many there are. With the group on
-    every page, each is a plain matrix product; else XLA on CPU takes four times as long.
+    Sums run page by page, so an empty page adds exact zeros and a result does not depend on their number. The query is
+    repeated for every page so that each is a plain matrix product; without that XLA on CPU takes four times as long.
     """
     position = jnp.arange(keys.shape[2])[:, None] * PAGE + jnp.arange(PAGE)
     visible = position <= length[:, None, None]
@@ -587,40 +582,41 @@ def logits_of(
     return jnp.where(jnp.arange(head.shape[0]) < vocabulary_size, logits, -jnp.inf)
 
 
-LOSS_CHUNK = {"cpu": 512}  # tokens of a device, elsewhere 2048
+LOSS_CHUNK = {"cpu": 512}  # tokens on a device, elsewhere 2048
 
 
-def _split_tokens(chunk: int, x: Shaped[Array, "batch token *more"]) -> Shaped[Array, "chunk batch chunk_token *more"]:
-    """Chunks of that many tokens of each row, zero-padded at the end."""
-    count = -(-x.shape[1] // chunk)
-    x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
-    return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+Rows = PyTree[Shaped[Array, "batch token ..."]]
 
 
-def _joined_tokens(
-    length: int, x: Shaped[Array, "chunk batch chunk_token *more"]
-) -> Shaped[Array, "batch token *more"]:
-    """Rows of `length` tokens from their chunks."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+def _scan_tokens(step: Callable[[Any, Any], tuple[Any, Any]], start: Any, rows: Rows) -> tuple[Any, Any]:
+    """`jax.lax.scan` over chunks of every row's tokens, zero-padded at the end; what it stacks becomes rows again.
 
-
-def _chunk_length(hidden: Array) -> int:
-    """Tokens of each row in a chunk, such that no device has more than LOSS_CHUNK of them in its part of the rows."""
-    rows_of_a_device = max(hidden.shape[0] // row_shards(jax.sharding.get_abstract_mesh()), 1)
+    A device has no more than LOSS_CHUNK tokens of a chunk in its part of the rows.
+    """
+    batch, length = jax.tree.leaves(rows)[0].shape[:2]
+    rows_of_a_device = max(batch // row_shards(jax.sharding.get_abstract_mesh()), 1)
     most = max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device)
-    chunks = -(-hidden.shape[1] // most)
-    return -(-hidden.shape[1] // chunks)
+    chunk = math.ceil(length / math.ceil(length / most))
+    count = math.ceil(length / chunk)
+
+    def split(x: Array) -> Shaped[Array, "chunk batch chunk_token *more"]:
+        return jnp.moveaxis(pad_tokens(x, count * chunk).reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Shaped[Array, "batch token *more"]:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
+
+    total, chunks = jax.lax.scan(step, start, jax.tree.map(split, rows))
+    return total, jax.tree.map(join, chunks)
 
 
 def whole_head(head: Float[Array, "vocab embed"], dtype: DTypeLike) -> Float[Array, "vocab embed"]:
-    """The head as the chunks need it, sent to all devices before the loop over them, which would send it for each."""
+    """The head for the chunks, gathered before the loop over them, which would gather it for each."""
     return shard(head.astype(dtype), AXIS_RULES["vocab"])
 
 
 class TokenStatistics(NamedTuple):
-    """Of each target: its negative log-likelihood and the entropy of its distribution (nats), and whether it was the
-    likeliest token."""
+    """For each target its negative log-likelihood, whether it was the likeliest token, and the entropy of the
+    distribution it was predicted by; in nats."""
 
     loss: Float[Array, "batch token"]
     is_correct: Bool[Array, "batch token"]
@@ -630,7 +626,7 @@ class TokenStatistics(NamedTuple):
 def _chunk_statistics(
     logits: Float[Array, "batch token vocab"], target: Int[Array, "batch token"]
 ) -> tuple[TokenStatistics, Float[Array, "batch token vocab"], Bool[Array, "batch token vocab"]]:
-    """Statistics of the targets, the distributions, and which logits are the targets' own."""
+    """Statistics of the targets, the probabilities, and which of them is each target's."""
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     is_target = target[..., None] == jnp.arange(logits.shape[-1])
     loss = normalizer - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
@@ -645,15 +641,15 @@ def token_statistics(
     target: Int[Array, "batch token"],
     vocabulary_size: int,
 ) -> TokenStatistics:
-    """Statistics of each target, chunk by chunk; those that nobody uses cost nothing."""
-
-    def chunk_statistics(chunk: tuple[Array, Array]) -> TokenStatistics:
-        return _chunk_statistics(logits_of(chunk[0], head, vocabulary_size), chunk[1])[0]
+    """Statistics of each target, chunk by chunk; those that the caller ignores cost nothing."""
 
     head = whole_head(head, hidden.dtype)
-    chunks = jax.tree.map(partial(_split_tokens, _chunk_length(hidden)), (hidden, target))
-    found = jax.lax.map(chunk_statistics, chunks)
-    return jax.tree.map(partial(_joined_tokens, hidden.shape[1]), found)
+
+    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, TokenStatistics]:
+        hidden, target = chunk
+        return None, _chunk_statistics(logits_of(hidden, head, vocabulary_size), target)[0]
+
+    return _scan_tokens(step, None, (hidden, target))[1]
 
 
 def summed_cross_entropy(
@@ -680,11 +676,11 @@ def summed_token_loss(
     loss_of: Callable[[Float[Array, "batch token"], Any], Float[Array, ""]],
     vocabulary_size: int,
 ) -> tuple[Float[Array, ""], TokenStatistics]:
-    """A loss that is a sum over targets, `loss_of` their log-probabilities and `fields`, and the targets' statistics.
+    """The sum over targets of `loss_of` their log-probabilities and `fields`, and the targets' statistics.
 
-    Works through the tokens in chunks; differentiated, it makes the gradient of each chunk while its logits are at
-    hand, so logits are computed once and the array [batch, token, vocab] never exists. Each device sums the head's
-    gradient over its own rows, and these sums are added up once. The statistics have no gradient.
+    It works in chunks of tokens, and the forward pass already computes each chunk's gradient from its logits: they are
+    computed once, and the array [batch, token, vocab] never exists. Each device sums the head's gradient over its own
+    rows, and these sums are added once. The statistics have no gradient.
     """
     statistics = token_statistics(hidden, head, target, vocabulary_size)
     return loss_of(-statistics.loss, fields), statistics
@@ -694,7 +690,6 @@ def _token_loss_forward(
     hidden: Array, head: Array, target: Array, fields: PyTree[Array], loss_of: Callable, vocabulary_size: int
 ) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
     parts = row_shards(jax.sharding.get_abstract_mesh())
-    chunks = jax.tree.map(partial(_split_tokens, _chunk_length(hidden)), (hidden, target, fields))
     compute_head = whole_head(head, hidden.dtype)
 
     def step(total: tuple[Array, Array], chunk: tuple[Array, Array, PyTree]) -> tuple[tuple[Array, Array], Any]:
@@ -710,8 +705,8 @@ def _token_loss_forward(
         return (total[0] + loss, total[1] + head_gradients), (hidden_gradient.astype(hidden.dtype), statistics)
 
     zeros = shard(jnp.zeros((parts, *head.shape), jnp.float32), ROW_AXES, AXIS_RULES["vocab"])
-    (loss, head_gradients), kept = jax.lax.scan(step, (jnp.zeros(()), zeros), chunks)
-    hidden_gradient, statistics = jax.tree.map(partial(_joined_tokens, hidden.shape[1]), kept)
+    (loss, head_gradients), per_token = _scan_tokens(step, (jnp.zeros(()), zeros), (hidden, target, fields))
+    hidden_gradient, statistics = per_token
     return (loss, statistics), (hidden_gradient, jnp.sum(head_gradients, axis=0).astype(head.dtype))
 
 
