@@ -885,6 +885,70 @@ def test_what_was_counted_is_told_in_words(tmp_path: Path) -> None:
     assert again == first.replace("4 rows read", "4 rows read, 4 of them from the cache")
 
 
+def tokens_and_mask(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], Mask]:
+    """The tokens of a row and which are supervised, from the pieces of its text, up to the last that is supervised."""
+    if "messages" in row:
+        headers = [f"<|im_start|>{message['role']}\n" for message in row["messages"]]
+        pieces = [
+            piece
+            for header, message in zip(headers, row["messages"], strict=True)
+            for piece in (
+                (header, False), (f"{message['content']}<|im_end|>", message["role"] == "assistant"), ("\n", False)
+            )
+        ]  # fmt: skip
+    else:
+        pieces = [(row.get("prompt", ""), False), (row.get("completion", row.get("text", "")) + "<|im_end|>", True)]
+    encoding = tokenizer.backend.encode("".join(text for text, _ in pieces), add_special_tokens=False)
+    learned = [is_learned for text, is_learned in pieces for _ in text]
+    mask = [all(learned[start:end]) for start, end in encoding.offsets]
+    end = max(place + 1 for place, is_learned in enumerate(mask) if is_learned)
+    return encoding.ids[:end], mask[:end]
+
+
+@pytest.mark.parametrize("length", [16, 48])
+def test_what_is_counted_is_what_the_raw_rows_hold(tmp_path: Path, tokenizer: Tokenizer, length: int) -> None:
+    random = np.random.default_rng(length)
+
+    def words(most: int) -> str:
+        return "".join(f"Ben has {random.integers(99)} jars. " for _ in range(random.integers(1, most))).strip()
+
+    rows: list[dict[str, Any]] = []
+    for number in range(60):
+        turns = [{"role": "user", "content": words(4)}, {"role": "assistant", "content": words(3)}]
+        kinds = {"messages": turns * (1 + number % 3)}, {"prompt": words(5), "completion": words(3)}, {"text": words(9)}
+        rows.append(kinds[random.integers(3)])
+    bad = ["{", "[]", json.dumps({"messages": []}), json.dumps({"text": 7})]
+    lines = random.permutation([*map(json.dumps, rows), *bad]).tolist()
+    dataset = dataset_of(tmp_path, *lines, on_bad_data="skip", sequence_length=length)
+
+    masks = [tokens_and_mask(row, tokenizer)[1] for row in rows]
+    fates, targets = zip(
+        *(expected_targets(mask, length, "text" not in row) for mask, row in zip(masks, rows, strict=True)), strict=True
+    )
+    kept = [
+        (length if fate == "prompt_cut" else 0 if fate in ("answer_too_long", "without_targets") else len(mask) - 1)
+        for fate, mask in zip(fates, masks, strict=True)
+    ]
+    target_count = sum(map(len, targets))
+    expected = {"rows": 64, "bad": 4, "documents": 60, "tokens": sum(kept), "target_tokens": target_count}
+    expected |= {fate: fates.count(fate) for fate in ("answer_too_long", "prompt_cut", "split")}
+    expected |= {"targets_cut": sum(sum(mask[1:]) for mask in masks) - target_count}
+    assert dict(dataset.facts) == {name: count for name, count in expected.items() if count}
+    assert len([count for count in expected.values() if count]) >= 8
+    assert len(dataset.bad_examples) == 4 and all("rows.jsonl line " in example for example in dataset.bad_examples)
+
+    pieces = [size for slots in kept for size in (length,) * (slots // length) + (slots % length,) if size]
+    row_count = max(first_fit_decreasing(pieces, length)) + 1
+    batches = [dataset.batch(row, 1) for row in range(row_count)]
+    assert dataset.rows.row_count(1) == row_count
+    assert isinstance(dataset.rows, PackedRows) and dataset.rows.slot_count(0) == sum(kept)
+    assert sum(int((batch.segment > 0).sum()) for batch in batches) == sum(kept)
+    assert sum(float(batch.weight.sum()) for batch in batches) == target_count
+    described = describe(dataset.facts)
+    assert described.startswith("64 rows read, 4 bad rows left out, 60 samples, ")
+    assert described.endswith(f"{sum(kept):,} tokens, {target_count:,} supervised ({target_count / sum(kept):.1%})")
+
+
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
