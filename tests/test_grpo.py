@@ -395,7 +395,10 @@ def test_the_figures_of_a_rollout_are_those_of_its_samples(finished: GrpoConfig)
             "reward/letters": sum(line["rewards"]["letters"] for line in ours) / 16,
             "completion_length": sum(lengths) / 16,
             "completion_tokens": sum(lengths),
-            "truncated_fraction": sum(length == 9 and line["is_truncated"] for length, line in zip(lengths, ours, strict=True)) / 16,
+            "truncated_fraction": sum(
+                length == 9 and line["is_truncated"] for length, line in zip(lengths, ours, strict=True)
+            )
+            / 16,
             "zero_advantage_fraction": sum(len(set(group)) == 1 for group in groups.tolist()) / 4,
             "target_tokens": sum(lengths),
             "tokens_per_second": sum(lengths) / record["step_seconds"],
