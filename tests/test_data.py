@@ -25,6 +25,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lacuna import data
+from lacuna.apps.show import coloured
 from lacuna.config import DataSource, PretrainConfig, SftConfig, UserError
 from lacuna.data import (
     Dataset,
@@ -33,7 +34,6 @@ from lacuna.data import (
     PackedRows,
     Pieces,
     StreamRows,
-    coloured,
     describe,
     first_fit,
     fit,
@@ -494,6 +494,7 @@ import os, signal, sys
 from pathlib import Path
 from lacuna import data
 from lacuna.config import DataSource
+from lacuna.apps.show import coloured
 from lacuna.tokenizer import load_tokenizer
 
 whole = data.encode_parts

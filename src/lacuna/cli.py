@@ -347,6 +347,10 @@ def run(config: Keys) -> Any:
         from lacuna.apps.replay import replay
 
         return replay(config, parse(GrpoConfig, ["@", f"{config.replay}/config.toml"], "grpo"))
+    if isinstance(config, SftConfig) and config.show:
+        from lacuna.apps.show import show_rows
+
+        return show_rows(config)
     prepare = tasks_of(config)
     from lacuna.apps.report import write_report
 

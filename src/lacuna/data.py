@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import DTypeLike
 from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
-from rich.text import Text
 
 from lacuna.config import ChatKeys, DataSource, EvalConfig, RowsConfig, UserError
 from lacuna.tokenizer import (
@@ -37,7 +36,6 @@ from lacuna.tokenizer import (
     Tokenizer,
     TrainOn,
     chat_spans,
-    decode,
     encode,
     encode_spans,
     end_of_text_id,
@@ -809,18 +807,3 @@ def describe(facts: Mapping[str, int]) -> str:
     """What was counted, in words."""
     share = f" ({facts['target_tokens'] / facts['tokens']:.1%})" if facts.get("tokens") else ""
     return ", ".join(f"{facts[key]:,} {words}" for key, words in WORDING.items() if facts.get(key)) + share
-
-
-def coloured(batch: Batch, row: int, tokenizer: Tokenizer, has_marks: bool) -> Text:
-    """A packed row as text: what is learned is green (or in ⟦ ⟧), its context dim, with a line before each document."""
-    text = Text()
-    for segment in range(1, int(batch.segment[row].max()) + 1):
-        here = np.flatnonzero(batch.segment[row] == segment)
-        ids = [batch.token[row, here[0]], *batch.target[row, here]]
-        is_learned = [False, *(batch.weight[row, here] > 0)]
-        text.append(f"── document {segment}: {len(here)} tokens, {sum(is_learned)} supervised ──\n", style="bold cyan")
-        for learned, run in groupby(zip(is_learned, ids, strict=True), lambda pair: pair[0]):
-            written = decode(tokenizer, [int(each) for _, each in run])
-            text.append(f"⟦{written}⟧" if learned and has_marks else written, style="green" if learned else "dim")
-        text.append("\n")
-    return text

@@ -25,7 +25,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
-from rich.console import Console
 
 from lacuna import checkpoint, metrics
 from lacuna.checkpoint import Manifest, OpenedModel, RunFacts, Saver, open_model
@@ -39,7 +38,7 @@ from lacuna.config import (
     accumulation_steps,
     to_toml,
 )
-from lacuna.data import Batch, Dataset, StreamRows, coloured, describe, load_dataset
+from lacuna.data import Batch, Dataset, StreamRows, describe, load_dataset
 from lacuna.distributed import (
     Stop,
     Watchdog,
@@ -65,7 +64,7 @@ from lacuna.model import (
     partition_spec,
     summed_cross_entropy,
 )
-from lacuna.tokenizer import Tokenizer, decode
+from lacuna.tokenizer import decode
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
 FINAL_LEARNING_RATE = 0.1  # of the peak
@@ -309,13 +308,12 @@ def held_directory(directory: Path) -> Generator[None]:
 
 
 @contextmanager
-def writing_to(directory: Path) -> Generator[None]:
+def writing_to(directory: Path, fix: str = "fix that, or choose another output_dir") -> Generator[None]:
     """Turn what the file system refuses into a UserError that says how to fix it."""
     try:
         yield
     except OSError as error:
-        why = checkpoint.describe_error(error)
-        raise UserError(f"{directory}: {why}; fix that, or choose another output_dir") from error
+        raise UserError(f"{directory}: {checkpoint.describe_error(error)}; {fix}") from error
 
 
 def check_free(config: TrainingConfig) -> None:
@@ -622,23 +620,17 @@ class Run:
     def finish(self, facts: dict[str, Any]) -> None:
         """Write summary.json, with these facts of the loop, the report, and the model if all steps are done."""
         if is_first():
-            try:
+            with writing_to(self.config.run_directory, "all steps are saved: make room and add --resume"):
                 self.write_results(facts)
-            except OSError as error:
-                why = checkpoint.describe_error(error)
-                raise UserError(
-                    f"{self.config.run_directory}: {why}; all steps are saved: make room and add --resume"
-                ) from error
         from_first("run ended", "")  # the others wait here for what the first process writes
 
     def write_results(self, facts: dict[str, Any]) -> None:
-        directory, command, model = self.config.run_directory, COMMAND_OF[type(self.config)], self.opened.model
-        records = metrics.read_json_lines(directory / "metrics.jsonl")
-        summary = metrics.summarise(records) | {
+        directory, command, opened = self.config.run_directory, COMMAND_OF[type(self.config)], self.opened
+        summary = metrics.summarise(metrics.read_json_lines(directory / "metrics.jsonl")) | {
             "command": command,
-            "parameters": parameter_counts(model)["all"],
+            "parameters": parameter_counts(opened.model)["all"],
             "wall_seconds": self.seconds,
-            "device_kind": self.opened.mesh.devices.flat[0].device_kind,
+            "device_kind": opened.mesh.devices.flat[0].device_kind,
             "device_count": jax.device_count(),
             "process_count": jax.process_count(),
             "versions": metrics.versions(),
@@ -649,17 +641,17 @@ class Run:
         metrics.write_summary(directory, summary | facts)
         if self.write_report:
             self.write_report(directory)
+            self.log.info(f"report: {directory / 'report.html'}")
         if self.step < self.steps:
             again = f"{command} @ {directory / 'config.toml'} --resume"
             self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to resume: uv run {again}")
-        else:
-            template = self.config.chat_template if isinstance(self.config, SftConfig | GrpoConfig) else ""
-            assert self.saver.newest
-            params = checkpoint.saved_params(self.saver.newest, model)
-            checkpoint.save_model(directory / "model", params, model, self.opened.source, template)
-            self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
-        if self.write_report:
-            self.log.info(f"report: {directory / 'report.html'}")
+            return
+        template = self.config.chat_template if isinstance(self.config, SftConfig | GrpoConfig) else ""
+        assert self.saver.newest
+        with ExitStack() as stack:
+            params = checkpoint.saved_params(self.saver.newest, opened.model, stack)
+            checkpoint.save_model(directory / "model", params, opened.model, opened.source, template)
+        self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
 
 
 def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
@@ -687,16 +679,12 @@ def run_training(
     config: RowsConfig,
     prepare_evaluation: Callable[[RowsConfig, OpenedModel], Evaluation] | None = None,
     write_report: Callable[[Path], None] | None = None,
-) -> "tuple[RowSteps, TrainState] | None":
-    """The commands pretrain and sft, from config to exported model; its steps and the state it ended with, if it ran.
+) -> "tuple[RowSteps, TrainState]":
+    """The commands pretrain and sft, from config to exported model; its steps and the state it ended with.
 
     Raises:
         UserError: whatever about config, model, data or devices can't be trained with.
     """
-    if isinstance(config, SftConfig) and config.show:
-        opened, dataset = read_inputs(config, with_weights=False)
-        show_rows(dataset, opened.tokenizer, config.show)
-        return None
     with started_run(config, write_report) as run:
         opened, dataset = read_inputs(config, with_weights=not (run.resumed or config.from_scratch))
         evaluation = prepare_evaluation(config, opened) if prepare_evaluation and config.has_evaluation else None
@@ -784,18 +772,6 @@ class RowSteps:
             "accumulation_steps": self.accumulation,
             "data": dict(self.dataset.facts),
         }
-
-
-def show_rows(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
-    """Print the first rows that would be trained on, supervised text in green, or in ⟦ ⟧ where there is no colour."""
-    console = Console(highlight=False)
-    for row in range(min(count, dataset.rows.row_count(1))):
-        console.rule(f"row {row + 1}")
-        text = coloured(dataset.batch(row, 1), 0, tokenizer, has_marks=not console.is_terminal)
-        console.print(text, soft_wrap=True)
-    console.print(f"data: {describe(dataset.facts)}")
-    for example in dataset.bad_examples:
-        console.print(f"left out: {example}")
 
 
 def row_lines(config: RowsConfig, mesh: Mesh, dataset: Dataset, steps: int) -> Iterator[str]:
