@@ -648,9 +648,8 @@ class Run:
             return
         template = self.config.chat_template if isinstance(self.config, SftConfig | GrpoConfig) else ""
         assert self.saver.newest
-        with ExitStack() as stack:
-            params = checkpoint.saved_params(self.saver.newest, opened.model, stack)
-            checkpoint.save_model(directory / "model", params, opened.model, opened.source, template)
+        params = checkpoint.saved_params(self.saver.newest, opened.model)
+        checkpoint.save_model(directory / "model", params, opened.model, opened.source, template)
         self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
 
 
