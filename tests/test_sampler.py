@@ -13,105 +13,104 @@ import pytest
 from conftest import REFERENCE, TINY, mesh_of
 from test_model import FAMILIES, load, logits, positions
 
-from lacuna import checkpoint, model, sampler
-from lacuna.apps import constraints
-from lacuna.apps.constraints import beam_search
-from lacuna.checkpoint import OpenedModel
+from lacuna import sampler
+from lacuna.checkpoint import OpenedModel, load_params
 from lacuna.config import SamplingKeys, UserError
-from lacuna.model import PAGE, token_statistics
-from lacuna.sampler import Request
+from lacuna.model import (
+    PAGE,
+    ModelConfig,
+    decode_step,
+    decoding_params,
+    embed,
+    empty_cache,
+    forward,
+    head_of,
+    logits_of,
+    parameter_table,
+    partition_spec,
+    prefill,
+    read_model_config,
+    rotation_table,
+    token_statistics,
+)
+from lacuna.sampler import Completion, Forest, Request, Rules, Sampler
 from lacuna.tokenizer import TextStream, Tokenizer, decode, encode, load_tokenizer
 
-TINY_CONFIG = model.read_model_config(REFERENCE / "qwen3")
+QWEN3 = read_model_config(REFERENCE / "qwen3")
 GREEDY = SamplingKeys(temperature=0.0, max_tokens=12)
 LENGTHS = np.array([1, 63, 64, 17])
 
 
-@partial(jax.jit, static_argnames=("config", "pages"))
+@partial(jax.jit, static_argnames=("model", "pages"))
 def after_prompt(
-    params: Any, token: jax.Array, length: jax.Array, following: jax.Array, config: model.ModelConfig, pages: int
+    params: Any, token: jax.Array, length: jax.Array, following: jax.Array, model: ModelConfig, pages: int
 ) -> jax.Array:
-    """Logits behind each of `following`, decoded one by one on the cache of prompts of mixed lengths."""
-    empty = model.empty_cache(config, token.shape[0], pages, "float32")
-    filled = model.prefill(params, token, config)
+    """Logits after each of `following`, decoded one by one on the cache of prompts of mixed lengths."""
+    empty = empty_cache(model, token.shape[0], pages, "float32")
+    filled = prefill(params, token, model)
     cache = jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled)
     rows = []
     for step in range(following.shape[1]):
-        rotations = model.rotation_table(cache, config)
-        hidden, cache = model.decode_step(params, cache, following[:, step], length + step, rotations, config)
-        rows.append(model.logits_of(hidden, model.head_of(params, config), config.vocabulary_size)[:, 0])
+        hidden, cache = decode_step(
+            params, cache, following[:, step], length + step, rotation_table(cache, model), model
+        )
+        rows.append(logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0])
     return jnp.stack(rows, axis=1)
 
 
-def prompts_of(config: model.ModelConfig, steps: int) -> np.ndarray:
+def prompts_of(model: ModelConfig, steps: int) -> np.ndarray:
     shape = (len(LENGTHS), LENGTHS.max() + steps)
-    return np.random.default_rng(0).integers(config.vocabulary_size, size=shape, dtype=np.int32)
+    return np.random.default_rng(0).integers(model.vocabulary_size, size=shape, dtype=np.int32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_has_the_logits_of_the_full_forward_pass(family: str) -> None:
-    config, params = load(REFERENCE / family)
+    model, params = load(REFERENCE / family)
     steps = 3
-    token = prompts_of(config, steps)
+    token = prompts_of(model, steps)
     following = np.stack([row[length : length + steps] for row, length in zip(token, LENGTHS, strict=True)])
-    decoding = model.decoding_params(params, config, "float32")
-    ours = after_prompt(decoding, token[:, : LENGTHS.max()], LENGTHS, following, config, pages=2)
+    decoding = decoding_params(params, model, "float32")
+    ours = after_prompt(decoding, token[:, : LENGTHS.max()], LENGTHS, following, model, pages=2)
     for row, length in enumerate(LENGTHS):
         whole = token[row : row + 1, : length + steps]
-        expected = logits(params, config, whole, positions(whole))[0, length:]
+        expected = logits(params, model, whole, positions(whole))[0, length:]
         np.testing.assert_allclose(ours[row], expected, atol=1e-4, rtol=0)
 
 
 def test_more_pages_change_no_bit() -> None:
     """4 heads × 4 slots × 4 pages: below 4,096 scores XLA on CPU compiles another exponential."""
-    config, params = load(REFERENCE / "qwen3")
-    decoding = model.decoding_params(params, config, "float32")
-    token = prompts_of(config, 1)
+    model, params = load(REFERENCE / "qwen3")
+    decoding = decoding_params(params, model, "float32")
+    token = prompts_of(model, 1)
     few, many = (
-        after_prompt(decoding, token[:, :PAGE], LENGTHS, token[:, PAGE:], config, pages=pages) for pages in (4, 16)
+        after_prompt(decoding, token[:, :PAGE], LENGTHS, token[:, PAGE:], model, pages=pages) for pages in (4, 16)
     )
     np.testing.assert_array_equal(few, many)
 
 
-def test_one_slot_decodes_as_several_do() -> None:
-    config, params = load(REFERENCE / "qwen3")
-    weights = model.decoding_params(params, config, "float32")
-    token = prompts_of(config, 2)
+def test_one_slot_and_eight_devices_decode_as_several_slots_on_one_device() -> None:
+    model, params = load(REFERENCE / "qwen3")
+    decoding = decoding_params(params, model, "float32")
+    token = prompts_of(model, 2)
     arguments = token[:, : LENGTHS.max()], LENGTHS, token[:, LENGTHS.max() :]
-    alone = after_prompt(weights, *(x[1:2] for x in arguments), config, pages=2)
-    np.testing.assert_allclose(alone, after_prompt(weights, *arguments, config, pages=2)[1:2], atol=1e-5, rtol=0)
-
-
-def test_decoding_on_eight_devices_equals_one() -> None:
-    config, params = load(REFERENCE / "qwen3")
-    token = prompts_of(config, 2)
-    arguments = token[:, : LENGTHS.max()], LENGTHS, token[:, LENGTHS.max() :], config
-    alone = after_prompt(model.decoding_params(params, config, "float32"), *arguments, pages=2)
+    expected = after_prompt(decoding, *arguments, model, pages=2)
+    alone = after_prompt(decoding, *(x[1:2] for x in arguments), model, pages=2)
+    np.testing.assert_allclose(alone, expected[1:2], atol=1e-5, rtol=0)
     mesh = mesh_of(2, 2, 2)
-    shardings = jax.tree.map(
-        lambda row: jax.NamedSharding(mesh, model.partition_spec(row)), model.parameter_table(config)
-    )
+    shardings = jax.tree.map(lambda row: jax.NamedSharding(mesh, partition_spec(row)), parameter_table(model))
     with jax.set_mesh(mesh):
-        spread = jax.jit(model.decoding_params, static_argnums=(1, 2))(
-            jax.device_put(params, shardings), config, "float32"
-        )
-        together = after_prompt(spread, *arguments, pages=2)
-    np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
+        spread = jax.jit(decoding_params, static_argnums=(1, 2))(jax.device_put(params, shardings), model, "float32")
+        together = after_prompt(spread, *arguments, model, pages=2)
+    np.testing.assert_allclose(together, expected, atol=1e-5, rtol=0)
 
 
 # Rules
 
 
-def rules_from(values: dict[str, Any], count: int) -> sampler.Rules:
-    rows = [sampler.rules_of(Request((0,)), 0, capacity=64) for _ in range(count)]
-    rules = sampler.empty_slots(TINY_CONFIG, count, 1, "float32").rules
-    filled = {name: np.array([row[name] for row in rows]) for name in sampler.Rules._fields}
-    return sampler.Rules(
-        **{
-            name: jnp.asarray(values.get(name, filled[name]), getattr(rules, name).dtype)
-            for name in sampler.Rules._fields
-        }
-    )
+def rules_from(values: dict[str, Any], count: int) -> Rules:
+    """Neutral rules for that many slots but for `values`."""
+    rules = jax.tree.map(jnp.asarray, sampler.stacked([sampler.rules_of(Request((0,)), 0, capacity=64)] * count))
+    return rules._replace(**{name: jnp.asarray(x, getattr(rules, name).dtype) for name, x in values.items()})
 
 
 def log_softmax(scores: Any) -> np.ndarray:
@@ -176,33 +175,60 @@ def tokenizer() -> Tokenizer:
 
 
 def sampler_of(
-    tokenizer: Tokenizer, slots: int = 4, shape: tuple[int, int, int] = (1, 1, 1), padding: int = 0
-) -> sampler.Sampler:
+    tokenizer: Tokenizer, slots: int = 4, shape: tuple[int, int, int] = (1, 1, 1), padding: int = 0,
+    constraint: Forest | None = None,
+) -> Sampler:  # fmt: skip
     """A sampler of a small random model, its vocabulary padded on request."""
-    config = replace(TINY_CONFIG, padded_vocabulary=TINY_CONFIG.vocabulary_size + padding)
+    model = replace(QWEN3, padded_vocabulary=QWEN3.vocabulary_size + padding)
     mesh = mesh_of(*shape)
-    params = checkpoint.load_params(REFERENCE / "qwen3", config, mesh)
-    return sampler.Sampler(
-        params, OpenedModel(REFERENCE / "qwen3", config, tokenizer, mesh, ""), slots, capacity=320, dtype="float32"
-    )
+    opened = OpenedModel(REFERENCE / "qwen3", model, tokenizer, mesh, "")
+    return Sampler(load_params(opened.source, model, mesh), opened, slots, 320, "float32", constraint)
 
 
 @pytest.fixture(scope="module")
-def small(tokenizer: Tokenizer) -> sampler.Sampler:
+def small(tokenizer: Tokenizer) -> Sampler:
     return sampler_of(tokenizer)
 
 
+@pytest.fixture(scope="module")
+def mixed(small: Sampler) -> list[Completion]:
+    return small.generate(mixed_requests())
+
+
 def random_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(np.random.default_rng([length, seed]).integers(TINY_CONFIG.vocabulary_size, size=length).tolist())
+    return tuple(np.random.default_rng([length, seed]).integers(QWEN3.vocabulary_size, size=length).tolist())
 
 
-def greedy_by_full_forward(prompt: tuple[int, ...], count: int) -> list[int]:
-    config, params = load(REFERENCE / "qwen3")
-    token = np.zeros((1, len(prompt) + count), np.int32)
-    token[0, : len(prompt)] = prompt
-    for place in range(len(prompt), token.shape[1]):
-        token[0, place] = np.argmax(logits(params, config, token, positions(token))[0, place - 1])
-    return token[0, len(prompt) :].tolist()
+def logits_after(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> np.ndarray:
+    """Logits of each of these tokens by the full forward pass, in float64; padded, so that it is compiled once."""
+    model, params = load(REFERENCE / "qwen3")
+    row = np.zeros((1, 320), np.int32)
+    row[0, : len(prompt) + len(tokens)] = *prompt, *tokens
+    found = logits(params, model, row, positions(row))[0, len(prompt) - 1 :][: len(tokens)]
+    return np.asarray(found, np.float64)
+
+
+def greedy_by_full_forward(prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    tokens: tuple[int, ...] = ()
+    for _ in range(count):
+        tokens += (int(np.argmax(logits_after(prompt, (*tokens, 0))[-1])),)
+    return tokens
+
+
+def kept_by_the_rules(logits: np.ndarray, rules: SamplingKeys, prompt: Any, made: Any) -> np.ndarray:
+    """Scores of one row that a token is drawn from, -inf for what the rules leave out: in float64, by sorting."""
+    count = np.bincount(made, minlength=len(logits)) if len(made) else np.zeros(len(logits))
+    known = (count > 0) | np.isin(np.arange(len(logits)), prompt)
+    repeated = np.where(logits < 0, logits * rules.repetition_penalty, logits / rules.repetition_penalty)
+    scores = np.where(known, repeated, logits)
+    scores = (scores - rules.frequency_penalty * count - rules.presence_penalty * (count > 0)) / rules.temperature
+    order = np.argsort(-scores)
+    kept = order[: rules.top_k or None]
+    probability = np.exp(log_softmax(scores[kept]))
+    before = np.cumsum(probability) - probability  # of the likelier ones
+    kept = kept[before < rules.top_p] if rules.top_p < 1 else kept
+    kept = kept[scores[kept] >= scores[order[0]] + np.log(rules.min_p)] if rules.min_p else kept
+    return np.where(np.isin(np.arange(len(scores)), kept), scores, -np.inf)
 
 
 def mixed_requests() -> list[Request]:
@@ -224,74 +250,99 @@ def mixed_requests() -> list[Request]:
     ]
 
 
-def test_greedy_generation_is_the_full_forward_pass_token_for_token(small: sampler.Sampler) -> None:
+def test_greedy_generation_is_the_full_forward_pass_token_for_token(small: Sampler) -> None:
     prompts = [random_prompt(length) for length in (1, 30, 64, 70)]
     completions = small.generate([Request(prompt, GREEDY) for prompt in prompts])
     for prompt, completion in zip(prompts, completions, strict=True):
-        assert list(completion.tokens) == greedy_by_full_forward(prompt, GREEDY.max_tokens)
+        assert completion.tokens == greedy_by_full_forward(prompt, GREEDY.max_tokens)
         assert completion.finish_reason == "length"
 
 
-def test_a_request_gets_the_same_alone_and_in_any_company(small: sampler.Sampler) -> None:
-    together = small.generate(mixed_requests())
+def test_a_request_gets_the_same_alone_and_in_any_company(small: Sampler, mixed: list[Completion]) -> None:
     backwards = small.generate(mixed_requests()[::-1])[::-1]
     for number, request in enumerate(mixed_requests()):
         (alone,) = small.generate([request])
-        assert replace(together[number], request=0) == alone
+        assert replace(mixed[number], request=0) == alone
         assert replace(backwards[number], request=0) == alone
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1)])
-def test_eight_devices_generate_what_one_does(tokenizer: Tokenizer, shape: tuple[int, int, int]) -> None:
-    requests = mixed_requests()[:5]
-    alone = sampler_of(tokenizer, slots=8).generate(requests)
-    spread = sampler_of(tokenizer, 8, shape, padding=8).generate(requests)
-    for ours, expected in zip(spread, alone, strict=True):
+def test_eight_devices_generate_what_one_does(
+    tokenizer: Tokenizer, mixed: list[Completion], shape: tuple[int, int, int]
+) -> None:
+    spread = sampler_of(tokenizer, 8, shape, padding=8).generate(mixed_requests()[:5])
+    for ours, expected in zip(spread, mixed[:5], strict=True):
         assert ours.tokens == expected.tokens
         np.testing.assert_allclose(ours.log_probabilities, expected.log_probabilities, atol=1e-5)
 
 
-def test_log_probabilities_are_those_of_training(small: sampler.Sampler) -> None:
-    config, params = load(REFERENCE / "qwen3")
-    requests = mixed_requests()
-    for request, completion in zip(requests, small.generate(requests), strict=True):
-        row = np.array([[*request.prompt, *completion.tokens]])
-        hidden = model.forward(
-            params,
-            model.embed(params, jnp.asarray(row[:, :-1])),
-            jnp.ones((1, row.shape[1] - 1), int),
-            jnp.asarray(positions(row[:, :-1])),
-            config,
-        )
-        head = model.head_of(params, config)
-        loss = token_statistics(hidden, head, jnp.asarray(row[:, 1:]), config.vocabulary_size).loss
-        expected = -np.asarray(loss)[0, len(request.prompt) - 1 :]
+def test_log_probabilities_are_those_of_training(mixed: list[Completion]) -> None:
+    model, params = load(REFERENCE / "qwen3")
+
+    @jax.jit
+    def losses(row: jax.Array) -> jax.Array:
+        token, position = row[:, :-1], jnp.arange(row.shape[1] - 1)[None]
+        hidden = forward(params, embed(params, token), jnp.ones_like(token), position, model)
+        return token_statistics(hidden, head_of(params, model), row[:, 1:], model.vocabulary_size).loss
+
+    for request, completion in zip(mixed_requests(), mixed, strict=True):
+        row = np.zeros((1, 321), np.int32)
+        end = len(request.prompt) + len(completion.tokens)
+        row[0, :end] = *request.prompt, *completion.tokens
+        expected = -losses(row)[0, len(request.prompt) - 1 : end - 1]
         np.testing.assert_allclose(completion.log_probabilities, expected, atol=1e-5, rtol=0)
 
 
-def test_sampled_log_probabilities_are_those_of_the_distribution_drawn_from(small: sampler.Sampler) -> None:
-    """At every step, the rules on the full logits give the value; greedy tokens are certain."""
-    config, params = load(REFERENCE / "qwen3")
-    rules = SamplingKeys(
-        temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, max_tokens=12
-    )
-    request = Request(random_prompt(20), rules, seed=4)
-    (completion,) = small.generate([request])
-    row = np.array([[*request.prompt, *completion.tokens]], np.int32)
-    whole = logits(params, config, row, positions(row))[0]
-    for number, token in enumerate(completion.tokens):
-        count = np.bincount(completion.tokens[:number], minlength=config.vocabulary_size)
-        prompted = np.bincount(request.prompt, minlength=config.vocabulary_size) > 0
-        vectors = {name: np.array([getattr(rules, name)]) for name in SamplingKeys.model_fields}
-        here = rules_from(vectors, 1)
-        scores = sampler.penalise(whole[None, 19 + number], jnp.asarray(prompted)[None], jnp.asarray(count)[None], here)
-        expected = log_softmax(sampler.restrict(scores, here))[0, token]
-        assert completion.sampled_log_probabilities[number] == pytest.approx(expected, abs=1e-4)
+RULES = [
+    SamplingKeys(temperature=4.0, top_k=40, max_tokens=12),
+    SamplingKeys(temperature=5.0, top_p=0.9, max_tokens=12),
+    SamplingKeys(temperature=4.0, min_p=0.02, max_tokens=12),
+    SamplingKeys(temperature=4.5, top_k=60, top_p=0.95, min_p=0.002, repetition_penalty=1.2, frequency_penalty=0.3,
+                 presence_penalty=0.1, max_tokens=12),
+]  # fmt: skip
+
+
+def test_log_probabilities_of_drawn_tokens_are_those_of_float64(small: Sampler) -> None:
+    """The model's own, and those under the rules, which every drawn token satisfies."""
+    requests = [Request(random_prompt(20), rules, seed=seed) for seed, rules in enumerate(RULES)]
+    for request, completion in zip(requests, small.generate(requests), strict=True):
+        own, sampled = [], []
+        for number, row in enumerate(logits_after(request.prompt, completion.tokens)):
+            token = completion.tokens[number]
+            own.append(log_softmax(row)[token])
+            kept = kept_by_the_rules(row, request.rules, request.prompt, completion.tokens[:number])
+            sampled.append(log_softmax(kept)[token])
+        assert min(sampled) < -1, "a draw with hardly any choice shows nothing"
+        np.testing.assert_allclose(completion.log_probabilities, own, atol=1e-5)
+        np.testing.assert_allclose(completion.sampled_log_probabilities, sampled, atol=1e-4)
+
+
+def test_greedy_tokens_are_certain(small: Sampler) -> None:
     (certain,) = small.generate([Request(random_prompt(20), GREEDY)])
-    assert set(certain.sampled_log_probabilities) == {0.0}
+    assert certain.sampled_log_probabilities == (0.0,) * GREEDY.max_tokens
 
 
-def test_completions_of_one_prompt_differ_and_repeat_with_their_seed(small: sampler.Sampler) -> None:
+def test_top_logprobs_are_the_likeliest_of_the_model_for_those_that_asked(small: Sampler) -> None:
+    rules = SamplingKeys(temperature=0.7, top_k=3, max_tokens=6)
+    requests = [Request(random_prompt(10), rules, top_logprobs=top) for top in (5, 0)]
+    asked, other = small.generate(requests)
+    assert other.top_logprobs == ((),) * 6 and len(asked.top_logprobs) == 6
+    for row, found in zip(logits_after(requests[0].prompt, asked.tokens), asked.top_logprobs, strict=True):
+        expected = log_softmax(row)
+        ids, values = zip(*found, strict=True)
+        assert list(ids) == np.argsort(-expected)[:5].tolist()
+        np.testing.assert_allclose(values, expected[list(ids)], atol=1e-5)
+
+
+def test_top_logprobs_are_fetched_only_for_a_request_that_asks(small: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched, device_get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree.top_token.shape[-1]) or device_get(tree))
+    small.generate([Request((1,), GREEDY)])
+    small.generate([Request((1,), GREEDY, top_logprobs=2)])
+    assert fetched == [0, sampler.TOP_LOGPROBS]
+
+
+def test_completions_of_one_prompt_differ_and_repeat_with_their_seed(small: Sampler) -> None:
     request = Request(random_prompt(70), SamplingKeys(temperature=5.0, max_tokens=20), seed=7, n=6)
     first, again = (small.generate([request]) for _ in range(2))
     assert first == again
@@ -301,9 +352,7 @@ def test_completions_of_one_prompt_differ_and_repeat_with_their_seed(small: samp
     assert not {completion.tokens for completion in first} & {completion.tokens for completion in other}
 
 
-def test_a_prompt_is_prefilled_once_for_all_its_completions(
-    small: sampler.Sampler, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_is_prefilled_once_for_all_its_completions(small: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     fill_cache = sampler.fill_cache
     monkeypatch.setattr(sampler, "fill_cache", lambda *all: rows.append(len(all[1])) or fill_cache(*all))
@@ -316,21 +365,10 @@ def test_padded_vocabulary_is_never_sampled(tokenizer: Tokenizer) -> None:
     rules = SamplingKeys(temperature=50.0, max_tokens=200, presence_penalty=50.0, frequency_penalty=5.0)
     completions = padded.generate([Request((1, 2), rules, n=4, top_logprobs=20)])
     tokens = np.concatenate([completion.tokens for completion in completions])
-    assert len(np.unique(tokens)) > 140 and tokens.max() < TINY_CONFIG.vocabulary_size
+    assert len(np.unique(tokens)) > 140 and tokens.max() < QWEN3.vocabulary_size
 
 
-def test_top_logprobs_are_the_likeliest_of_the_model(small: sampler.Sampler) -> None:
-    config, params = load(REFERENCE / "qwen3")
-    prompt = random_prompt(10)
-    (completion,) = small.generate([Request(prompt, SamplingKeys(max_tokens=1), top_logprobs=5)])
-    row = np.array([prompt])
-    expected = log_softmax(logits(params, config, row, positions(row))[0, -1:])[0]
-    ids, values = zip(*completion.top_logprobs[0], strict=True)
-    assert list(ids) == np.argsort(-expected)[:5].tolist()
-    np.testing.assert_allclose(values, expected[list(ids)], atol=1e-5)
-
-
-def test_stop_tokens_and_limits_end_a_completion(small: sampler.Sampler) -> None:
+def test_stop_tokens_and_limits_end_a_completion(small: Sampler) -> None:
     (free,) = small.generate([Request(random_prompt(9), GREEDY)])
     stop = free.tokens[6]
     (stopped,) = small.generate([Request(random_prompt(9), GREEDY, stop_ids=(stop,))])
@@ -340,15 +378,15 @@ def test_stop_tokens_and_limits_end_a_completion(small: sampler.Sampler) -> None
     assert len(full.tokens) == 10 and full.finish_reason == "length"
 
 
-def test_a_cancelled_request_frees_its_slot_and_is_not_heard_of_again(small: sampler.Sampler) -> None:
+def test_a_cancelled_request_frees_its_slot_and_returns_no_more_parts(small: Sampler) -> None:
     numbers = [small.submit(Request(random_prompt(5, seed), SamplingKeys(max_tokens=100))) for seed in range(6)]
     assert {part.request for part in small.advance(4)} == set(numbers[:4])
     for number in (numbers[1], numbers[5]):
         small.cancel(number)
-    heard = set()
+    seen_numbers = set()
     while not small.is_idle:
-        heard |= {part.request for part in small.advance()}
-    assert heard == {numbers[0], *numbers[2:5]}
+        seen_numbers |= {part.request for part in small.advance()}
+    assert seen_numbers == {numbers[0], *numbers[2:5]}
 
 
 @pytest.mark.parametrize(
@@ -361,122 +399,22 @@ def test_a_cancelled_request_frees_its_slot_and_is_not_heard_of_again(small: sam
         (Request((1,), stop_ids=tuple(range(9))), "stop_ids has 9 tokens"),
         (Request((1,), n=0), "n = 0"),
         (Request((1,), top_logprobs=21), "top_logprobs = 21"),
+        (Request((1,), root=0), "root = 0 is no node of the sampler's constraint"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(small: sampler.Sampler, request_: Request, words: str) -> None:
+def test_what_cannot_be_generated_is_refused(small: Sampler, request_: Request, words: str) -> None:
     with pytest.raises(UserError, match=words):
         small.submit(request_)
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_its_sizes(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"65536 slots of 2,048 tokens take .*GB.* are free there"):
-        sampler.check_memory(TINY_CONFIG, 65536, 2048, "float32", mesh_of(1, 1, 1))
-    batch = sampler.empty_slots(TINY_CONFIG, 4, 5, "float32")
+        sampler.check_memory(QWEN3, 65536, 2048, "float32", mesh_of(1, 1, 1))
+    batch = sampler.empty_slots(QWEN3, 4, 5, "float32")
     held = jax.tree.leaves(batch.cache) + [batch.count, batch.is_prompted]
-    assert sum(leaf.nbytes for leaf in held) == sampler.batch_bytes(TINY_CONFIG, 4, 300, "float32")
+    assert sum(leaf.nbytes for leaf in held) == sampler.batch_bytes(QWEN3, 4, 300, "float32")
     with pytest.raises(UserError, match="slots = 3"):
         sampler_of(tokenizer, 3, (2, 1, 1))
-
-
-# Constraints and beam search
-
-LEAVES = [(5, 6, 7), (5, 6, 8), (5, 9), (10,), (11, 12, 13, 14), (11, 12, 13, 15), (11, 5)]
-
-
-def leaf_scores(prompt: tuple[int, ...]) -> dict[tuple[int, ...], float]:
-    """Each leaf's log-probability behind the prompt by the full forward pass."""
-    config, params = load(REFERENCE / "qwen3")
-    scores = {}
-    for leaf in LEAVES:
-        row = np.array([[*prompt, *leaf]])
-        table = log_softmax(logits(params, config, row, positions(row))[0])
-        scores[leaf] = sum(table[len(prompt) + place - 1, token] for place, token in enumerate(leaf))
-    return scores
-
-
-def test_beams_on_a_trie_equal_brute_force_over_its_leaves(small: sampler.Sampler) -> None:
-    prompts = [random_prompt(12), random_prompt(70)]
-    found = beam_search(small, prompts, beam_count=8, max_tokens=6, trie=constraints.token_trie(LEAVES))
-    assert found == beam_search(small, prompts, beam_count=8, max_tokens=6, trie=constraints.token_trie(LEAVES))
-    for prompt, beams in zip(prompts, found, strict=True):
-        expected = sorted(leaf_scores(prompt).items(), key=lambda item: -item[1])
-        assert [beam.tokens for beam in beams] == [leaf for leaf, _ in expected]
-        assert all(beam.is_finished for beam in beams)
-        np.testing.assert_allclose([beam.log_probability for beam in beams], [s for _, s in expected], atol=1e-4)
-
-
-def test_free_beams_equal_brute_force_and_stop_at_stop_tokens(small: sampler.Sampler) -> None:
-    config, params = load(REFERENCE / "qwen3")
-    prompt, size = random_prompt(12), config.vocabulary_size
-    (beams,) = beam_search(small, [prompt], beam_count=size, max_tokens=2, stop_ids=(7,))
-    row = np.array([prompt])
-    first = log_softmax(logits(params, config, row, positions(row))[0, -1:])[0]
-    rows = np.array([[*prompt, token] for token in range(size)])
-    second = first[:, None] + log_softmax(logits(params, config, rows, positions(rows))[:, -1])
-    scores = {(a, b): second[a, b] for a in range(size) for b in range(size) if a != 7} | {(7,): first[7]}
-    expected = sorted(scores, key=lambda tokens: -scores[tokens])[:size]
-    assert [beam.tokens for beam in beams] == expected
-    np.testing.assert_allclose([b.log_probability for b in beams], [scores[tokens] for tokens in expected], atol=1e-4)
-    assert all(beam.is_finished == (beam.tokens[-1] == 7) for beam in beams)
-
-
-def test_one_beam_is_greedy(small: sampler.Sampler) -> None:
-    prompt = random_prompt(33)
-    ((beam,),) = beam_search(small, [prompt], beam_count=1, max_tokens=GREEDY.max_tokens)
-    (completion,) = small.generate([Request(prompt, GREEDY)])
-    assert beam.tokens == completion.tokens
-    assert beam.log_probability == pytest.approx(sum(completion.log_probabilities), abs=1e-4)
-
-
-def test_beams_without_room_for_all_their_tokens_are_refused(small: sampler.Sampler) -> None:
-    with pytest.raises(UserError, match="311 tokens and max_tokens = 10 are more than the capacity of 320"):
-        beam_search(small, [random_prompt(5), random_prompt(311)], beam_count=2, max_tokens=10)
-
-
-def test_tries_come_and_go_while_others_are_walked_in(small: sampler.Sampler) -> None:
-    prompts = [random_prompt(12 + number) for number in range(6)]
-    tries = [constraints.token_trie([(n + 1,) * (9 - n), (n + 1, 100, *[7] * 5)]) for n in range(6)]
-    requests = [Request(prompt, GREEDY, trie=trie) for prompt, trie in zip(prompts, tries, strict=True)]
-    alone = [small.generate([request])[0].tokens for request in requests]
-    parts: dict[int, tuple[int, ...]] = {}
-    waiting = list(requests)
-    while waiting or not small.is_idle:
-        if waiting:
-            small.submit(waiting.pop(0))
-        for part in small.advance(steps=3):
-            parts[part.request] = parts.get(part.request, ()) + part.tokens
-        assert len(small.tries) <= len(small.running) + 1
-    assert [parts[number] for number in sorted(parts)] == alone
-
-
-def test_constrained_completions_are_leaves_drawn_by_their_probability(small: sampler.Sampler) -> None:
-    """Greedy takes the likeliest allowed token at each step; draws follow the probabilities of allowed tokens."""
-    trie, prompt = constraints.token_trie(LEAVES), random_prompt(12)
-    others = constraints.token_trie([(1, 2), (3,)])
-    requests = [
-        Request(prompt, GREEDY, trie=trie),
-        Request(prompt, GREEDY, trie=others),
-        Request(prompt, GREEDY),
-        Request(prompt, SamplingKeys(), trie=trie, n=40),
-    ]
-    greedy, other, free, *drawn = small.generate(requests)
-    assert greedy.tokens in LEAVES and greedy.finish_reason == "stop"
-    assert other.tokens in [(1, 2), (3,)]
-    assert list(free.tokens) == greedy_by_full_forward(prompt, GREEDY.max_tokens)
-    assert {completion.tokens for completion in drawn} <= set(LEAVES)
-    assert len({completion.tokens for completion in drawn}) > 1
-    for completion in drawn:
-        assert sum(completion.log_probabilities) == pytest.approx(leaf_scores(prompt)[completion.tokens], abs=1e-4)
-        assert sum(completion.sampled_log_probabilities) > sum(completion.log_probabilities)
-
-
-def test_a_trie_with_an_output_that_begins_another_needs_an_end() -> None:
-    with pytest.raises(UserError, match=r"\[1, 2\] begins another"):
-        constraints.token_trie([(1, 2), (1, 2, 3)])
-    trie = constraints.token_trie([(1, 2), (1, 2, 3)], end_id=9)
-    assert len(trie.token) == 5 and trie.width == 2
-    with pytest.raises(UserError, match="at least one"):
-        constraints.token_trie([()])
 
 
 # Text
@@ -485,36 +423,31 @@ def test_a_trie_with_an_output_that_begins_another_needs_an_end() -> None:
 @pytest.mark.reference
 def test_stories260k_repeats_the_greedy_text_of_its_fixtures(shelf: Path) -> None:
     directory = shelf / "weights" / "stories260k"
-    config, mesh = model.read_model_config(directory), mesh_of(1, 1, 1)
-    params, tokenizer = checkpoint.load_params(directory, config, mesh), load_tokenizer(directory)
-    stories = sampler.Sampler(
-        params, OpenedModel(directory, config, tokenizer, mesh, ""), slots=2, capacity=512, dtype="float32"
-    )
+    model, mesh = read_model_config(directory), mesh_of(1, 1, 1)
+    opened = OpenedModel(directory, model, load_tokenizer(directory), mesh, "")
+    stories = Sampler(load_params(directory, model, mesh), opened, slots=2, capacity=512, dtype="float32")
     cases = json.loads((directory / "fixtures.json").read_text())["cases"]
     rules = SamplingKeys(temperature=0.0, max_tokens=120)
-    for case, completion in zip(
-        cases, stories.generate([Request(tuple(case["input_ids"]), rules) for case in cases]), strict=True
-    ):
+    completions = stories.generate([Request(tuple(case["input_ids"]), rules) for case in cases])
+    for case, completion in zip(cases, completions, strict=True):
         assert list(completion.tokens) == case["greedy_new_ids"]
         assert case["text"] + completion.text == case["greedy_text"]
 
 
 @pytest.mark.parametrize("stop", ["world", "o w", "rl", "d🦜", "🦜", "é", "lo wor", "zzz"])
-def test_text_ends_before_a_stop_string_wherever_tokens_part(
-    small: sampler.Sampler, tokenizer: Tokenizer, stop: str
-) -> None:
+def test_text_ends_before_a_stop_string_wherever_tokens_part(tokenizer: Tokenizer, stop: str) -> None:
     text = "Hello world🦜 café\nlast"
     token = encode(tokenizer, text, add_special_tokens=False).tolist()
     running = sampler.Running(0, 0, Request((1,), stop=(stop, "never")), TextStream(tokenizer, [1]), 0)
-    told, reason, used = "", "", 0
+    whole, reason, used = "", "", 0
     for start in range(0, len(token), 2):
         chunk = token[start : start + 2]
-        piece, count, reason = small._read(running, chunk, "length" if start + 2 >= len(token) else "")
-        told, used = told + piece, used + count
-        assert text.partition(stop)[0].startswith(told)
+        piece, count, reason = running.read(chunk, "length" if start + 2 >= len(token) else "")
+        whole, used = whole + piece, used + count
+        assert text.partition(stop)[0].startswith(whole)
         if reason:
             break
-    assert told == text.partition(stop)[0]
+    assert whole == text.partition(stop)[0]
     assert reason == ("stop" if stop in text else "length")
     assert stop not in text or stop in decode(tokenizer, token[:used])
 
@@ -522,14 +455,12 @@ def test_text_ends_before_a_stop_string_wherever_tokens_part(
 # Defaults
 
 
-def test_generation_config_gives_the_defaults_and_the_user_wins(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_generation_config_gives_rules_and_stop_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     stated = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": [5, 6]}
     (tmp_path / "generation_config.json").write_text(json.dumps(stated))
     rules, stop_ids = sampler.generation_defaults(tmp_path, tokenizer)
     assert rules == SamplingKeys(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
     assert stop_ids == tuple(dict.fromkeys([5, 6, tokenizer.eos_id]))
-    chosen = sampler.rules_in_force(SamplingKeys(top_k=0, max_tokens=9), rules)
-    assert chosen == rules.model_copy(update={"top_k": 0, "max_tokens": 9})
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
     assert sampler.generation_defaults(tmp_path, tokenizer)[0].temperature == 0
     (tmp_path / "generation_config.json").write_text('{"top_p": 7}')

@@ -31,6 +31,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from lacuna import checkpoint, model, sampler
 from lacuna.apps import serve
 from lacuna.apps.configs import ServeConfig
+from lacuna.apps.generator import Generator as ModelGenerator
 from lacuna.cli import parse
 from lacuna.config import SamplingKeys, UserError
 from lacuna.tokenizer import encode, load_tokenizer, render
@@ -56,16 +57,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def new_generator(directory: Path) -> Callable[[], sampler.Generator]:
+def new_generator(directory: Path) -> Callable[[], ModelGenerator]:
     config, mesh, tokenizer = model.read_model_config(directory), mesh_of(1, 1, 1), load_tokenizer(directory)
     params = checkpoint.load_params(directory, config, mesh)
     rules = SamplingKeys(temperature=0.0, max_tokens=30)
 
-    def make() -> sampler.Generator:
+    def make() -> ModelGenerator:
         batch = sampler.Sampler(
             params, checkpoint.OpenedModel(directory, config, tokenizer, mesh, ""), 4, CAPACITY, "float32"
         )
-        return sampler.Generator(batch, directory, rules, (2, 0))
+        return ModelGenerator(batch, directory, rules, (2, 0))
 
     return make
 
@@ -74,7 +75,7 @@ def new_generator(directory: Path) -> Callable[[], sampler.Generator]:
 class Served:
     port: int
     driver: serve.Driver
-    generator: sampler.Generator
+    generator: ModelGenerator
 
     @property
     def url(self) -> str:
@@ -88,7 +89,7 @@ class Served:
 
 
 @contextmanager
-def serving(generator: sampler.Generator, **settings: Any) -> Generator[Served]:
+def serving(generator: ModelGenerator, **settings: Any) -> Generator[Served]:
     page = ServeConfig(**{"port": 0, "served_name": NAME, "slots": 4, "queue_size": 96, **settings})
     with serve.bind(page) as listener:
         service = serve.make_service(page, generator, listener)
@@ -104,13 +105,13 @@ def serving(generator: sampler.Generator, **settings: Any) -> Generator[Served]:
 
 
 @pytest.fixture(scope="module")
-def served(new_generator: Callable[[], sampler.Generator]) -> Iterator[Served]:
+def served(new_generator: Callable[[], ModelGenerator]) -> Iterator[Served]:
     with serving(new_generator()) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def alone(new_generator: Callable[[], sampler.Generator]) -> sampler.Sampler:
+def alone(new_generator: Callable[[], ModelGenerator]) -> sampler.Sampler:
     """A sampler that no server has, to ask for what an answer should be."""
     return new_generator().sampler
 
@@ -330,7 +331,7 @@ def test_a_body_has_to_be_json_and_no_longer_than_it_says(served: Served) -> Non
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_a_key_is_wanted_where_one_is_set(new_generator: Callable[[], sampler.Generator]) -> None:
+def test_a_key_is_wanted_where_one_is_set(new_generator: Callable[[], ModelGenerator]) -> None:
     with serving(new_generator(), api_key=SecretStr("right-key"), host="127.0.0.1") as served:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right-key"}):
             for path in (CHAT, "/metrics", "/v1/models", "/nothing"):
@@ -369,7 +370,7 @@ def test_the_key_is_never_shown(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_a_full_queue_sends_away_and_says_when_to_return(
-    new_generator: Callable[[], sampler.Generator], slow: None
+    new_generator: Callable[[], ModelGenerator], slow: None
 ) -> None:
     with serving(new_generator(), queue_size=0) as served, ThreadPoolExecutor() as pool:
         working = pool.submit(ask, served, CHAT, chat(n=4))
@@ -417,7 +418,7 @@ def test_half_open_connections_hold_nobody_up(served: Served, alone: sampler.Sam
 
 
 def test_a_silent_connection_is_closed(
-    monkeypatch: pytest.MonkeyPatch, new_generator: Callable[[], sampler.Generator]
+    monkeypatch: pytest.MonkeyPatch, new_generator: Callable[[], ModelGenerator]
 ) -> None:
     monkeypatch.setattr(serve, "HEADER_SECONDS", 0.1)
     monkeypatch.setattr(serve, "BODY_SECONDS", 0.1)
@@ -434,7 +435,7 @@ def test_a_silent_connection_is_closed(
 
 
 def test_when_the_sampler_fails_all_are_told(
-    new_generator: Callable[[], sampler.Generator],
+    new_generator: Callable[[], ModelGenerator],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -533,7 +534,7 @@ def test_many_clients_get_what_each_would_get_alone(served: Served, alone: sampl
     assert said == [expected(alone, **fields(number))[0].text for number in range(48)]
 
 
-def test_metrics_count_what_was_done(new_generator: Callable[[], sampler.Generator]) -> None:
+def test_metrics_count_what_was_done(new_generator: Callable[[], ModelGenerator]) -> None:
     with serving(new_generator()) as served:
         answer = json.loads(ask(served, CHAT, chat(n=2))[2])
         ask(served, CHAT, chat(n=0))
@@ -594,7 +595,7 @@ def open_page(browser: webdriver.Chrome, served: Served) -> None:
 
 
 def test_the_page_chats_stops_and_remembers(
-    browser: webdriver.Chrome, new_generator: Callable[[], sampler.Generator], slow: None
+    browser: webdriver.Chrome, new_generator: Callable[[], ModelGenerator], slow: None
 ) -> None:
     with serving(new_generator()) as served:
         open_page(browser, served)

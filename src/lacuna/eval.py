@@ -56,7 +56,7 @@ from lacuna.model import (
     parameter_counts,
     token_statistics,
 )
-from lacuna.sampler import Completion, Request, Sampler, generation_defaults, power_of_two
+from lacuna.sampler import Completion, Request, Sampler, generation_defaults, power_of_two, slots_for
 from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
 from lacuna.trainer import Evaluation
 
@@ -448,8 +448,8 @@ def complete(
 ) -> None:
     """Generate what is requested, in no more slots than that takes; `keep` gets each completion as it ends."""
     if requests:
-        config, shards = tasks.config, row_shards(tasks.opened.mesh)
-        slots = math.ceil(min(config.slots, sum(request.n for request in requests)) / shards) * shards
+        config = tasks.config
+        slots = slots_for(min(config.slots, sum(request.n for request in requests)), tasks.opened.mesh)
         Sampler(params, tasks.opened, slots, tasks.capacity, config.compute_dtype).generate(requests, keep)
 
 
@@ -620,8 +620,7 @@ def evaluation_of_rows(
         figures: Figures = {}
         if requests:
             capacity = max(len(request.prompt) for request in requests) + config.sample_tokens
-            shards = row_shards(opened.mesh)
-            slots = math.ceil(min(len(requests), SAMPLE_SLOTS) / shards) * shards
+            slots = slots_for(min(len(requests), SAMPLE_SLOTS), opened.mesh)
             completions = Sampler(params, opened, slots, capacity, config.compute_dtype).generate(requests)
             texts = (completion.text for completion in completions)
             figures["samples"] = dict(zip(config.sample_prompts, texts, strict=True))

@@ -57,7 +57,7 @@ from lacuna.model import (
     summed_token_loss,
     token_statistics,
 )
-from lacuna.sampler import Completion, Request, Sampler, generation_defaults
+from lacuna.sampler import Completion, Request, Sampler, generation_defaults, slots_for
 from lacuna.trainer import (
     Evaluation,
     Recipe,
@@ -694,11 +694,11 @@ class RolloutSteps:
         params: PyTree[Array],
     ) -> None:
         self.config, self.inputs, self.run, self.reference, self.tasks = config, inputs, run, reference, tasks
-        mesh, shards = inputs.opened.mesh, row_shards(inputs.opened.mesh)
+        mesh = inputs.opened.mesh
         recipe = recipe_of(config, run.steps * config.updates_per_rollout)
         self.recipe = jax.device_put(recipe, everywhere(mesh))
         completions = config.prompts_per_step * config.completions_per_prompt
-        slots = math.ceil(min(config.slots, completions) / shards) * shards
+        slots = slots_for(min(config.slots, completions), mesh)
         self.sampler = Sampler(params, inputs.opened, slots, config.sequence_length, config.compute_dtype)
 
     def take(self, state: TrainState) -> Step:

@@ -1,11 +1,12 @@
 """The sampler: one way to generate for chat, server, evaluation and rollouts, with continuous batching.
 
 A batch has a fixed number of slots on the device. A compiled loop decodes some tokens in all of them; then the host
-looks at what came, frees the slots that are done and fills them from the queue. What a request gets depends on its
+reads the new tokens, frees the slots that are done and fills them from the queue. What a request gets depends on its
 prompt, rules and seed alone: no slot sees another, and randomness is folded from the seed and the token's number.
 """
 
 import itertools
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +17,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 from pydantic import ValidationError
 
-from lacuna import checkpoint
-from lacuna.apps.configs import GenerationConfig
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
-from lacuna.distributed import ROW_AXES, enable_compilation_cache, make_mesh, row_shards, shard_rows
+from lacuna.distributed import ROW_AXES, row_shards, shard_rows
 from lacuna.metrics import byte_size, free_memory_bytes
 from lacuna.model import (
     PAGE,
@@ -42,11 +41,22 @@ from lacuna.model import (
 )
 from lacuna.tokenizer import TextStream, Tokenizer, read_json
 
+BLOCK = 32  # most tokens between two looks of the host
+STOP_IDS = 8
+TOP_LOGPROBS = 20
 VOCABULARY_BLOCK = 128
+PREFILL_ROWS, PREFILL_PAGES = (64, 16, 4, 1), 128
+LEAST_PAGES = 4
+
+FinishReason = Literal["", "stop", "length"]
+FINISH_REASONS: tuple[FinishReason, ...] = ("", "stop", "length")
+
+
+# The next token of each slot
 
 
 class Rules(NamedTuple):
-    """A request's rules as the device reads them, one row a slot."""
+    """The rules of the request in each slot."""
 
     temperature: Float[Array, " slot"]
     top_k: Int[Array, " slot"]
@@ -62,13 +72,56 @@ class Rules(NamedTuple):
     stop_ids: Int[Array, "slot stop"]
 
 
+class Forest(NamedTuple):
+    """Allowed outputs as paths: the edges of `node` are those from `first[node]` to `first[node + 1]`, each a token and
+    a child; a node without edges ends the output. `fan` counts up to the most edges of a node."""
+
+    first: Int[Array, " node_and_end"]
+    token: Int[Array, " edge"]
+    child: Int[Array, " edge"]
+    fan: Int[Array, " width"]
+
+
+class Slots(NamedTuple):
+    """The batch: `token` is the last one, not in the cache yet, `made` the number of generated tokens, `node` the place
+    in the forest (-1: unconstrained), and `is_prompted` and `count` are what penalties need to know."""
+
+    cache: Cache
+    token: Int[Array, " slot"]
+    length: Int[Array, " slot"]
+    made: Int[Array, " slot"]
+    node: Int[Array, " slot"]
+    is_active: Bool[Array, " slot"]
+    is_prompted: Bool[Array, "slot vocab"]
+    count: Int[Array, "slot vocab"]
+
+
+class Prompts(NamedTuple):
+    """Prompts that were prefilled together, padded to one length."""
+
+    cache: Cache
+    token: Int[Array | np.ndarray, "row token"]
+    length: Int[Array | np.ndarray, " row"]
+
+
+class Emitted(NamedTuple):
+    """The tokens of a block: `ended` is -1 where a slot was idle, 0 where more follows, 1 at a stop, 2 at the limit."""
+
+    token: Int[Array, "step slot"]
+    log_probability: Float[Array, "step slot"]
+    sampled_log_probability: Float[Array, "step slot"]
+    ended: Int[Array, "step slot"]
+    top_token: Int[Array, "step slot top"]
+    top_log_probability: Float[Array, "step slot top"]
+
+
 def penalise(
     logits: Float[Array, "slot vocab"],
     is_prompted: Bool[Array, "slot vocab"],
     count: Int[Array, "slot vocab"],
     rules: Rules,
 ) -> Float[Array, "slot vocab"]:
-    """Logits less the penalties: repetition (Keskar et al. 2019) sees the prompt too, the others only what was made."""
+    """Logits less the penalties: repetition (Keskar et al. 2019) sees the prompt too, the others generated tokens."""
     penalty = rules.repetition_penalty[:, None]
     repeated = jnp.where(logits < 0, logits * penalty, logits / penalty)
     logits = jnp.where(is_prompted | (count > 0), repeated, logits)
@@ -76,7 +129,7 @@ def penalise(
 
 
 def restrict(logits: Float[Array, "slot vocab"], rules: Rules) -> Float[Array, "slot vocab"]:
-    """Logits over the temperature, and of those that top_k, top_p and min_p leave over, in this order; others -inf."""
+    """Logits over the temperature; those that top_k, top_p and min_p, in this order, rule out are -inf."""
     temperature = jnp.where(rules.temperature > 0, rules.temperature, 1)[:, None]
     scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     is_filtered = (rules.top_k > 0) | (rules.top_p < 1) | (rules.min_p > 0)
@@ -98,8 +151,8 @@ def restrict(logits: Float[Array, "slot vocab"], rules: Rules) -> Float[Array, "
 def threshold(
     rank: UInt32[Array, "slot vocab"], weight: Float[Array, "slot vocab"], target: Float[Array, " slot"]
 ) -> UInt32[Array, " slot"]:
-    """The highest rank from which upwards the weights sum to `target`; 0 where they never do. Found bit by bit, which
-    sorts nothing."""
+    """The highest rank such that the weights of this rank and above sum to `target`; 0 where there is none. Found bit
+    by bit, without a sort."""
 
     def set_bit(number: Int[Array, ""], found: UInt32[Array, " slot"]) -> UInt32[Array, " slot"]:
         trial = found | (jnp.uint32(1 << 31) >> number.astype(jnp.uint32))
@@ -110,13 +163,13 @@ def threshold(
 
 
 def in_blocks(scores: Float[Array, "slot vocab"], filling: float) -> Float[Array, "slot block part"]:
-    """The vocabulary in blocks, the last one filled up."""
+    """The vocabulary in blocks, the last one padded."""
     padding = ((0, 0), (0, -scores.shape[1] % VOCABULARY_BLOCK))
     return jnp.pad(scores, padding, constant_values=filling).reshape(len(scores), -1, VOCABULARY_BLOCK)
 
 
 def likeliest_token(scores: Float[Array, "slot vocab"]) -> Int[Array, " slot"]:
-    """The first token of the highest score: by block, then in it, as XLA's argmax on a CPU goes token by token."""
+    """The first token of the highest score: by block, then within it, as XLA's argmax on a CPU is slow."""
     blocks = in_blocks(scores, -jnp.inf)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
@@ -142,52 +195,19 @@ def draw_token(
     return block * VOCABULARY_BLOCK + inside
 
 
-# Constraints: what an output may be
+def choose_token(
+    scores: Float[Array, "slot vocab"], rules: Rules, made: Int[Array, " slot"], is_active: Bool[Array, " slot"]
+) -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
+    """A token for each slot, and its log-probability in the distribution it was drawn from: 0 where greedy."""
+    likeliest, is_drawn = likeliest_token(scores), rules.temperature > 0
 
+    def draw() -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
+        kept = restrict(scores, rules)
+        token = jnp.where(is_drawn, draw_token(kept, rules.seed, rules.index, made), likeliest)
+        log_probability = kept[jnp.arange(len(token)), token] - jax.nn.logsumexp(kept, axis=-1)
+        return token, jnp.where(is_drawn, log_probability, 0)
 
-@dataclass(frozen=True, eq=False)
-class Trie:
-    """Allowed outputs: the edges of `node` are those from `first[node]` to `first[node + 1]`, each a token and a child;
-    0 is the root, and a node without edges ends the output."""
-
-    first: Int[np.ndarray, " node_and_end"]
-    token: Int[np.ndarray, " edge"]
-    child: Int[np.ndarray, " edge"]
-
-    @property
-    def width(self) -> int:
-        """Most edges of a node."""
-        return int(np.max(np.diff(self.first)))
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
-class Forest(NamedTuple):
-    """Tries on the device, one behind the other; `fan` counts to the most edges of a node."""
-
-    first: Int[Array, " node_and_end"]
-    token: Int[Array, " edge"]
-    child: Int[Array, " edge"]
-    fan: Int[Array, " width"]
-
-
-def forest_of(tries: Sequence[Trie]) -> tuple[Forest, list[int]]:
-    """The tries as one, and the root of each; sizes are rounded up, so that few programs are compiled."""
-    roots = np.cumsum([0, *(len(trie.first) for trie in tries)]).tolist()
-    edges = np.cumsum([0, *(len(trie.token) for trie in tries)]).tolist()
-    ends = [trie.first + edge for trie, edge in zip(tries, edges, strict=False)]
-    children = [trie.child + root for trie, root in zip(tries, roots, strict=False)]
-
-    def padded(parts: list[np.ndarray], fill: int) -> np.ndarray:
-        whole = np.concatenate([np.zeros(0, np.int32), *parts])
-        return np.pad(whole, (0, power_of_two(len(whole) + 2) - len(whole)), constant_values=fill).astype(np.int32)
-
-    width = power_of_two(max((trie.width for trie in tries), default=1))
-    arrays = padded(ends, edges[-1]), padded([trie.token for trie in tries], -1), padded(children, 0)
-    return Forest(*map(jnp.asarray, arrays), jnp.arange(width)), roots[:-1]
+    return jax.lax.cond(jnp.any(is_drawn & is_active), draw, lambda: (likeliest, jnp.zeros(len(likeliest))))
 
 
 def edges_of(forest: Forest, node: Int[Array, " row"]) -> tuple[Int[Array, "row width"], Int[Array, "row width"]]:
@@ -204,45 +224,75 @@ def is_leaf(forest: Forest, node: Int[Array, "*row"]) -> Bool[Array, "*row"]:
 def confine(
     logits: Float[Array, "slot vocab"], forest: Forest, node: Int[Array, " slot"]
 ) -> Float[Array, "slot vocab"]:
-    """Logits of what a node allows, -inf for all else; node -1 allows everything."""
+    """Logits of the tokens that a node allows, -inf for all others; node -1 allows everything."""
     token, _ = edges_of(forest, jnp.maximum(node, 0))
     token = jnp.where(token < 0, logits.shape[1], token)
     allowed = jnp.zeros(logits.shape, bool).at[jnp.arange(len(node))[:, None], token].set(True, mode="drop")
     return jnp.where(allowed | (node < 0)[:, None], logits, -jnp.inf)
 
 
-BLOCK = 32
-STOP_IDS = 8
-TOP_LOGPROBS = 20
+def follow(forest: Forest, node: Int[Array, " slot"], token: Int[Array, " slot"]) -> Int[Array, " slot"]:
+    """The child that a token leads to; -1 from node -1."""
+    tokens, children = edges_of(forest, jnp.maximum(node, 0))
+    child = jnp.max(jnp.where(tokens == token[:, None], children, 0), axis=-1)
+    return jnp.where(node < 0, -1, child)
 
 
-class Slots(NamedTuple):
-    """The batch: `token` is the last one, not in the cache yet; `made` tokens were generated behind the prompt."""
+def next_token(
+    params: PyTree[Array], slots: Slots, rules: Rules, constraint: Forest | None, rotations: Rotation,
+    model: ModelConfig,
+) -> tuple[Slots, Emitted]:  # fmt: skip
+    """One more token in each active slot: penalise, constrain, choose, measure, and see whether it is the last."""
+    hidden, cache = decode_step(params, slots.cache, slots.token, slots.length, rotations, model)
+    logits = logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0]
+    row = jnp.arange(len(logits))
 
-    cache: Cache
-    token: Int[Array, " slot"]
-    length: Int[Array, " slot"]
-    made: Int[Array, " slot"]
-    node: Int[Array, " slot"]
-    is_active: Bool[Array, " slot"]
-    is_prompted: Bool[Array, "slot vocab"]
-    count: Int[Array, "slot vocab"]
-    rules: Rules
+    is_penalised = (rules.repetition_penalty != 1) | (rules.frequency_penalty != 0) | (rules.presence_penalty != 0)
+    scores = jax.lax.cond(
+        jnp.any(is_penalised & slots.is_active),
+        lambda: penalise(logits, slots.is_prompted, slots.count, rules),
+        lambda: logits,
+    )
+    if constraint:
+        scores = confine(scores, constraint, slots.node)
+    token, sampled_log_probability = choose_token(scores, rules, slots.made, slots.is_active)
+
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    top = min(TOP_LOGPROBS, model.vocabulary_size)
+    top_logits, top_token = jax.lax.cond(
+        jnp.any((rules.top_logprobs > 0) & slots.is_active),
+        lambda: tuple(jax.lax.top_k(logits, top)),
+        lambda: (jnp.zeros((len(row), top)), jnp.zeros((len(row), top), jnp.int32)),
+    )
+
+    is_stop = jnp.any(token[:, None] == rules.stop_ids, axis=-1)
+    node = slots.node
+    if constraint:
+        node = follow(constraint, node, token)
+        is_stop |= (node >= 0) & is_leaf(constraint, node)
+    is_full = slots.made + 1 >= rules.max_tokens
+    ended = jnp.where(slots.is_active, jnp.where(is_stop, 1, jnp.where(is_full, 2, 0)), jnp.int32(-1))
+    step = slots.is_active.astype(jnp.int32)
+    slots = slots._replace(
+        cache=cache,
+        token=token,
+        length=slots.length + step,
+        made=slots.made + step,
+        node=node,
+        is_active=ended == 0,
+        count=slots.count.at[row, token].add(step),
+    )
+    return slots, Emitted(
+        token=token,
+        log_probability=logits[row, token] - normalizer,
+        sampled_log_probability=sampled_log_probability,
+        ended=ended,
+        top_token=top_token,
+        top_log_probability=top_logits - normalizer[:, None],
+    )
 
 
-class Emitted(NamedTuple):
-    """What each step of a block brought: `ended` is -1 where nothing, 0 where more follows, 1 at a stop, 2 at the
-    limit."""
-
-    token: Int[Array, "step slot"]
-    log_probability: Float[Array, "step slot"]
-    sampled_log_probability: Float[Array, "step slot"]
-    top_token: Int[Array, "step slot top"]
-    top_log_probability: Float[Array, "step slot top"]
-    ended: Int[Array, "step slot"]
-
-
-Carry = tuple[Array, Slots, Emitted]
+# The batch on the device
 
 
 def sharded(slots: Slots) -> Slots:
@@ -257,12 +307,9 @@ def sharded(slots: Slots) -> Slots:
 @partial(jax.jit, static_argnames=("model", "count", "pages", "dtype"))
 def empty_slots(model: ModelConfig, count: int, pages: int, dtype: str) -> Slots:
     """A batch in which nothing is active."""
-    whole, real = (jnp.zeros(count, kind) for kind in (jnp.int32, jnp.float32))
-    rules = Rules(real, whole, real, real, real, real, real, whole, whole.astype(jnp.uint32), whole, whole,
-                  jnp.zeros((count, STOP_IDS), jnp.int32))  # fmt: skip
-    counts = jnp.zeros((count, model.padded_vocabulary), jnp.int32)
+    zero, counts = jnp.zeros(count, jnp.int32), jnp.zeros((count, model.padded_vocabulary), jnp.int32)
     cache = empty_cache(model, count, pages, dtype)
-    return sharded(Slots(cache, whole, whole, whole, whole, whole > 0, counts > 0, counts, rules))
+    return sharded(Slots(cache, zero, zero, zero, zero, zero > 0, counts > 0, counts))
 
 
 @partial(jax.jit, static_argnames="pages")
@@ -270,8 +317,7 @@ def resized(cache: Cache, pages: int) -> Cache:
     """The cache with more pages or fewer."""
 
     def resize(x: Array) -> Array:
-        more = max(pages - x.shape[2], 0)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))[:, :, :pages]
+        return jnp.pad(x[:, :, :pages], ((0, 0), (0, 0), (0, max(pages - x.shape[2], 0)), (0, 0), (0, 0)))
 
     return jax.tree.map(resize, cache)
 
@@ -280,167 +326,84 @@ cast_params = jax.jit(decoding_params, static_argnames=("model", "dtype"))
 fill_cache = jax.jit(prefill, static_argnames="model")
 
 
-class Entry(NamedTuple):
-    """New completions: their slots (one past the last where there is none), rows of the prefilled prompts, roots."""
-
-    slot: Any
-    row: Any
-    node: Any
-
-
 @partial(jax.jit, donate_argnames="slots")
 def insert(
-    slots: Slots,
-    prompts: Cache,
-    token: Int[Array, "row token"],
-    length: Int[Array, " row"],
-    entry: Entry,
-    rules: Rules,
-    entry_count: Int[Array, ""],
+    slots: Slots, prompts: Prompts, is_new: Bool[Array, " slot"], row: Int[Array, " slot"], root: Int[Array, " slot"]
 ) -> Slots:
-    """The batch with new completions in their slots; a prompt's last token is left for the next decode step."""
-    slot, row = entry.slot, entry.row
+    """The batch with a new completion in each slot of `is_new`, of the prompt in that `row`, from that `root` of the
+    forest; a prompt's last token is left for the next decode step."""
+    new_slot = jnp.nonzero(is_new, size=len(is_new))[0]
 
     def place(number: Int[Array, ""], cache: Cache) -> Cache:
+        slot = new_slot[number]
+
         def copy(whole: Array, part: Array) -> Array:
-            prompt = jax.lax.dynamic_slice_in_dim(part, row[number], 1)
-            return jax.lax.dynamic_update_slice(whole, prompt, (slot[number], 0, 0, 0, 0))
+            prompt = jax.lax.dynamic_slice_in_dim(part, row[slot], 1)
+            return jax.lax.dynamic_update_slice(whole, prompt, (slot, 0, 0, 0, 0))
 
-        return jax.tree.map(copy, cache, prompts)
+        return jax.tree.map(copy, cache, prompts.cache)
 
-    def put(whole: Array, values: Array) -> Array:
-        return whole.at[slot].set(values, mode="drop")
-
-    vocabulary_size = slots.count.shape[1]
-    known = jnp.where(jnp.arange(token.shape[1]) < length[:, None], token, vocabulary_size)
-    is_prompted = jnp.zeros((token.shape[0], vocabulary_size), bool)
-    is_prompted = is_prompted.at[jnp.arange(token.shape[0])[:, None], known].set(True, mode="drop")
+    token, length = prompts.token, prompts.length
     last = jnp.take_along_axis(token, length[:, None] - 1, axis=1)[:, 0]
-    return sharded(
-        Slots(
-            cache=jax.lax.fori_loop(0, entry_count, place, slots.cache),
-            token=put(slots.token, last[row]),
-            length=put(slots.length, length[row] - 1),
-            made=put(slots.made, jnp.zeros_like(row)),
-            node=put(slots.node, entry.node),
-            is_active=put(slots.is_active, jnp.ones_like(row, bool)),
-            is_prompted=put(slots.is_prompted, is_prompted[row]),
-            count=put(slots.count, jnp.zeros_like(row)[:, None]),
-            rules=jax.tree.map(put, slots.rules, rules),
-        )
+    known = jnp.where(jnp.arange(token.shape[1]) < length[:, None], token, slots.count.shape[1])
+    is_prompted = jnp.zeros((len(token), slots.count.shape[1]), bool)
+    is_prompted = is_prompted.at[jnp.arange(len(token))[:, None], known].set(True, mode="drop")
+    slots = Slots(
+        cache=jax.lax.fori_loop(0, jnp.sum(is_new), place, slots.cache),
+        token=jnp.where(is_new, last[row], slots.token),
+        length=jnp.where(is_new, length[row] - 1, slots.length),
+        made=jnp.where(is_new, 0, slots.made),
+        node=jnp.where(is_new, root, slots.node),
+        is_active=slots.is_active | is_new,
+        is_prompted=jnp.where(is_new[:, None], is_prompted[row], slots.is_prompted),
+        count=jnp.where(is_new[:, None], 0, slots.count),
     )
+    return sharded(slots)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="slots")
 def decode_block(
     params: PyTree[Array],
     slots: Slots,
-    forest: Forest,
+    rules: Rules,
+    constraint: Forest | None,
     is_wanted: Bool[Array, " slot"],
     steps: Int[Array, ""],
     patience: Int[Array, ""],
     model: ModelConfig,
 ) -> tuple[Slots, Emitted]:
-    """Up to `steps` tokens in every active slot that is still wanted; less when `patience` slots have come free."""
+    """Up to `steps` tokens in every active slot that is still wanted; fewer when `patience` slots have become free."""
     slots = slots._replace(is_active=slots.is_active & is_wanted)
+    rules = jax.tree.map(shard_rows, rules)
     count, top = len(slots.token), min(TOP_LOGPROBS, model.vocabulary_size)
     whole, real = (jnp.zeros((BLOCK, count), kind) for kind in (jnp.int32, jnp.float32))
     tops = (jnp.zeros((BLOCK, count, top), kind) for kind in (jnp.int32, jnp.float32))
     first_count = jnp.sum(slots.is_active)
     rotations = rotation_table(slots.cache, model)
 
-    def goes_on(carry: Carry) -> Bool[Array, ""]:
+    def continues(carry: tuple[Array, Slots, Emitted]) -> Bool[Array, ""]:
         active_count = jnp.sum(carry[1].is_active)
         return (carry[0] < steps) & (active_count > 0) & (first_count - active_count < patience)
 
-    def step(carry: Carry) -> Carry:
+    def step(carry: tuple[Array, Slots, Emitted]) -> tuple[Array, Slots, Emitted]:
         number, slots, emitted = carry
-        slots, found = next_token(params, slots, forest, rotations, model)
+        slots, found = next_token(params, slots, rules, constraint, rotations, model)
         return number + 1, slots, jax.tree.map(lambda all, one: all.at[number].set(one), emitted, found)
 
-    carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, *tops, whole - 1)
-    _, slots, emitted = jax.lax.while_loop(goes_on, step, carry)
+    carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, whole - 1, *tops)
+    _, slots, emitted = jax.lax.while_loop(continues, step, carry)
     if not jax.sharding.get_abstract_mesh().empty:
         emitted = jax.lax.with_sharding_constraint(emitted, PartitionSpec())
     return sharded(slots), emitted
 
 
-def next_token(
-    params: PyTree[Array], slots: Slots, forest: Forest, rotations: Rotation, model: ModelConfig
-) -> tuple[Slots, Emitted]:
-    """One more token in each active slot, by its own rules."""
-    rules, row = slots.rules, jnp.arange(len(slots.token))
-    hidden, cache = decode_step(params, slots.cache, slots.token, slots.length, rotations, model)
-    logits = logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0]
-
-    def any_active(condition: Bool[Array, " slot"]) -> Bool[Array, ""]:
-        return jnp.any(condition & slots.is_active)
-
-    is_penalised = (rules.repetition_penalty != 1) | (rules.frequency_penalty != 0) | (rules.presence_penalty != 0)
-    scores = jax.lax.cond(
-        any_active(is_penalised), lambda: penalise(logits, slots.is_prompted, slots.count, rules), lambda: logits
-    )
-    is_confined = any_active(slots.node >= 0)
-    scores = jax.lax.cond(is_confined, lambda: confine(scores, forest, slots.node), lambda: scores)
-    best = likeliest_token(scores)
-
-    def sampled() -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
-        kept = restrict(scores, rules)
-        token = jnp.where(rules.temperature > 0, draw_token(kept, rules.seed, rules.index, slots.made), best)
-        probability = kept[row, token] - jax.nn.logsumexp(kept, axis=-1)
-        return token, jnp.where(rules.temperature > 0, probability, 0)
-
-    def greedy() -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
-        return best, jnp.zeros(len(row))
-
-    token, sampled_log_probability = jax.lax.cond(any_active(rules.temperature > 0), sampled, greedy)
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    top = min(TOP_LOGPROBS, model.vocabulary_size)
-    top_logits, top_token = jax.lax.cond(
-        any_active(rules.top_logprobs > 0),
-        lambda: tuple(jax.lax.top_k(logits, top)),
-        lambda: (jnp.zeros((len(row), top)), jnp.zeros((len(row), top), jnp.int32)),
-    )
-
-    def follow() -> tuple[Int[Array, " slot"], Bool[Array, " slot"]]:
-        tokens, children = edges_of(forest, jnp.maximum(slots.node, 0))
-        child = jnp.max(jnp.where(tokens == token[:, None], children, 0), axis=-1)
-        return jnp.where(slots.node < 0, -1, child), (slots.node >= 0) & is_leaf(forest, child)
-
-    node, is_complete = jax.lax.cond(is_confined, follow, lambda: (slots.node, jnp.zeros(len(row), bool)))
-    is_stopped = jnp.any(token[:, None] == rules.stop_ids, axis=-1) | is_complete
-    is_full = slots.made + 1 >= rules.max_tokens
-    going = slots.is_active.astype(jnp.int32)
-    ended = jnp.where(slots.is_active, jnp.where(is_stopped, 1, jnp.where(is_full, 2, 0)), jnp.int32(-1))
-    emitted = Emitted(
-        token=token,
-        log_probability=logits[row, token] - normalizer,
-        sampled_log_probability=sampled_log_probability,
-        top_token=top_token,
-        top_log_probability=top_logits - normalizer[:, None],
-        ended=ended,
-    )
-    return slots._replace(
-        cache=cache,
-        token=token,
-        length=slots.length + going,
-        made=slots.made + going,
-        node=node,
-        is_active=ended == 0,
-        count=slots.count.at[row, token].add(going),
-    ), emitted
-
-
-PREFILL_ROWS, PREFILL_PAGES = (64, 16, 4, 1), 128
-LEAST_PAGES = 4
-
-FinishReason = Literal["", "stop", "length"]
-FINISH_REASONS: tuple[FinishReason, ...] = ("", "stop", "length")
+# Requests and completions
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt and what to make of it; `n` completions share one prefill, and each has a stream of its own."""
+    """A prompt and how to continue it; its `n` completions share one prefill, and each draws its own random numbers.
+    `root` is the node of the sampler's constraint that outputs start from; -1 allows everything."""
 
     prompt: tuple[int, ...]
     rules: SamplingKeys = SamplingKeys()
@@ -449,15 +412,15 @@ class Request:
     seed: int = 0
     n: int = 1
     top_logprobs: int = 0
-    trie: Trie | None = None
+    root: int = -1
 
 
 @dataclass(frozen=True)
 class Completion:
     """What was generated, or the next part of it while `finish_reason` is empty.
 
-    `tokens` hold the stop token or those of the stop string, `text` does not. `log_probabilities` are the model's own,
-    `sampled_log_probabilities` those under the distribution drawn from (0 where greedy), both in nats.
+    `tokens` include the stop token or those of the stop string, `text` does not. `log_probabilities` are the model's
+    own, `sampled_log_probabilities` those in the distribution drawn from (0 where greedy), both in nats.
     """
 
     request: int
@@ -471,7 +434,7 @@ class Completion:
 
 
 def joined_parts(parts: Sequence[Completion]) -> Completion:
-    """The whole of which these are the parts, in order."""
+    """The whole completion of these parts, in order."""
     return replace(
         parts[-1],
         tokens=tuple(token for part in parts for token in part.tokens),
@@ -480,17 +443,6 @@ def joined_parts(parts: Sequence[Completion]) -> Completion:
         sampled_log_probabilities=tuple(value for part in parts for value in part.sampled_log_probabilities),
         top_logprobs=tuple(value for part in parts for value in part.top_logprobs),
     )
-
-
-# The sampler
-
-
-class Prompts(NamedTuple):
-    """Prompts that were prefilled together."""
-
-    cache: Cache
-    token: Int[np.ndarray, "row token"]
-    length: Int[np.ndarray, " row"]
 
 
 @dataclass(eq=False)
@@ -504,9 +456,19 @@ class Waiting:
     row: int = 0
 
 
+def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
+    """The text before the first stop string, the text held back as it may begin one, and whether one occurred."""
+    places = [place for string in stop if (place := text.find(string)) >= 0]
+    if places:
+        return text[: min(places)], "", True
+    sizes = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
+    cut = len(text) - max(sizes, default=0)
+    return text[:cut], text[cut:], False
+
+
 @dataclass
 class Running:
-    """A completion in a slot: where its text stands, and text held back as it may begin a stop string."""
+    """A completion in a slot: its text so far, and the end of it held back as it may begin a stop string."""
 
     number: int
     index: int
@@ -515,8 +477,24 @@ class Running:
     length: int
     held: str = ""
 
+    def read(self, tokens: list[int], reason: FinishReason) -> tuple[str, int, FinishReason]:
+        """The text of new tokens, the number of those up to a stop string, and the reason why they end."""
+        stop, whole = self.request.stop, ""
+        shown = tokens[:-1] if reason == "stop" and tokens[-1] in self.request.stop_ids else tokens
+        for count, token in enumerate(shown, 1):
+            text, self.held, is_stopped = before_stop(self.held + self.stream.add([token]), stop)
+            whole += text
+            if is_stopped:
+                return whole, count, "stop"
+        if reason:
+            whole += "".join(before_stop(self.held + self.stream.rest(), stop)[:2])
+        return whole, len(tokens), reason
 
-Arrivals = dict[Waiting, list[tuple[int, Running]]]
+
+Arrivals = dict[Waiting, list[int]]
+
+
+# The sampler
 
 
 class Sampler:
@@ -532,23 +510,30 @@ class Sampler:
         slots: int,
         capacity: int,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        constraint: Forest | None = None,
     ) -> None:
-        """Raises UserError where slots or capacity do not suit the model and devices, or the cache does not fit."""
-        _, model, tokenizer, mesh, _ = opened
+        """Raises UserError where slots, capacity or constraint do not suit the model and devices, or the cache does not
+        fit. `constraint` is what requests with a `root` may output."""
+        model, mesh = opened.model, opened.mesh
         check_sequence_length(model, capacity)
         if slots < 1 or slots % row_shards(mesh):
             raise UserError(
                 f"slots = {slots} do not divide over data × fsdp = {row_shards(mesh)} devices; set a multiple of that"
             )
         check_memory(model, slots, capacity, dtype, mesh)
-        self.opened, self.capacity, self.dtype = opened, capacity, dtype
-        self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
+        self.opened, self.model, self.tokenizer, self.mesh = opened, model, opened.tokenizer, mesh
+        self.capacity, self.dtype = capacity, dtype
+        self.constraint, self.roots = None, {-1}
+        if constraint:
+            forest = jax.device_get(constraint)
+            check_vocabulary(forest.token.tolist(), model)
+            self.constraint = jax.device_put(forest, NamedSharding(mesh, PartitionSpec()))
+            self.roots.update(np.flatnonzero(np.diff(forest.first)).tolist())
         self.numbers = itertools.count()
         self.waiting: deque[Waiting] = deque()
         self.cancellations: deque[int] = deque()
         self.running: list[Running | None] = [None] * slots
-        self.tries: list[Trie] = []
-        self.forest, self.roots = forest_of([])
+        self.rules = [rules_of(Request((0,)), 0, capacity)] * slots
         self.load(params)
         with jax.set_mesh(mesh):
             self.pages = page_bucket(1, capacity)
@@ -561,22 +546,47 @@ class Sampler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits or runs."""
+        """Whether no request is waiting or running."""
         return not self.waiting and not any(self.running)
 
+    def check(self, request: Request) -> None:
+        """Raises UserError where the request can't be generated."""
+        length = len(request.prompt)
+        if length >= self.capacity:
+            raise UserError(
+                f"the prompt has {length:,} tokens, and prompt and completion together have room for "
+                f"{self.capacity:,}; shorten the prompt to {self.capacity - 1:,} tokens or less"
+            )
+        if not length:
+            raise UserError("the prompt has no token; begin with the tokenizer's BOS or with some text")
+        check_vocabulary([*request.prompt, *request.stop_ids], self.model)
+        if len(request.stop_ids) > STOP_IDS:
+            raise UserError(f"stop_ids has {len(request.stop_ids)} tokens; at most {STOP_IDS} can stop a completion")
+        if not all(request.stop):
+            raise UserError("stop holds an empty string, which would stop everything; leave it out")
+        if request.n < 1 or not 0 <= request.top_logprobs <= TOP_LOGPROBS:
+            raise UserError(
+                f"n = {request.n} should be 1 or more, top_logprobs = {request.top_logprobs} 0 to {TOP_LOGPROBS}"
+            )
+        if request.root not in self.roots:
+            raise UserError(
+                f"root = {request.root} is no node of the sampler's constraint with tokens to choose from; "
+                "give the Sampler a constraint with it, or leave root at -1"
+            )
+
     def submit(self, request: Request) -> int:
-        """Queue a request; its completions carry the number returned. Raises UserError where it can't be met."""
-        check_request(request, self.model, self.capacity)
+        """Queue a request; its completions carry the number returned. Raises UserError where it can't be generated."""
+        self.check(request)
         number = next(self.numbers)
         self.waiting.append(Waiting(number, request))
         return number
 
     def cancel(self, number: int) -> None:
-        """Give up a request: at the next `advance` its slots come free, and nothing more of it is told."""
+        """Drop a request: at the next `advance` its slots become free, and no more parts of it are returned."""
         self.cancellations.append(number)
 
     def advance(self, steps: int = BLOCK) -> list[Completion]:
-        """Admit what waits, decode up to `steps` tokens in every slot, and return the next part of each completion."""
+        """Admit waiting requests, decode up to `steps` tokens in every slot, and return the next part of each."""
         with jax.set_mesh(self.mesh):
             self._drop_cancelled()
             arrivals = self._assign_slots()
@@ -586,25 +596,28 @@ class Sampler:
                 return []
             patience = max(1, len(self.running) // 8) if self.waiting else len(self.running)
             is_wanted = np.array([running is not None for running in self.running])
+            limits = np.int32(min(steps, BLOCK)), np.int32(patience)
             self.slots, emitted = decode_block(
-                self.params, self.slots, self.forest, is_wanted, np.int32(min(steps, BLOCK)), np.int32(patience),
-                self.model,
-            )  # fmt: skip
+                self.params, self.slots, stacked(self.rules), self.constraint, is_wanted, *limits, self.model
+            )
+            if not any(running.request.top_logprobs for running in self.running if running):
+                nothing = np.zeros((BLOCK, len(self.running), 0))
+                emitted = emitted._replace(top_token=nothing, top_log_probability=nothing)
             emitted = jax.device_get(emitted)
         return [self._part(slot, running, emitted) for slot, running in enumerate(self.running) if running]
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[Completion], None] | None = None
     ) -> list[Completion]:
-        """All completions of all requests, in order, `request` being the place in `requests`; `progress` sees each as
-        it ends. What may become longest starts first, so that nothing long is left to run alone."""
+        """All completions of all requests, in order, `request` being the index in `requests`; `progress` gets each when
+        it is done. The longest by max_tokens start first, so that none of them is left to run alone."""
         assert self.is_idle, "another thread's requests would be lost"
-        order = sorted(range(len(requests)), key=lambda place: -requests[place].rules.max_tokens)
-        place_of = {self.submit(requests[place]): place for place in order}
+        order = sorted(range(len(requests)), key=lambda index: -requests[index].rules.max_tokens)
+        index_of = {self.submit(requests[index]): index for index in order}
         parts: dict[tuple[int, int], list[Completion]] = defaultdict(list)
         while not self.is_idle:
             for part in self.advance():
-                key = place_of[part.request], part.index
+                key = index_of[part.request], part.index
                 parts[key].append(replace(part, request=key[0]))
                 if part.finish_reason and progress:
                     progress(joined_parts(parts[key]))
@@ -618,23 +631,23 @@ class Sampler:
                 self.waiting.remove(waiting)
 
     def _assign_slots(self) -> Arrivals:
-        """The slots given to what waits, in the order of the queue."""
+        """Give free slots to waiting requests, in the order of the queue."""
         arrivals: Arrivals = defaultdict(list)
         for slot, running in enumerate(self.running):
             if running is None and self.waiting:
                 waiting = self.waiting[0]
-                request = waiting.request
+                request, index = waiting.request, waiting.next_index
                 stream = TextStream(self.tokenizer, request.prompt)
-                running = Running(waiting.number, waiting.next_index, request, stream, len(request.prompt) - 1)
-                self.running[slot] = running
-                arrivals[waiting].append((slot, running))
+                self.running[slot] = Running(waiting.number, index, request, stream, len(request.prompt) - 1)
+                self.rules[slot] = rules_of(request, index, self.capacity)
+                arrivals[waiting].append(slot)
                 waiting.next_index += 1
                 if waiting.next_index == request.n:
                     self.waiting.popleft()
         return arrivals
 
     def _resize(self, steps: int) -> None:
-        """Grow the cache to what the next steps need; shrink it when that is less than a quarter."""
+        """Grow the cache to what the next steps need; shrink it when they need a quarter or less."""
         needed = page_bucket(
             max((running.length for running in self.running if running), default=0) + steps, self.capacity
         )
@@ -643,8 +656,7 @@ class Sampler:
             self.slots = self.slots._replace(cache=resized(self.slots.cache, needed))
 
     def _insert(self, arrivals: Arrivals) -> None:
-        """Prefill new prompts, those of like length together, and put every arrival into its slot."""
-        self._plant([waiting.request.trie for waiting in arrivals if waiting.request.trie])
+        """Prefill new prompts, those of similar length together, and put every arrival into its slots."""
         groups: dict[int, list[Waiting]] = defaultdict(list)
         for waiting in arrivals:
             if waiting.prompts:
@@ -655,12 +667,11 @@ class Sampler:
             while group:
                 most = max(min(len(group), PREFILL_PAGES // pages), 1)
                 size = next(size for size in PREFILL_ROWS if size <= most)
-                self._prefill(group[:size], pages, arrivals)
+                self._place(self._prefill(group[:size], pages), group[:size], arrivals)
                 group = group[size:]
 
-    def _prefill(self, group: list[Waiting], pages: int, arrivals: Arrivals) -> None:
-        shards = row_shards(self.mesh)
-        token = np.zeros((-(-len(group) // shards) * shards, pages * PAGE), np.int32)
+    def _prefill(self, group: list[Waiting], pages: int) -> Prompts:
+        token = np.zeros((slots_for(len(group), self.mesh), pages * PAGE), np.int32)
         length = np.ones(len(token), np.int32)
         for row, waiting in enumerate(group):
             length[row] = len(waiting.request.prompt)
@@ -668,45 +679,23 @@ class Sampler:
         prompts = Prompts(fill_cache(self.params, token, self.model), token, length)
         for row, waiting in enumerate(group):
             waiting.prompts, waiting.row = prompts, row
-        self._place(prompts, group, arrivals)
-
-    def _plant(self, tries: list[Trie]) -> None:
-        """Have these tries in the forest; when new ones come, those that nobody walks in go, and the others move."""
-        if all(trie in self.tries for trie in tries):
-            return
-        walked = [running.request.trie for running in self.running if running and running.request.trie]
-        before = dict(zip(self.tries, self.roots, strict=True))
-        self.tries = list(dict.fromkeys(walked))  # the new ones among them
-        self.forest, self.roots = forest_of(self.tries)
-        moved = np.zeros(len(self.running), np.int32)
-        for slot, running in enumerate(self.running):
-            if running and running.request.trie in before:
-                trie = running.request.trie
-                moved[slot] = self.roots[self.tries.index(trie)] - before[trie]
-        node = self.slots.node
-        self.slots = self.slots._replace(node=jnp.where(node < 0, node, node + moved))
+        return prompts
 
     def _place(self, prompts: Prompts, group: list[Waiting], arrivals: Arrivals) -> None:
         """Put the arrivals of prompts that were prefilled together into their slots."""
-        count = len(self.running)
-        entry = Entry(np.full(count, count, np.int32), np.zeros(count, np.int32), np.full(count, -1, np.int32))
-        rules = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.slots.rules)
-        placed = [(slot, running, waiting.row) for waiting in group for slot, running in arrivals[waiting]]
-        for number, (slot, running, row) in enumerate(placed):
-            trie = running.request.trie
-            entry.slot[number], entry.row[number] = slot, row
-            entry.node[number] = self.roots[self.tries.index(trie)] if trie else -1
-            for name, value in rules_of(running.request, running.index, self.capacity).items():
-                getattr(rules, name)[number] = value
-        self.slots = insert(self.slots, *prompts, entry, rules, np.int32(len(placed)))
+        is_new, row, root = (np.zeros(len(self.running), kind) for kind in (bool, np.int32, np.int32))
+        for waiting in group:
+            slots = arrivals[waiting]
+            is_new[slots], row[slots], root[slots] = True, waiting.row, waiting.request.root
+        self.slots = insert(self.slots, prompts, is_new, row, root)
 
     def _part(self, slot: int, running: Running, emitted: Emitted) -> Completion:
-        """What a block brought for one slot, which is free again where that was the end."""
+        """The new tokens of one slot, which becomes free if they end the completion."""
         ended = emitted.ended[:, slot]
         count = int(np.sum(ended >= 0))
         tokens = emitted.token[:count, slot].tolist()
         running.length += count
-        text, count, reason = self._read(running, tokens, FINISH_REASONS[ended[count - 1]])
+        text, count, reason = running.read(tokens, FINISH_REASONS[ended[count - 1]])
         if reason:
             self.running[slot] = None
         top = running.request.top_logprobs
@@ -722,75 +711,52 @@ class Sampler:
             finish_reason=reason,
         )
 
-    def _read(self, running: Running, tokens: list[int], reason: FinishReason) -> tuple[str, int, FinishReason]:
-        """The text of new tokens, how many of them there are up to a stop string, and why they end."""
-        stop = running.request.stop
-        shown = tokens[:-1] if reason == "stop" and tokens[-1] in running.request.stop_ids else tokens
-        stride = 1 if stop else max(len(shown), 1)
-        told = ""
-        for start in range(0, len(shown), stride):
-            piece = running.stream.add(shown[start : start + stride])
-            text, running.held, is_stopped = before_stop(running.held + piece, stop)
-            told += text
-            if is_stopped:
-                return told, start + stride, "stop"
-        if reason:
-            told += "".join(before_stop(running.held + running.stream.rest(), stop)[:2])
-        return told, len(tokens), reason
+
+# Sizes and limits
 
 
-def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
-    """The text before the first stop string, the text held back as it may begin one, and whether one occurred."""
-    places = [place for string in stop if (place := text.find(string)) >= 0]
-    if places:
-        return text[: min(places)], "", True
-    sizes = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
-    cut = len(text) - max(sizes, default=0)
-    return text[:cut], text[cut:], False
+def power_of_two(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def slots_for(wanted: int, mesh: Mesh | AbstractMesh) -> int:
+    """The least number of slots from `wanted` up that divides over the devices."""
+    return math.ceil(wanted / row_shards(mesh)) * row_shards(mesh)
 
 
 def prompt_pages(length: int, capacity: int) -> int:
-    """Pages of the prefill for a prompt: a power of two, or all there are."""
-    return min(power_of_two(-(-length // PAGE)), -(-capacity // PAGE))
+    """Pages that the prefill of a prompt takes: a power of two, or all there are."""
+    return min(power_of_two(math.ceil(length / PAGE)), math.ceil(capacity / PAGE))
 
 
 def page_bucket(length: int, capacity: int) -> int:
     """Pages of a cache for sequences of up to `length` tokens, from few sizes."""
-    return max(prompt_pages(length, capacity), min(LEAST_PAGES, -(-capacity // PAGE)))
+    return max(prompt_pages(length, capacity), min(LEAST_PAGES, math.ceil(capacity / PAGE)))
 
 
-def rules_of(request: Request, index: int, capacity: int) -> dict[str, Any]:
-    """One slot's row of `Rules`."""
-    return request.rules.model_dump() | {
+def rules_of(request: Request, index: int, capacity: int) -> Rules:
+    """The rules of one completion, a number each."""
+    values: dict[str, Any] = request.rules.model_dump() | {
+        "top_k": min(request.rules.top_k, 2**31 - 1),
         "max_tokens": min(request.rules.max_tokens, capacity - len(request.prompt)),
-        "seed": request.seed % 2**32,
+        "seed": np.uint32(request.seed % 2**32),
         "index": index,
         "top_logprobs": request.top_logprobs,
         "stop_ids": [*request.stop_ids, *[-1] * (STOP_IDS - len(request.stop_ids))],
     }
+    return Rules(**values)
 
 
-def check_request(request: Request, model: ModelConfig, capacity: int) -> None:
-    """Refuse what can't be generated."""
-    length = len(request.prompt)
-    if length >= capacity:
-        raise UserError(
-            f"the prompt has {length:,} tokens, and prompt and completion together have room for {capacity:,}; "
-            f"shorten the prompt to {capacity - 1:,} tokens or less"
-        )
-    if not length:
-        raise UserError("the prompt has no token; begin with the tokenizer's BOS or with some text")
-    ids = [*request.prompt, *request.stop_ids, *(request.trie.token.tolist() if request.trie else ())]
-    if unknown := [token for token in ids if not 0 <= token < model.vocabulary_size]:
+def stacked(rules: Sequence[Rules]) -> Rules:
+    """The rules of every slot, an array each."""
+    return Rules(*map(np.array, zip(*rules, strict=True)))
+
+
+def check_vocabulary(token: Sequence[int], model: ModelConfig) -> None:
+    """Refuse ids that are no token."""
+    if unknown := [each for each in token if not 0 <= each < model.vocabulary_size]:
         raise UserError(f"token {unknown[0]} is not in the model's vocabulary of {model.vocabulary_size:,}")
-    if len(request.stop_ids) > STOP_IDS:
-        raise UserError(f"stop_ids has {len(request.stop_ids)} tokens; at most {STOP_IDS} can stop a completion")
-    if not all(request.stop):
-        raise UserError("stop holds an empty string, which would stop everything; leave it out")
-    if request.n < 1 or not 0 <= request.top_logprobs <= TOP_LOGPROBS:
-        raise UserError(
-            f"n = {request.n} should be 1 or more, top_logprobs = {request.top_logprobs} 0 to {TOP_LOGPROBS}"
-        )
 
 
 def batch_bytes(model: ModelConfig, slots: int, capacity: int, dtype: str) -> int:
@@ -833,49 +799,3 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer) -> tuple[Sampling
         raise UserError(
             f"{path}: {problem['loc'][0]} = {problem['input']!r}: {problem['msg']}; mend the file"
         ) from error
-
-
-def rules_by_origin(config: SamplingKeys, defaults: SamplingKeys) -> str:
-    """The rules in force in words: those that were typed, those of generation_config.json, and all else."""
-    rules = rules_in_force(config, defaults)
-    by_origin: dict[str, list[str]] = {"typed": [], "generation_config.json": [], "default": []}
-    for name in SamplingKeys.model_fields:
-        stated = "generation_config.json" if name in defaults.model_fields_set else "default"
-        by_origin["typed" if name in config.model_fields_set else stated].append(f"{name}={getattr(rules, name):g}")
-    return "; ".join(f"{' '.join(values)} ({origin})" for origin, values in by_origin.items() if values)
-
-
-def rules_in_force(config: SamplingKeys, defaults: SamplingKeys) -> SamplingKeys:
-    """What the user set on a page, the model's defaults for all else."""
-    chosen = {name: getattr(config, name) for name in config.model_fields_set if name in SamplingKeys.model_fields}
-    return defaults.model_copy(update=chosen)
-
-
-class Generator(NamedTuple):
-    """A model ready to generate: its sampler, the directory it came from, and what a request gets unless it says
-    otherwise, from what was typed and else from the model's generation_config.json."""
-
-    sampler: Sampler
-    source: Path
-    rules: SamplingKeys
-    stop_ids: tuple[int, ...]
-
-
-def load_generator(config: GenerationConfig, slots: int) -> Generator:
-    """The model of a page with a sampler of that many slots over all devices.
-
-    Raises:
-        UserError: whatever about model, devices or memory can't be used.
-    """
-    mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
-    config = config.model_copy(
-        update={"model_name": config.model_name or str(checkpoint.newest_run(config.output_dir))}
-    )
-    opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
-    source, model, tokenizer, _, _ = opened
-    defaults, stop_ids = generation_defaults(source, tokenizer)
-    enable_compilation_cache(config)
-    capacity = model.capacity(config.capacity)
-    params = checkpoint.load_params(source, model, mesh)
-    sampler = Sampler(params, opened, slots, capacity, config.compute_dtype)
-    return Generator(sampler, source, rules_in_force(config, defaults), stop_ids)

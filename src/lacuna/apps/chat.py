@@ -73,7 +73,7 @@ class Local:
         """Raises UserError if the model can't be loaded, or lacks the chat template that the config needs."""
         import jax
 
-        from lacuna.sampler import load_generator
+        from lacuna.apps.generator import load_generator
 
         self.generator = load_generator(config, jax.device_count() // config.tensor)
         self.tokenizer = self.generator.sampler.tokenizer
@@ -92,7 +92,7 @@ class Local:
         )
 
     def rules(self, config: ChatConfig) -> str:
-        from lacuna.sampler import rules_by_origin
+        from lacuna.apps.generator import rules_by_origin
 
         return f"{rules_by_origin(config, self.generator.rules)}; seed={config.seed}"
 
@@ -110,7 +110,8 @@ class Local:
 
     def answer(self, messages: list[Message], config: ChatConfig, seed: int) -> Generator[AnswerPiece]:
         """Raises UserError if the conversation leaves no room for an answer."""
-        from lacuna.sampler import BLOCK, Request, rules_in_force
+        from lacuna.apps.generator import rules_in_force
+        from lacuna.sampler import BLOCK, Request
 
         sampler, prompt = self.generator.sampler, self.prompt(messages)
         rules, room = rules_in_force(config, self.generator.rules), sampler.capacity - len(prompt)

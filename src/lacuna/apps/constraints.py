@@ -1,4 +1,4 @@
-"""Beam search, over all outputs or over a trie of allowed ones: deterministic, with exact sums of log-probabilities."""
+"""Constraints: the outputs that a sampler may choose from, and beam search, deterministic with exact sums."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,38 +13,19 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna.config import SamplingKeys, UserError
 from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, head_of, logits_of, prefill, rotation_table
-from lacuna.sampler import (
-    Forest,
-    Request,
-    Sampler,
-    Trie,
-    check_request,
-    edges_of,
-    forest_of,
-    is_leaf,
-    page_bucket,
-    prompt_pages,
-)
+from lacuna.sampler import Forest, Request, Sampler, edges_of, is_leaf, page_bucket, prompt_pages
 
 
-def token_trie(sequences: Iterable[Sequence[int]], end_id: int | None = None) -> Trie:
-    """The trie of these token sequences, each followed by `end_id` where one is given.
+def forest_of(choices: Sequence[Iterable[Sequence[int]]], end_id: int | None = None) -> Forest:
+    """A trie for each choice of token sequences, its root the node of the choice's own number; `end_id`, where given,
+    follows each sequence.
 
     Raises:
-        UserError: no sequence, an empty one, or one that begins another, which needs an `end_id`.
+        UserError: a choice without a sequence, an empty sequence, or one that begins another, which needs an `end_id`.
     """
-    root: dict[int, Any] = {}
-    ends = []
-    for sequence in sequences:
-        node = root
-        for token in (*sequence, *(() if end_id is None else (end_id,))):
-            node = node.setdefault(int(token), {})
-        ends.append((node, sequence))
-    if not ends or root in [node for node, _ in ends]:
-        raise UserError("a trie of allowed outputs needs at least one, and none that is empty")
-    if longer := [sequence for node, sequence in ends if node]:
-        raise UserError(f"the allowed output {list(longer[0])} begins another one; give an end_id that ends each")
-    nodes = [root]
+    nodes: list[dict[int, Any]] = [{} for _ in choices]
+    for root, choice in zip(nodes, choices, strict=True):
+        add_sequences(root, choice, () if end_id is None else (end_id,))
     first, tokens, children = [0], [], []
     for node in nodes:
         for token, child in sorted(node.items()):
@@ -52,7 +33,22 @@ def token_trie(sequences: Iterable[Sequence[int]], end_id: int | None = None) ->
             children.append(len(nodes))
             nodes.append(child)
         first.append(len(tokens))
-    return Trie(*(np.array(values, np.int32) for values in (first, tokens, children)))
+    fan = np.arange(max(np.diff(first), default=1))
+    return Forest(*(jnp.asarray(values, jnp.int32) for values in (first, tokens, children, fan)))
+
+
+def add_sequences(root: dict[int, Any], sequences: Iterable[Sequence[int]], end: tuple[int, ...]) -> None:
+    """Add a path from `root` for each of the sequences."""
+    ends = []
+    for sequence in sequences:
+        node = root
+        for token in (*sequence, *end):
+            node = node.setdefault(int(token), {})
+        ends.append((node, sequence))
+    if not ends or any(node is root for node, _ in ends):
+        raise UserError("a choice of allowed outputs needs at least one, and none that is empty")
+    if longer := [sequence for node, sequence in ends if node]:
+        raise UserError(f"the allowed output {list(longer[0])} begins another one; give an end_id that ends each")
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,10 @@ def beam_search(
     beam_count: int,
     max_tokens: int,
     stop_ids: Sequence[int] = (),
-    trie: Trie | None = None,
+    root: int = -1,
 ) -> list[list[Beam]]:
-    """The likeliest continuations of each prompt, best first: whole paths of `trie` where one is given, else up to a
-    stop token or `max_tokens`. Deterministic; scores are plain sums of the model's log-probabilities.
+    """The likeliest continuations of each prompt, best first: whole paths of the sampler's constraint from `root` on
+    where one is given, else up to a stop token or `max_tokens`. Scores are plain sums of the model's log-probabilities.
 
     Raises:
         UserError: a prompt that leaves no room for `max_tokens`, or that can't be generated from at all.
@@ -95,8 +91,7 @@ def beam_search(
             f"{len(prompts)} prompts, beam_count = {beam_count}, max_tokens = {max_tokens}: each should be 1 or more"
         )
     for prompt in prompts:
-        rules = SamplingKeys(max_tokens=max_tokens)
-        check_request(Request(tuple(prompt), rules, tuple(stop_ids), trie=trie), sampler.model, sampler.capacity)
+        sampler.check(Request(tuple(prompt), SamplingKeys(max_tokens=max_tokens), tuple(stop_ids), root=root))
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_tokens > sampler.capacity:
         raise UserError(
@@ -109,24 +104,18 @@ def beam_search(
         token[row, : len(prompt)] = prompt
     length = np.array([len(prompt) for prompt in prompts], np.int32)
     stop = np.array([*stop_ids, -1], np.int32)
+    forest = sampler.constraint if root >= 0 else None
+    bucket = page_bucket(longest + max_tokens, sampler.capacity)
     with jax.set_mesh(sampler.mesh):
         beams = search(
-            sampler.params, token, length, forest_of([trie])[0] if trie else None, stop, sampler.model,
-            beam_count, max_tokens, page_bucket(longest + max_tokens, sampler.capacity),
-        )  # fmt: skip
+            sampler.params, token, length, forest, np.int32(root), stop, sampler.model, beam_count, max_tokens, bucket
+        )
     score, history, is_done = jax.device_get((beams.score, beams.history, beams.is_done))
-    return [
-        [
-            Beam(
-                tuple(history[row, beam][history[row, beam] >= 0].tolist()),
-                float(score[row, beam]),
-                bool(is_done[row, beam]),
-            )
-            for beam in range(beam_count)
-            if score[row, beam] > -np.inf
-        ]
-        for row in range(len(prompts))
-    ]
+    found: list[list[Beam]] = [[] for _ in prompts]
+    for row, beam in zip(*np.nonzero(score > -np.inf), strict=True):
+        tokens = history[row, beam][history[row, beam] >= 0].tolist()
+        found[row].append(Beam(tuple(tokens), float(score[row, beam]), bool(is_done[row, beam])))
+    return found
 
 
 @partial(jax.jit, static_argnames=("model", "beam_count", "max_tokens", "pages"))
@@ -135,13 +124,14 @@ def search(
     prompt: Int[Array, "prompt token"],
     prompt_length: Int[Array, " prompt"],
     forest: Forest | None,
+    root: Int[Array, ""],
     stop_ids: Int[Array, " stop"],
     model: ModelConfig,
     beam_count: int,
     max_tokens: int,
     pages: int,
 ) -> Beams:
-    """Every hypothesis goes on by each of its tokens, and the best sums go on; one that is done stays as it is."""
+    """Every hypothesis is continued by each possible token and the best sums are kept; finished ones stay."""
     shape = (len(prompt), beam_count)
     last = jnp.take_along_axis(prompt, prompt_length[:, None] - 1, axis=1)
     filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, model))
@@ -151,7 +141,7 @@ def search(
         token=jnp.broadcast_to(last, shape),
         length=jnp.broadcast_to(prompt_length[:, None] - 1, shape),
         score=jnp.broadcast_to(jnp.where(jnp.arange(beam_count) == 0, 0, -jnp.inf), shape),
-        node=jnp.zeros(shape, jnp.int32),
+        node=jnp.broadcast_to(root, shape),
         is_done=jnp.zeros(shape, bool),
         history=jnp.full((*shape, max_tokens), -1, jnp.int32),
     )
@@ -195,7 +185,7 @@ def search(
             history=of_parent(beams.history).at[:, :, number].set(jnp.where(was_done, -1, token)),
         )
 
-    def goes_on(carry: tuple[Array, Beams]) -> Bool[Array, ""]:
+    def continues(carry: tuple[Array, Beams]) -> Bool[Array, ""]:
         return (carry[0] < max_tokens) & jnp.any(~carry[1].is_done & (carry[1].score > -jnp.inf))
 
-    return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), start))[1]
+    return jax.lax.while_loop(continues, step, (jnp.zeros((), jnp.int32), start))[1]

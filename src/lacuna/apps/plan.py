@@ -4,6 +4,7 @@ Memory is what the compiler says; times are bounds from the published figures of
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -41,7 +42,17 @@ from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, check_sequence_length, parameter_counts
-from lacuna.sampler import PREFILL_PAGES, cast_params, decode_block, empty_slots, fill_cache, forest_of
+from lacuna.sampler import (
+    PREFILL_PAGES,
+    Request,
+    cast_params,
+    decode_block,
+    empty_slots,
+    fill_cache,
+    rules_of,
+    slots_for,
+    stacked,
+)
 from lacuna.trainer import TrainState
 
 MOST_ROWS = 64  # the largest micro-batch that is tried
@@ -261,8 +272,7 @@ def kind_of(name: str) -> Any:
 
 def abstract_slots(config: GrpoConfig, model: ModelConfig, mesh: Mesh) -> Any:
     """The batch of the sampler, with the largest cache that a run comes to need."""
-    shards = row_shards(mesh)
-    count, pages = -(-planned_slots(config) // shards) * shards, -(-config.sequence_length // PAGE)
+    count, pages = slots_for(planned_slots(config), mesh), math.ceil(config.sequence_length / PAGE)
     slots = jax.eval_shape(partial(empty_slots, model, count, pages, config.compute_dtype))
     slots = placed(slots, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
     return slots._replace(cache=placed(slots.cache, NamedSharding(mesh, PartitionSpec(ROW_AXES, "tensor"))))
@@ -278,15 +288,16 @@ def grpo_programs(
     count = len(slots.token)
     casting = cast_params.trace(state.params, model, config.compute_dtype)
     params = placed(casting.out_info, casting.lower().compile().output_shardings)
-    forest = placed(jax.eval_shape(lambda: forest_of([])[0]), first)
+    rules = stacked([rules_of(Request((0,)), 0, capacity=1)] * count)
+    rules = placed(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, rules)), first)
     flags = jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=first)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=first)
     trained, generating = device_bytes(state), device_bytes((params, slots))
     longest = -(-(config.sequence_length - config.max_completion_tokens) // PAGE) * PAGE
     most = min(config.prompts_per_step, max(PREFILL_PAGES // pages, 1))
-    prompts = jax.ShapeDtypeStruct((-(-most // shards) * shards, longest), jnp.int32, sharding=rows)
+    prompts = jax.ShapeDtypeStruct((slots_for(most, mesh), longest), jnp.int32, sharding=rows)
     yield compiled("prefill", fill_cache, params, prompts, model, beside=trained + device_bytes(slots))
-    yield compiled("decode", decode_block, params, slots, forest, flags, number, number, model, beside=trained)
+    yield compiled("decode", decode_block, params, slots, rules, None, flags, number, number, model, beside=trained)
     rows_at_once = config.micro_batch_size * shards
     shape = 2, rows_at_once, config.sequence_length
     sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))

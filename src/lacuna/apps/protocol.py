@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
+from lacuna.apps.generator import Generator
 from lacuna.config import SamplingKeys
-from lacuna.sampler import TOP_LOGPROBS, Completion, Generator, Request, check_request, joined_parts
+from lacuna.sampler import TOP_LOGPROBS, Completion, Request, joined_parts
 from lacuna.tokenizer import REPLACEMENT, Tokenizer, decode, encode, render
 
 LEAST_TOP_P = 1e-6  # in float32 a smaller one would leave no token over
@@ -202,7 +203,7 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
     ]
     for request in requests:
         try:
-            check_request(request, generator.sampler.model, generator.sampler.capacity)
+            generator.sampler.check(request)
         except ValueError as error:
             is_long = len(request.prompt) >= generator.sampler.capacity
             raise ApiError(400, str(error), place, "context_length_exceeded" if is_long else None) from None

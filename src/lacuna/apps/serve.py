@@ -37,9 +37,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lacuna import sampler
 from lacuna.apps.configs import ServeConfig, is_loopback
+from lacuna.apps.generator import Generator, load_generator, rules_by_origin
 from lacuna.apps.protocol import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
 from lacuna.config import SamplingKeys, UserError
-from lacuna.sampler import Completion, Generator, Sampler, load_generator, rules_by_origin
+from lacuna.sampler import Completion, Sampler
 
 STEPS = 8  # tokens between two looks at what came: the grain of a stream
 HEADER_SECONDS, BODY_SECONDS = 20, 30  # for a client to send its request's head, and its body
