@@ -66,7 +66,7 @@ class Start(NamedTuple):
 
 
 class End(NamedTuple):
-    """How a start ended: the step it went on from, none if it never came so far, and the last one logged."""
+    """How a start ended: the step it resumed from, none if it never got that far, and the last one logged."""
 
     codes: list[int]
     is_killed: bool
@@ -129,7 +129,7 @@ def campaign(name: str, directory: Path, steps: int, kills: int, chance: random.
         struck[moment] += end.is_killed
         if end.resumed is not None:
             damaged.clear()
-        line = f"{len(ends):>4}  {told(start, end)}"
+        line = f"{len(ends):>4}  {summary(start, end)}"
         if left and len(set(saved_steps(run)) - damaged) > 1 and chance.random() < DAMAGE_SHARE:
             kind, step = next(kinds), newest(run, damaged)
             harm(checkpoint_directory(run, step), kind, chance)
@@ -259,7 +259,7 @@ def harm(directory: Path, kind: str, chance: random.Random) -> None:
 
 
 def newest(run: Path, damaged: set[int]) -> int:
-    """The step from which a run must go on."""
+    """The step from which a run must resume."""
     return max(set(saved_steps(run)) - damaged, default=0)
 
 
@@ -275,7 +275,7 @@ def reached_step(run: Path) -> int:
 
 
 def resumed_step(log: Path) -> int | None:
-    """The step from which a start says it goes on."""
+    """The step from which a start says it resumes."""
     found = re.search(r"resuming from .*step_(\d+)|no checkpoint to resume from", log.read_text())
     return int(found[1] or 0) if found else None
 
@@ -291,7 +291,7 @@ def has_stepped(start: Start) -> bool:
     return resumed is not None and reached_step(start.run) > min(resumed, start.steps - 1)
 
 
-def told(start: Start, end: End) -> str:
+def summary(start: Start, end: End) -> str:
     """A line on a start."""
     where = f"{start.processes} × {start.devices} devices"
     steps = "no step" if end.resumed is None else f"steps {end.resumed:>3} to {end.reached:>3}"
@@ -307,10 +307,10 @@ def wrong_with(start: Start, end: End, first: int, damaged: set[int]) -> list[st
     if end.survivor_seconds and 0 in end.codes:
         problems.append(f"one process was killed and the other ended well: {end.codes}")
     if end.survivor_seconds > SURVIVOR_SECONDS:
-        problems.append(f"one process was killed and the other lived on for {end.survivor_seconds:.0f} s")
+        problems.append(f"one process was killed and the other survived for {end.survivor_seconds:.0f} s")
     if end.resumed is not None:
         if end.resumed != first:
-            problems.append(f"went on from step {end.resumed}, not from {first}")
+            problems.append(f"resumed from step {end.resumed}, not from {first}")
         names = [str(checkpoint_directory(start.run, step)) for step in damaged]
         text = start.log.read_text()
         problems += [f"does not name {name}" for name in names if f"checkpoint passed over: {name}" not in text]

@@ -279,14 +279,14 @@ def test_a_split_of_a_data_set_by_name_is_its_rows(first: Fetched) -> None:
     assert first.answers["data acme/chats test"] == CHATS[8:]
 
 
-def test_a_dropped_line_is_taken_up_where_it_broke(first: Fetched, hub: Hub) -> None:
+def test_a_dropped_connection_is_resumed_where_it_broke(first: Fetched, hub: Hub) -> None:
     assert Path(first.answers["model acme/flaky"], "model.safetensors").read_bytes() == LARGE
     stored = [line for line in hub.asked if line.startswith("GET /storage/models/acme/flaky/")]
     assert [line.partition("bytes=")[2] for line in stored] == ["", f"{KEPT_AT_A_TIME}-"]
 
 
 @pytest.mark.parametrize(
-    ("wish", "told"),
+    ("wish", "words"),
     [
         ("model acme/absent", ["model_name 'acme/absent'", "no such directory", "no such model on the hub"]),
         ("model ./no/such/place", ["model_name './no/such/place'", "no such directory", "Qwen/Qwen2.5-0.5B"]),
@@ -298,10 +298,10 @@ def test_a_dropped_line_is_taken_up_where_it_broke(first: Fetched, hub: Hub) -> 
         ("data acme/broken train", ["data path 'acme/broken'", "peer closed", "the same command"]),
     ],
 )
-def test_what_can_not_be_fetched_is_refused_in_a_line(first: Fetched, wish: str, told: list[str]) -> None:
+def test_what_cannot_be_fetched_is_refused_in_a_line(first: Fetched, wish: str, words: list[str]) -> None:
     message = first.answers[wish]
     assert message.startswith("error: ") and "\n" not in message
-    assert [part for part in told if part not in message] == []
+    assert [part for part in words if part not in message] == []
 
 
 def test_a_later_run_fetches_what_was_broken_off_and_what_is_now_allowed(first: Fetched, hub: Hub) -> None:
