@@ -1,4 +1,4 @@
-"""The server over real sockets: OpenAI's own client, hostile clients, and the page in a real browser."""
+"""The server over real sockets: OpenAI's own client, hostile clients, and the page in a browser."""
 
 import http.client
 import json
@@ -40,6 +40,7 @@ NAME = "small"
 CAPACITY = 320
 QUESTION = [{"role": "user", "content": "Nora has 18 marbles. Nora leaves 9 marbles at school. How many?"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+PATIENCE = 300  # seconds for what takes a second on a quiet machine
 
 
 # A server on a thread
@@ -47,24 +48,24 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that says something else at every token."""
+    """A random model whose next token is hard to guess."""
     directory = tmp_path_factory.mktemp("model") / "small"
     source = make_small(directory.with_name("source"))
-    config = model.read_model_config(source)
-    params = model.initial_params(jax.random.key(0), replace(config, initializer_range=0.4))
-    checkpoint.save_model(directory, params, config, source)
+    shape = model.read_model_config(source)
+    params = model.initial_params(jax.random.key(0), replace(shape, initializer_range=0.4))
+    checkpoint.save_model(directory, params, shape, source)
     return directory
 
 
 @pytest.fixture(scope="module")
 def new_generator(directory: Path) -> Callable[[], ModelGenerator]:
-    config, mesh, tokenizer = model.read_model_config(directory), mesh_of(1, 1, 1), load_tokenizer(directory)
-    params = checkpoint.load_params(directory, config, mesh)
+    shape, mesh, tokenizer = model.read_model_config(directory), mesh_of(1, 1, 1), load_tokenizer(directory)
+    params = checkpoint.load_params(directory, shape, mesh)
     rules = SamplingKeys(temperature=0.0, max_tokens=30)
 
     def make() -> ModelGenerator:
         batch = sampler.Sampler(
-            params, checkpoint.OpenedModel(directory, config, tokenizer, mesh, ""), 4, CAPACITY, "float32"
+            params, checkpoint.OpenedModel(directory, shape, tokenizer, mesh, ""), 4, CAPACITY, "float32"
         )
         return ModelGenerator(batch, directory, rules, (2, 0))
 
@@ -82,18 +83,21 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, key: str = "unused") -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+
+    def running_count(self) -> int:
+        return sum(running is not None for running in self.generator.sampler.running)
 
     def is_quiet(self) -> bool:
-        return self.driver.held == 0 and self.generator.sampler.is_idle
+        return self.driver.held == 0 and self.generator.sampler.is_idle and self.running_count() == 0
 
 
 @contextmanager
 def serving(generator: ModelGenerator, **settings: Any) -> Generator[Served]:
-    page = ServeConfig(**{"port": 0, "served_name": NAME, "slots": 4, "queue_size": 96, **settings})
-    with serve.bind(page) as listener:
-        service = serve.make_service(page, generator, listener)
-        server = serve.make_server(page, serve.make_app(service))
+    config = ServeConfig(**{"port": 0, "served_name": NAME, "slots": 4, "queue_size": 96, **settings})
+    with serve.bind(config) as listener:
+        service = serve.make_service(config, generator, listener)
+        server = serve.make_server(config, serve.make_app(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -112,19 +116,47 @@ def served(new_generator: Callable[[], ModelGenerator]) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def alone(new_generator: Callable[[], ModelGenerator]) -> sampler.Sampler:
-    """A sampler that no server has, to ask for what an answer should be."""
+    """A sampler without a server, for the answers that are expected."""
     return new_generator().sampler
 
 
+class Gate:
+    """Lets every sampler advance only as often as `step` says, or freely while it is open."""
+
+    def __init__(self) -> None:
+        self.steps, self.is_open = threading.Semaphore(0), threading.Event()
+
+    def step(self) -> None:
+        self.steps.release()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
+
+    def open(self) -> None:
+        self.is_open.set()
+
+    def close(self) -> None:
+        self.is_open.clear()
+
+    def wait(self) -> None:
+        while not self.is_open.is_set() and not self.steps.acquire(timeout=0.01):
+            pass
+
+
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sampler that takes its time, so that a test can meet it at work."""
-    advance = sampler.Sampler.advance
-    monkeypatch.setattr(sampler.Sampler, "advance", lambda *all: time.sleep(0.1) or advance(*all))
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Samplers that a test meets at work."""
+    advance, gate = sampler.Sampler.advance, Gate()
+    monkeypatch.setattr(sampler.Sampler, "advance", lambda *all: gate.wait() or advance(*all))
+    with gate:
+        yield gate
 
 
-def eventually(is_true: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def eventually(is_true: Callable[[], Any]) -> None:
+    end = time.monotonic() + PATIENCE
     while not is_true():
         assert time.monotonic() < end, "this did not become true"
         time.sleep(0.01)
@@ -135,7 +167,7 @@ def ask(
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of a plain request."""
     raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)) as connection:
+    with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)) as connection:
         connection.request(method, path, raw, {"Content-Type": "application/json", **(headers or {})})
         response = connection.getresponse()
         return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
@@ -146,7 +178,7 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 
 def expected(alone: sampler.Sampler, text: str | None = None, **fields: Any) -> list[sampler.Completion]:
-    """What the sampler gives to a prompt, or to the question asked as a chat."""
+    """The sampler's completions of a prompt, or of the question asked as a chat."""
     tokenizer = alone.tokenizer
     prompt = render(tokenizer, QUESTION, add_generation_prompt=True) if text is None else text
     names = SamplingKeys.model_fields.keys() & fields.keys()
@@ -168,7 +200,9 @@ def test_answers_are_the_samplers_streamed_or_whole(
     assert [choice.message.content for choice in whole.choices] == [each.text for each in wanted]
     assert [choice.finish_reason for choice in whole.choices] == [each.finish_reason for each in wanted]
     assert whole.usage and whole.usage.completion_tokens == sum(len(each.tokens) for each in wanted)
-    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    prompt = encode(alone.tokenizer, render(alone.tokenizer, QUESTION, add_generation_prompt=True), False)
+    assert whole.usage.prompt_tokens == len(prompt)
+    assert whole.usage.total_tokens == len(prompt) + whole.usage.completion_tokens
     texts, reasons, usage = [""] * len(wanted), {}, []
     for chunk in client.chat.completions.create(
         model=NAME, messages=QUESTION, stream=True, stream_options={"include_usage": True}, **fields
@@ -182,7 +216,7 @@ def test_answers_are_the_samplers_streamed_or_whole(
     assert usage[-1] == whole.usage and not any(usage[:-1]) and len(usage) > 2 * len(wanted)
 
 
-def test_a_seed_repeats_and_its_absence_does_not(served: Served) -> None:
+def test_the_same_seed_repeats_an_answer_and_no_seed_does_not(served: Served) -> None:
     def said(**fields: Any) -> str:
         answer = served.client().chat.completions.create(model=NAME, messages=QUESTION, temperature=2, **fields)
         return answer.choices[0].message.content or ""
@@ -191,7 +225,7 @@ def test_a_seed_repeats_and_its_absence_does_not(served: Served) -> None:
     assert said() != said()
 
 
-def test_no_probability_at_all_is_greedy(served: Served, alone: sampler.Sampler) -> None:
+def test_a_top_p_of_zero_is_greedy(served: Served, alone: sampler.Sampler) -> None:
     fields = {"model": NAME, "messages": QUESTION, "temperature": 1, "top_p": 0}
     answer = served.client().chat.completions.create(**fields)
     assert answer.choices[0].message.content == expected(alone)[0].text
@@ -208,12 +242,12 @@ def test_stop_ends_before_the_string(served: Served, alone: sampler.Sampler) -> 
 
 
 def in_ascii(text: str) -> str:
-    """The text without characters that several tokens may have to make up."""
+    """The text without characters that may take several tokens."""
     return re.sub(r"[^\x00-\x7f]", "", text)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_are_the_samplers_and_their_tokens_the_text(
+def test_log_probabilities_are_the_samplers_and_their_tokens_make_the_text(
     served: Served, alone: sampler.Sampler, stream: bool
 ) -> None:
     (wanted,) = expected(alone, top_logprobs=3)
@@ -279,9 +313,9 @@ def test_models_and_harmless_fields_are_as_clients_expect(served: Served, alone:
 @pytest.mark.parametrize(
     ("path", "body", "status", "param", "says"),
     [
-        (CHAT, b'{"model": ', 400, None, "invalid JSON"),
-        (CHAT, b"\xff\xfe", 400, None, "invalid JSON"),
-        (CHAT, b"[" * 5000, 400, None, "invalid JSON"),
+        (CHAT, b'{"model": ', 400, None, "Invalid JSON"),
+        (CHAT, b"\xff\xfe", 400, None, "Invalid JSON"),
+        (CHAT, b"[" * 5000, 400, None, "Invalid JSON"),
         (CHAT, rb'{"model": "small", "messages": [{"role": "user", "content": "\ud800"}]}', 400, None, "JSON"),
         (CHAT, [1], 400, None, "object"),
         (CHAT, {"model": NAME}, 400, "messages", "required"),
@@ -321,20 +355,20 @@ def test_a_bad_request_gets_an_error_object(
     assert set(error) == {"message", "type", "param", "code"}
 
 
-def test_a_body_has_to_be_json_and_no_longer_than_it_says(served: Served) -> None:
+def test_a_body_must_be_json_and_not_too_long(served: Served) -> None:
     status, _, _ = ask(served, CHAT, chat(), {"Content-Type": "text/plain"})
-    assert status == 415  # else a page of the web could post here without asking first
+    assert status == 415  # or any web page could post here without a preflight
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with closing(socket.create_connection(("127.0.0.1", served.port), 60)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", served.port), PATIENCE)) as connection:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunk * 17 + b"0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_a_key_is_wanted_where_one_is_set(new_generator: Callable[[], ModelGenerator]) -> None:
+def test_a_configured_key_is_required(new_generator: Callable[[], ModelGenerator]) -> None:
     with serving(new_generator(), api_key=SecretStr("right-key"), host="127.0.0.1") as served:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right-key"}):
-            for path in (CHAT, "/metrics", "/v1/models", "/nothing"):
+            for path in (CHAT, "/v1/models", "/nothing"):
                 status, answer, raw = ask(served, path, chat(), headers)
                 assert status == 401 and answer["www-authenticate"] == "Bearer"
                 assert json.loads(raw)["error"]["code"] == "invalid_api_key"
@@ -344,7 +378,7 @@ def test_a_key_is_wanted_where_one_is_set(new_generator: Callable[[], ModelGener
         assert ask(served, "/", method="GET")[0] == ask(served, "/health", method="GET")[0] == 200
 
 
-def test_no_page_of_the_web_reaches_in_under_another_name(served: Served) -> None:
+def test_no_web_page_reaches_the_server_under_another_name(served: Served) -> None:
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1", ""):
         assert ask(served, "/v1/models", headers={"Host": host}, method="GET")[0] in (400, 403)
     for host in ("localhost", "[::1]:8000", "127.0.0.1:1"):
@@ -352,14 +386,14 @@ def test_no_page_of_the_web_reaches_in_under_another_name(served: Served) -> Non
         assert status == 200 and "access-control-allow-origin" not in headers
 
 
-def test_others_are_let_in_only_with_a_key() -> None:
+def test_other_machines_need_a_key() -> None:
     with pytest.raises(UserError, match="0.0.0.0 opens this server to others; set api_key"):
         parse(ServeConfig, ["--host", "0.0.0.0"], "serve")
-    page = parse(ServeConfig, ["--host", "0.0.0.0", "--api-key", "s3cret"], "serve")
-    assert "s3cret" not in repr(page) and page.api_key.get_secret_value() == "s3cret"
+    config = parse(ServeConfig, ["--host", "0.0.0.0", "--api-key", "s3cret"], "serve")
+    assert "s3cret" not in repr(config) and config.api_key.get_secret_value() == "s3cret"
 
 
-def test_the_key_is_never_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_key_is_never_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text('api_key = "s3cret key"')
     arguments = ["@", str(tmp_path / "serve.toml")]
     with pytest.raises(SystemExit):
@@ -369,44 +403,51 @@ def test_the_key_is_never_shown(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "s3cret" not in capsys.readouterr().out + str(refusal.value)
 
 
-def test_a_full_queue_sends_away_and_says_when_to_return(
-    new_generator: Callable[[], ModelGenerator], slow: None
+def test_a_full_queue_refuses_and_says_when_to_retry(
+    new_generator: Callable[[], ModelGenerator], gate: Gate
 ) -> None:
-    with serving(new_generator(), queue_size=0) as served, ThreadPoolExecutor() as pool:
+    with serving(new_generator(), queue_size=0) as served, ThreadPoolExecutor() as pool, gate:
         working = pool.submit(ask, served, CHAT, chat(n=4))
         eventually(lambda: served.driver.held)
         status, headers, raw = ask(served, CHAT, chat())
         assert status == 429 and int(headers["retry-after"]) > 0
         assert json.loads(raw)["error"]["code"] == "queue_full"
+        gate.open()
         assert working.result()[0] == 200
         assert ask(served, CHAT, chat())[0] == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 7])
-def test_when_the_client_is_gone_its_slots_are_free(
-    served: Served, alone: sampler.Sampler, slow: None, stream: bool, n: int
+def test_when_the_client_leaves_its_slots_are_freed(
+    served: Served, gate: Gate, monkeypatch: pytest.MonkeyPatch, stream: bool, n: int
 ) -> None:
-    (whole,) = expected(alone, max_tokens=10**9)
-    assert whole.finish_reason == "length" and len(whole.tokens) > 250
-    figures = served.driver.figures
-    cancelled, generated = figures.cancelled._value.get(), figures.completion_tokens._value.get()
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
-    body = json.dumps(chat(stream=stream, n=n, max_tokens=10**9))
+    """Three blocks at most are generated: the one before it leaves, and two that the driver may have entered."""
+    generated, deliver = [0], serve.Driver.deliver
+
+    def counted(self: serve.Driver, parts: list[sampler.Completion]) -> None:
+        generated[0] += sum(len(part.tokens) for part in parts)
+        deliver(self, parts)
+
+    monkeypatch.setattr(serve.Driver, "deliver", counted)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
+    body = json.dumps(chat(stream=stream, n=n, max_tokens=10**9, temperature=1.0))
     connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
-    eventually(served.driver.running_count)
+    gate.step()
+    eventually(served.running_count)
     if stream:
         connection.getresponse().close()
     connection.close()
+    eventually(lambda: served.driver.held == 0)
+    gate.open()
     eventually(served.is_quiet)
-    assert served.driver.running_count() == 0 and figures.cancelled._value.get() == cancelled + 1
-    assert figures.completion_tokens._value.get() - generated < 200 * n
+    assert 0 < generated[0] <= 3 * serve.STEPS * 4
 
 
-def test_half_open_connections_hold_nobody_up(served: Served, alone: sampler.Sampler) -> None:
+def test_half_open_connections_delay_nobody(served: Served, alone: sampler.Sampler) -> None:
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n"
     beginnings = [b"", b"GET / HT", head.encode(), f"{head}\r\n{{".encode()]
-    connections = [socket.create_connection(("127.0.0.1", served.port), 60) for _ in range(200)]
+    connections = [socket.create_connection(("127.0.0.1", served.port), PATIENCE) for _ in range(50)]
     for number, connection in enumerate(connections):
         connection.sendall(beginnings[number % 4])
     status, _, raw = ask(served, CHAT, chat())
@@ -417,35 +458,30 @@ def test_half_open_connections_hold_nobody_up(served: Served, alone: sampler.Sam
     eventually(served.is_quiet)
 
 
-def test_a_silent_connection_is_closed(
-    monkeypatch: pytest.MonkeyPatch, new_generator: Callable[[], ModelGenerator]
-) -> None:
-    monkeypatch.setattr(serve, "HEADER_SECONDS", 0.1)
+def test_a_body_that_does_not_arrive_is_refused(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
     monkeypatch.setattr(serve, "BODY_SECONDS", 0.1)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
-    with serving(new_generator()) as served:
-        for beginning, answer in ((b"GET /", b""), (head.encode(), b"HTTP/1.1 408")):
-            with closing(socket.create_connection(("127.0.0.1", served.port), 60)) as connection:
-                connection.sendall(beginning)
-                assert connection.recv(12) == answer
-        with closing(socket.create_connection(("127.0.0.1", served.port), 60)) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he")
-            answer = b"".join(iter(lambda: connection.recv(1000), b""))
-            assert answer.endswith(b'{"status":"ok"}')
+    with closing(socket.create_connection(("127.0.0.1", served.port), PATIENCE)) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(12) == b"HTTP/1.1 408"
 
 
-def test_when_the_sampler_fails_all_are_told(
+def test_if_the_sampler_fails_every_client_gets_an_error(
     new_generator: Callable[[], ModelGenerator],
+    gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     def broken(*_: Any) -> None:
-        time.sleep(0.2)
+        gate.wait()
         raise RuntimeError("/secret/path is on fire")
 
     monkeypatch.setattr(sampler.Sampler, "advance", broken)
-    with serving(new_generator()) as served, ThreadPoolExecutor() as pool:
-        answers = list(pool.map(lambda stream: ask(served, CHAT, chat(stream=stream)), [False, False, True]))
+    with serving(new_generator()) as served, ThreadPoolExecutor() as pool, gate:
+        working = [pool.submit(ask, served, CHAT, chat(stream=stream)) for stream in (False, False, True)]
+        eventually(lambda: served.driver.held == 3)
+        gate.open()
+        answers = [each.result() for each in working]
         assert [status for status, _, _ in answers] == [500, 500, 200]
         assert all(b'"server_error"' in raw and b"secret" not in raw for _, _, raw in answers)
         assert ask(served, "/health", method="GET")[0] == 503
@@ -462,11 +498,11 @@ FIELDS = [
     "top_p", "frequency_penalty", "presence_penalty", "top_k", "min_p", "repetition_penalty", "logprobs", 
     "top_logprobs", "tools", "user", "max_completion_tokens", "best_of", "echo", "anything",
 ]  # fmt: skip
-PATHS = [CHAT, CHAT, CHAT, TEXT, TEXT, TEXT, "/", "/v1/models", f"/v1/models/{NAME}", "/metrics", "/health", "/..%2f"]
+PATHS = [CHAT, CHAT, CHAT, TEXT, TEXT, TEXT, "/", "/v1/models", f"/v1/models/{NAME}", "/health", "/..%2f"]
 
 
 def fuzzed(chance: random.Random) -> tuple[str, str, bytes]:
-    """Method, path and body of a request, near to a good one or far from it."""
+    """Method, path and body of a request, similar to a good one or not at all."""
     path = chance.choice(PATHS)
     body: Any = {"model": NAME, "max_tokens": chance.randrange(1, 12), "stream": chance.random() < 0.3}
     body |= {"messages": QUESTION} if path == CHAT else {"prompt": "Ben has"}
@@ -479,21 +515,21 @@ def fuzzed(chance: random.Random) -> tuple[str, str, bytes]:
     return method, path, raw
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_random_requests_never_break_it(served: Served, directory: Path, count: int) -> None:
-    """Some clients leave before they have their answer, and some do not speak HTTP."""
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_requests_never_break_the_server(served: Served, directory: Path, count: int) -> None:
+    """Some clients leave before they get their answer, and some do not speak HTTP."""
     secrets = [str(directory), str(Path.home()), str(Path(serve.__file__).parent), "Traceback", "serve.py"]
 
     def send(seed: int) -> int:
         chance = random.Random(seed)
         method, path, raw = fuzzed(chance)
         if chance.random() < 0.05:
-            with closing(socket.create_connection(("127.0.0.1", served.port), 120)) as connection:
+            with closing(socket.create_connection(("127.0.0.1", served.port), PATIENCE)) as connection:
                 connection.sendall(b"POST /v1/completions HTTP/1.1\r\n"[: chance.randrange(32)] + chance.randbytes(200))
                 connection.shutdown(socket.SHUT_WR)
                 assert connection.recv(100)[:10] in (b"", b"HTTP/1.1 4")
                 return 0
-        with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)) as connection:
             connection.request(method, path, raw, {"Content-Type": "application/json"})
             if chance.random() < 0.1:
                 return 0
@@ -516,7 +552,7 @@ def test_random_requests_never_break_it(served: Served, directory: Path, count: 
 # Load
 
 
-def test_many_clients_get_what_each_would_get_alone(served: Served, alone: sampler.Sampler) -> None:
+def test_many_clients_get_what_each_would_alone(served: Served, alone: sampler.Sampler) -> None:
     def fields(number: int) -> dict[str, Any]:
         limits = {"max_tokens": 5 + 3 * number % 40, "seed": number}
         return limits | ({"temperature": 1.0, "top_p": 0.9} if number % 2 else {"temperature": 0.0})
@@ -530,27 +566,8 @@ def test_many_clients_get_what_each_would_get_alone(served: Served, alone: sampl
         return "".join(chunk.choices[0].delta.content or "" for chunk in found)
 
     with ThreadPoolExecutor(16) as pool:
-        said = list(pool.map(one, range(48)))
-    assert said == [expected(alone, **fields(number))[0].text for number in range(48)]
-
-
-def test_metrics_count_what_was_done(new_generator: Callable[[], ModelGenerator]) -> None:
-    with serving(new_generator()) as served:
-        answer = json.loads(ask(served, CHAT, chat(n=2))[2])
-        ask(served, CHAT, chat(n=0))
-        ask(served, "/nowhere/42", method="GET")
-        status, headers, raw = ask(served, "/metrics", method="GET")
-    text = raw.decode()
-    assert status == 200 and headers["content-type"].startswith("text/plain")
-    for line in (
-        f'lacuna_requests_total{{path="{CHAT}",status="200"}} 1.0',
-        'lacuna_requests_total{path="other",status="404"} 1.0',
-        f"lacuna_prompt_tokens_total {answer['usage']['prompt_tokens']:.1f}",
-        f"lacuna_completion_tokens_total {answer['usage']['completion_tokens']:.1f}",
-        "lacuna_running 0.0", "lacuna_held 0.0", "lacuna_first_token_seconds_count 1.0",
-        "lacuna_request_seconds_count 1.0",
-    ):  # fmt: skip
-        assert line in text.splitlines()
+        said = list(pool.map(one, range(24)))
+    assert said == [expected(alone, **fields(number))[0].text for number in range(24)]
 
 
 # The page
@@ -579,7 +596,9 @@ def by_id(browser: webdriver.Chrome, name: str) -> WebElement:
 
 
 def turns(browser: webdriver.Chrome, role: str) -> list[str]:
-    return [turn.text for turn in browser.find_elements(By.CSS_SELECTOR, f".turn.{role}")]
+    """Their texts at one moment, as a stream replaces its element all the time."""
+    script = "return [...document.querySelectorAll(`.turn.${arguments[0]}`)].map((turn) => turn.innerText)"
+    return browser.execute_script(script, role)
 
 
 def type_question(browser: webdriver.Chrome, text: str) -> None:
@@ -587,47 +606,68 @@ def type_question(browser: webdriver.Chrome, text: str) -> None:
     by_id(browser, "send").click()
 
 
-def open_page(browser: webdriver.Chrome, served: Served) -> None:
+def open_page(browser: webdriver.Chrome, served: Served, messages: list[dict[str, str]]) -> None:
     browser.get(served.url)
-    browser.execute_script("localStorage.clear()")
+    browser.execute_script("localStorage.setItem('lacuna.messages', JSON.stringify(arguments[0]))", messages)
     browser.refresh()
     eventually(lambda: by_id(browser, "model").text == NAME)
 
 
-def test_the_page_chats_stops_and_remembers(
-    browser: webdriver.Chrome, new_generator: Callable[[], ModelGenerator], slow: None
+def test_the_page_streams_stops_retries_and_remembers_on_a_phone(
+    browser: webdriver.Chrome,
+    new_generator: Callable[[], ModelGenerator],
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with serving(new_generator()) as served:
-        open_page(browser, served)
-        lengths = set()
-        type_question(browser, "How many marbles has Nora?")
-        eventually(
-            lambda: lengths.add(sum(map(len, turns(browser, "assistant")))) or by_id(browser, "send").is_displayed()
-        )
-        assert len(lengths) > 2  # it grew before one's eyes
-        by_id(browser, "open-settings").click()
-        by_id(browser, "max_tokens").send_keys("100000")
-        by_id(browser, "close-settings").click()
-        type_question(browser, "And Clara?")
-        eventually(lambda: len(turns(browser, "assistant")[-1]) > 20)
-        by_id(browser, "stop").click()
-        eventually(served.is_quiet)
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    with serving(new_generator()) as served, gate:
+        open_page(browser, served, [])
+        type_question(browser, "How many marbles has Nora?" + "unbroken" * 12)
+        gate.step()
+        eventually(lambda: len(turns(browser, "assistant")[-1]) > 3)
+        first = turns(browser, "assistant")[-1].rstrip("…")
+        gate.step()
+        eventually(lambda: len(turns(browser, "assistant")[-1]) > len(first) + 3)
+        gate.open()
         eventually(by_id(browser, "send").is_displayed)
-        assert served.driver.figures.cancelled._value.get() == 1
+        assert turns(browser, "assistant")[-1].startswith(first[:3])
+        gate.close()
+        type_question(browser, "And Clara?")
+        gate.step()
+        eventually(lambda: len(turns(browser, "assistant")[-1]) > 3)
+        by_id(browser, "stop").click()
+        eventually(lambda: served.driver.held == 0)
+        gate.open()
+        eventually(by_id(browser, "send").is_displayed)
+        assert turns(browser, "assistant")[-1].endswith("Stopped.")
+
+        def refuse(*_: Any) -> None:
+            raise serve.ApiError(429, "no room now")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(serve, "check_name", refuse)
+            type_question(browser, "And Ben?")
+            eventually(lambda: "no room now" in turns(browser, "assistant")[-1])
+        browser.find_element(By.CSS_SELECTOR, ".turn.assistant button").click()
+        eventually(lambda: by_id(browser, "send").is_displayed() and "no room" not in turns(browser, "assistant")[-1])
         said = turns(browser, "user"), turns(browser, "assistant")
-        assert said[0] == ["How many marbles has Nora?", "And Clara?"] and said[1][-1].endswith("Stopped.")
+        assert said[0][1:] == ["And Clara?", "And Ben?"] and len(said[1]) == 3 and "Retry" not in said[1][-1]
+        assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+        for name in ("new", "send"):
+            assert by_id(browser, name).rect["x"] + by_id(browser, name).rect["width"] <= 390
         browser.refresh()
         eventually(lambda: turns(browser, "user"))
         assert (turns(browser, "user"), turns(browser, "assistant")) == said
-        assert by_id(browser, "max_tokens").get_attribute("value") == "100000"
         by_id(browser, "new").click()
         assert not turns(browser, "user")
-        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+        log = browser.get_log("browser")
+        assert [entry for entry in log if entry["level"] == "SEVERE" and "429" not in entry["message"]] == []
 
 
 ANSWER = """<img src=x onerror="document.title='broken in'"> <script>document.title='broken in'</script>
 
-## Steps
+**Steps** in *order*
 1. First `<b>code</b>` here
 2. **Second** one
 
@@ -641,16 +681,10 @@ and the rest"""
 
 
 def test_text_never_becomes_markup(browser: webdriver.Chrome, served: Served) -> None:
-    open_page(browser, served)
-    browser.execute_script(
-        "localStorage.setItem('lacuna.messages', JSON.stringify(arguments[0]))",
-        [{"role": "user", "content": ANSWER}, {"role": "assistant", "content": ANSWER}],
-    )
-    browser.refresh()
-    eventually(lambda: by_id(browser, "model").text == NAME)
+    open_page(browser, served, [{"role": role, "content": ANSWER} for role in ("user", "assistant")])
     log = by_id(browser, "log")
     tags = {each.tag_name for each in log.find_elements(By.CSS_SELECTOR, "*")}
-    assert tags == {"div", "p", "h2", "ol", "ul", "li", "code", "strong", "pre"}
+    assert tags == {"div", "p", "ol", "ul", "li", "code", "strong", "em", "pre"}
     assert [each.text for each in log.find_elements(By.CSS_SELECTOR, "li")] == [
         "First <b>code</b> here", "Second one", "[a link](javascript:alert(1))",
     ]  # fmt: skip
@@ -658,48 +692,29 @@ def test_text_never_becomes_markup(browser: webdriver.Chrome, served: Served) ->
     assert log.find_element(By.CSS_SELECTOR, ".user").text == ANSWER
     assert browser.title == f"{NAME} · lacuna"
 
-
-@pytest.mark.parametrize("size", [(390, 844), (1280, 800)])
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_page_fits_its_window_in_both_themes(
-    browser: webdriver.Chrome, served: Served, size: tuple[int, int], theme: str
-) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 500},
-    )
-    features = [{"name": "prefers-color-scheme", "value": theme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    open_page(browser, served)
-    type_question(browser, "unbroken" * 40)
-    eventually(lambda: turns(browser, "assistant") and by_id(browser, "send").is_displayed())
-    widths = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert widths == [size[0]] * 2
-    colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", colour)[:3])) < 384) == (theme == "dark")
-    by_id(browser, "open-settings").click()
-    dialog = by_id(browser, "settings").rect
-    assert dialog["x"] >= 0 and dialog["x"] + dialog["width"] <= size[0]
-    for name in ("new", "open-settings", "send"):
-        assert by_id(browser, name).rect["x"] + by_id(browser, name).rect["width"] <= size[0]
+    backgrounds = []
+    for theme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        backgrounds.append(sum(map(int, re.findall(r"\d+", colour)[:3])))
+    assert backgrounds[0] > 600 and backgrounds[1] < 100
 
 
 def test_the_page_is_one_file_under_a_strict_policy(served: Served) -> None:
     status, headers, raw = ask(served, "/", method="GET")
     text = raw.decode()
-    assert status == 200 and len(text.splitlines()) < 450
+    assert status == 200 and len(text.splitlines()) < 300
     assert not re.search(r"(src|href)=\"(?!data:)|https?://|innerHTML|insertAdjacentHTML|document\.write|eval\(", text)
     policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
-    assert policy["connect-src"] == "'self'"
-    assert all(re.fullmatch(r"'sha256-[^']{44}'", policy[name]) for name in ("script-src", "style-src"))
-    assert headers["x-content-type-options"] == "nosniff" and "server" not in headers
+    assert policy["connect-src"] == "'self'" and "server" not in headers
 
 
 # The command
 
 
-def test_sigterm_finishes_what_has_begun(directory: Path) -> None:
+def test_sigterm_finishes_the_answers_that_have_begun(directory: Path) -> None:
     arguments = ["--model-name", str(directory), "--port", "0", "--compute-dtype", "float32", "--slots", "2"]
     program = "import sys; from lacuna.cli import main; sys.argv[1:1] = ['serve']; main()"
     with subprocess.Popen(
@@ -711,11 +726,14 @@ def test_sigterm_finishes_what_has_begun(directory: Path) -> None:
         if not found:
             process.kill()
         assert found, line + process.stderr.read()
-        with closing(http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=PATIENCE)) as connection:
             body = json.dumps(chat(stream=True, max_tokens=900, temperature=1.5, n=2))
             connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             process.send_signal(signal.SIGTERM)
             assert response.read().endswith(b"data: [DONE]\n\n")
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
+        shape = json.loads((directory / "config.json").read_text())
+        capacity = min(4096, shape["max_position_embeddings"])
+        assert f"slots: 2, each of {capacity:,} tokens" in process.stdout.read()
         assert process.stderr.read() == ""

@@ -1,9 +1,8 @@
-"""The protocol of the server, OpenAI's: bodies to the sampler's requests, and what it generates to answers and errors.
+"""OpenAI's protocol for the server: request bodies to the sampler's requests, completions to answers, and errors.
 
-No field is ignored that could change an answer: it is obeyed, or refused by its name.
+A field that could change an answer is never ignored: it takes effect, or is refused by name.
 """
 
-import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -17,13 +16,14 @@ from lacuna.config import SamplingKeys
 from lacuna.sampler import TOP_LOGPROBS, Completion, Request, joined_parts
 from lacuna.tokenizer import REPLACEMENT, Tokenizer, decode, encode, render
 
-LEAST_TOP_P = 1e-6  # in float32 a smaller one would leave no token over
-LEAST_LOG_PROBABILITY = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
-# Fields that change no answer, whatever their value
+LEAST_TOP_P = 1e-6  # with a smaller one float32 would leave no token
+LEAST_LOG_PROBABILITY = -9999.0  # what OpenAI writes for minus infinity, which JSON lacks
+# Fields that change no answer, whatever their value is
 IGNORED = {
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls",
+    "include_obfuscation",
 }  # fmt: skip
-# Fields whose meaning is not built, and the values besides null with which they ask for nothing
+# Fields that are not supported, and the values besides null with which they ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "logit_bias": ({},), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
@@ -60,7 +60,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def asks_for_what_there_is(cls, raw: Any) -> Any:
+    def refuse_unsupported(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
         for name in raw.keys() & UNSUPPORTED.keys():
@@ -72,11 +72,10 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
 
 
 def listed(value: Any) -> Any:
-    """A single string as a list, nothing as an empty one."""
+    """A single string as a list, null as an empty one."""
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
@@ -96,19 +95,17 @@ def joined_text(value: Any) -> Any:
     """A message's content in parts as one string."""
     if not isinstance(value, list):
         return value
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        raise ValueError("this model reads text only; send parts of type text")
-    texts = [part.get("text") for part in value]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a part of type text needs a string as its text")
-    return "".join(texts)
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("this model reads text only; send parts of type text, each with a string as its text")
+    return "".join(part["text"] for part in value)
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class GenerationBody(Body):
-    """What chats and plain completions share."""
+    """The fields that chats and plain completions share."""
 
     model: str
     stream: bool | None = None
@@ -150,27 +147,22 @@ class CompletionBody(GenerationBody):
 
 
 def parse_body(kind: type[ChatBody] | type[CompletionBody], raw: bytes) -> ChatBody | CompletionBody:
-    """Raises ApiError with the first thing that is wrong."""
+    """A checked body. Raises ApiError with the first problem."""
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         loc = [part for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
         param = ".".join(map(str, loc[:-1] if loc[-1:] in (["str"], ["int"]) else loc)) or None
+        reason = problem["msg"].removeprefix("Value error, ").removesuffix(" after validation")
         if problem["type"] == "extra_forbidden":
-            message = f"{param} is not a field of this request; leave it out"
-        else:
-            reason = (
-                re.sub("^(Input|List|String) should", "should", problem["msg"].removeprefix("Value error, "))
-                .replace("array", "list")
-                .replace(" after validation", "")
-            )
-            message = f"{param}: {reason}" if param else f"the body {reason}".replace("body Invalid", "body is invalid")
+            reason = "this is not a field of this request; leave it out"
+        message = f"{param or 'the body'}: {reason}"
         raise ApiError(400, message, param, "invalid_json" if problem["type"] == "json_invalid" else None) from None
 
 
 def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[Request]:
-    """A request for each prompt of a body, with the server's rules where it sets none. Raises ApiError."""
+    """A request for each prompt of a body, with the server's rules for what it leaves out. Raises ApiError."""
     tokenizer = generator.sampler.tokenizer
     names = SamplingKeys.model_fields.keys() & body.model_fields_set
     chosen = {name: value for name in names if (value := getattr(body, name)) is not None}
@@ -227,7 +219,7 @@ def chat_prompt(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
 
 @dataclass
 class Answer:
-    """An answer in the making: what its chunks have in common, and what they have told so far."""
+    """An answer while it is generated: what its chunks share, and how far they have come."""
 
     body: ChatBody | CompletionBody
     requests: list[Request]
@@ -242,7 +234,7 @@ class Answer:
         return isinstance(self.body, ChatBody)
 
     def whole(self, parts: Iterable[tuple[int, Completion]]) -> dict[str, Any]:
-        """The answer that is not streamed; each part comes with the place of its request."""
+        """The answer without streaming; each part comes with the place of its prompt."""
         found: dict[tuple[int, int], list[Completion]] = {}
         for place, part in parts:
             found.setdefault((place, part.index), []).append(part)
@@ -250,7 +242,7 @@ class Answer:
         return self.framed("chat.completion", choices) | {"usage": self.usage()}
 
     def opening(self) -> list[dict[str, Any]]:
-        """The chunks that begin a stream."""
+        """The first chunks of a stream."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         choices = [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -289,7 +281,7 @@ class Answer:
         }
 
     def logprobs(self, part: Completion) -> dict[str, Any] | None:
-        """Log-probabilities of a chat's tokens, but for the token that ended it."""
+        """Log-probabilities of a chat's tokens, without the token that ended it."""
         if not self.body.logprobs:
             return None
         content = [
@@ -312,13 +304,13 @@ class Answer:
         return found
 
     def shown(self, place: int, part: Completion) -> list[tuple[int, float, tuple[tuple[int, float], ...]]]:
-        """Token, log-probability and likeliest tokens, without the stop token."""
+        """Token, log-probability and most likely tokens, without the stop token."""
         rows = list(zip(part.tokens, part.log_probabilities, part.top_logprobs, strict=True))
         is_stopped = part.finish_reason == "stop" and rows and rows[-1][0] in self.requests[place].stop_ids
         return rows[:-1] if is_stopped else rows
 
     def key(self, token: int) -> str:
-        """A token's text, or its number where the text alone is no whole character."""
+        """A token's text, or its id if it is not whole characters."""
         text = written(self.tokenizer, token)
         return f"token_id:{token}" if REPLACEMENT in text else text
 
@@ -329,5 +321,5 @@ class Answer:
 
 
 def written(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text inside a text, where a leading space is not lost as it may be at the beginning."""
+    """A token's text in the middle of a text, as some tokenizers drop a leading space at the beginning."""
     return decode(tokenizer, (token, token))[len(decode(tokenizer, (token,))) :]

@@ -1,7 +1,7 @@
-"""The server: OpenAI-style HTTP over one sampler, whose batch all requests share, and a page to chat with.
+"""The server: OpenAI-compatible HTTP over one sampler, whose batch all requests share, and a page to chat with.
 
-One thread owns the sampler and drives it while there is work; the event loop hands it requests and takes the parts of
-their completions back. Whatever ends a request, its answer, its client or an error, gives its slots free.
+One thread owns the sampler and runs it while there is work; the event loop submits requests to it and receives the
+parts of their completions. However a request ends, by its answer, its client or an error, its slots become free.
 """
 
 import asyncio
@@ -14,17 +14,14 @@ import sys
 import threading
 import time
 import traceback
-from base64 import b64encode
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
-from hashlib import sha256
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
-import prometheus_client as prometheus
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -32,8 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lacuna import sampler
 from lacuna.apps.configs import ServeConfig, is_loopback
@@ -42,60 +38,44 @@ from lacuna.apps.protocol import Answer, ApiError, ChatBody, CompletionBody, par
 from lacuna.config import SamplingKeys, UserError
 from lacuna.sampler import Completion, Sampler
 
-STEPS = 8  # tokens between two looks at what came: the grain of a stream
-HEADER_SECONDS, BODY_SECONDS = 20, 30  # for a client to send its request's head, and its body
+STEPS = 8  # tokens between two looks at the batch: the granularity of a stream
+BODY_SECONDS = 30  # for a client to send its request's body
 BACKLOG = 2048  # connections that wait to be accepted
 RETRY_SECONDS = 1
-TIMES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 FAILED = 500, "the model failed on this server; its log says why", None, "internal_error"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
-# The thread that drives the sampler
-
-
-class ServerFigures:
-    """What /metrics tells."""
-
-    def __init__(self) -> None:
-        self.registry = prometheus.CollectorRegistry()
-        counter, histogram = (
-            partial(kind, registry=self.registry) for kind in (prometheus.Counter, prometheus.Histogram)
-        )
-        self.requests = counter("lacuna_requests", "Answers by path and status", ["path", "status"])
-        self.prompt_tokens = counter("lacuna_prompt_tokens", "Tokens of admitted prompts")
-        self.completion_tokens = counter("lacuna_completion_tokens", "Tokens generated")
-        self.cancelled = counter("lacuna_cancelled", "Requests given up because their client was gone")
-        self.seconds = histogram("lacuna_request_seconds", "Time to the end of an answer", buckets=TIMES)
-        self.first_seconds = histogram("lacuna_first_token_seconds", "Time to the first tokens", buckets=TIMES)
+# The thread that runs the sampler
 
 
 @dataclass(eq=False)
 class Ticket:
-    """What one HTTP request has with the driver; `left` counts the completions that have not ended, by request."""
+    """One HTTP request at the driver. By number of the sampler's request: its place among the prompts, and how many
+    of its completions have not ended. `parts` ends in an exception if the answer can't be completed."""
 
     places: dict[int, int]
     left: dict[int, int]
-    admitted: float = field(default_factory=time.perf_counter)
-    has_begun: bool = False
-    parts: asyncio.Queue[tuple[int, Completion] | None] = field(default_factory=asyncio.Queue)
+    parts: asyncio.Queue[tuple[int, Completion] | Exception] = field(default_factory=asyncio.Queue)
 
 
 class Driver:
-    """Runs the sampler on a thread of its own; every method but `start` and `stop` is for the event loop's thread."""
+    """Runs the sampler on its own thread; all methods but `run` are called on the event loop's thread."""
 
-    def __init__(self, sampler: Sampler, most: int) -> None:
-        self.sampler, self.most = sampler, most
-        self.figures = ServerFigures()
+    def __init__(self, sampler: Sampler, capacity: int) -> None:
+        self.sampler, self.capacity = sampler, capacity
         self.tickets: dict[int, Ticket] = {}
         self.wake = threading.Event()
         self.is_stopping = self.is_dead = False
-        gauge = partial(prometheus.Gauge, registry=self.figures.registry)
-        gauge("lacuna_running", "Completions in slots").set_function(self.running_count)
-        gauge("lacuna_held", "Completions in slots or in the queue").set_function(lambda: self.held)
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.thread = threading.Thread(target=self.drive, name="sampler", daemon=True)
+        self.thread = threading.Thread(target=self.run, name="sampler", daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
@@ -103,28 +83,21 @@ class Driver:
         self.wake.set()
         self.thread.join()
 
-    def drive(self) -> None:
+    def run(self) -> None:
         try:
             while not self.is_stopping:
                 self.wake.wait()
                 self.wake.clear()
                 while not self.sampler.is_idle and not self.is_stopping:
-                    self.tell(self.deliver, self.sampler.advance(STEPS))
+                    self.loop.call_soon_threadsafe(self.deliver, self.sampler.advance(STEPS))
         except Exception:
-            traceback.print_exc()
-            self.tell(self.fail)
-
-    def tell(self, call: Callable[..., None], *arguments: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self.loop.call_soon_threadsafe(call, *arguments)
+            if not self.loop.is_closed():  # as it is after a second Ctrl-C, which ends the server at once
+                traceback.print_exc()
+                self.loop.call_soon_threadsafe(self.fail)
 
     def deliver(self, parts: list[Completion]) -> None:
         for part in parts:
-            self.figures.completion_tokens.inc(len(part.tokens))
             if ticket := self.tickets.get(part.request):
-                if not ticket.has_begun:
-                    ticket.has_begun = True
-                    self.figures.first_seconds.observe(time.perf_counter() - ticket.admitted)
                 ticket.left[part.request] -= bool(part.finish_reason)
                 ticket.parts.put_nowait((ticket.places[part.request], part))
                 if not ticket.left[part.request]:
@@ -133,25 +106,23 @@ class Driver:
     def fail(self) -> None:
         self.is_dead = True
         for ticket in set(self.tickets.values()):
-            ticket.parts.put_nowait(None)
+            ticket.parts.put_nowait(ApiError(*FAILED))
 
     @property
     def held(self) -> int:
         """Completions that wait or run."""
         return sum(ticket.left[number] for number, ticket in self.tickets.items())
 
-    def running_count(self) -> int:
-        return sum(running is not None for running in self.sampler.running)
-
     def submit(self, requests: list[sampler.Request]) -> Ticket:
-        """Hand requests to the sampler, all or none. Raises ApiError where there is no room for them."""
+        """Submit requests to the sampler, all or none. Raises ApiError if there is no room for them."""
         if self.is_dead or self.is_stopping:
-            raise ApiError(503, "this server is no longer able to answer; its log says why", None, "unavailable")
+            raise ApiError(503, "this server can no longer answer; its log says why", None, "unavailable")
         count = sum(request.n for request in requests)
-        if count > self.most:
-            raise ApiError(400, f"n × prompts = {count}, and this server holds {self.most} completions at once", "n")
-        if self.held + count > self.most:
-            message = f"{self.held} completions wait or run, and this server holds {self.most}; try again"
+        if count > self.capacity:
+            message = f"n × prompts = {count}, and this server holds {self.capacity} completions at once"
+            raise ApiError(400, message, "n")
+        if self.held + count > self.capacity:
+            message = f"{self.held} completions wait or run, and this server holds {self.capacity}; try again"
             raise ApiError(429, message, None, "queue_full", RETRY_SECONDS)
         numbers = [self.sampler.submit(request) for request in requests]
         ticket = Ticket(
@@ -159,30 +130,30 @@ class Driver:
             left={number: request.n for number, request in zip(numbers, requests, strict=True)},
         )
         self.tickets |= dict.fromkeys(numbers, ticket)
-        self.figures.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
         self.wake.set()
         return ticket
 
     def release(self, ticket: Ticket) -> None:
-        """Give up whatever of a ticket has not ended."""
+        """Cancel everything of a ticket that has not ended."""
         for number in [number for number in ticket.left if self.tickets.pop(number, None)]:
             self.sampler.cancel(number)
-            self.figures.cancelled.inc()
         self.wake.set()
 
-    async def parts_of(self, ticket: Ticket) -> AsyncIterator[tuple[int, Completion]]:
-        """Parts of completions with the places of their requests, to the last. Raises ApiError if the driver dies."""
-        while any(ticket.left.values()) or not ticket.parts.empty():
-            if (part := await ticket.parts.get()) is None:
-                raise ApiError(*FAILED)
-            yield part
+
+async def parts_of(ticket: Ticket) -> AsyncIterator[tuple[int, Completion]]:
+    """Parts of completions with the places of their prompts, to the last. Raises what ended the answer early."""
+    while any(ticket.left.values()) or not ticket.parts.empty():
+        part = await ticket.parts.get()
+        if isinstance(part, Exception):
+            raise part
+        yield part
 
 
-# What is answered
+# The endpoints
 
 
 class Service(NamedTuple):
-    """All that the endpoints need."""
+    """What the endpoints need."""
 
     config: ServeConfig
     generator: Generator
@@ -197,7 +168,7 @@ def service_of(request: Request) -> Service:
 
 
 class Stream(StreamingResponse):
-    """Server-sent events; `release` is called however the answer ends, even where it never began."""
+    """Server-sent events; `release` is called however the answer ends, even if it never began."""
 
     def __init__(self, content: AsyncIterator[str], release: Callable[[], None]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -211,7 +182,7 @@ class Stream(StreamingResponse):
 
 
 async def generate(kind: type[ChatBody] | type[CompletionBody], request: Request) -> Response:
-    """Either endpoint that generates."""
+    """Answer a chat or a completion, streamed or whole."""
     service = service_of(request)
     driver = service.driver
     body = parse_body(kind, await read_body(request))
@@ -220,23 +191,27 @@ async def generate(kind: type[ChatBody] | type[CompletionBody], request: Request
     answer = Answer(body, requests, service.generator.sampler.tokenizer)
     ticket = driver.submit(requests)
     if body.stream:
-        return Stream(events(answer, driver, ticket), partial(driver.release, ticket))
-
-    async def all_parts() -> list[tuple[int, Completion]]:
-        return [part async for part in driver.parts_of(ticket)]
-
+        return Stream(events(answer, ticket), partial(driver.release, ticket))
+    watch = asyncio.create_task(report_disconnect(request, ticket))
     try:
-        return JSONResponse(answer.whole(await unless_gone(request, all_parts())))
+        return JSONResponse(answer.whole([part async for part in parts_of(ticket)]))
     finally:
+        watch.cancel()
         driver.release(ticket)
 
 
-async def events(answer: Answer, driver: Driver, ticket: Ticket) -> AsyncIterator[str]:
-    """A stream's chunks as server-sent events; an error after the first can only be told as one more."""
+async def report_disconnect(request: Request, ticket: Ticket) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    ticket.parts.put_nowait(ClientDisconnect())
+
+
+async def events(answer: Answer, ticket: Ticket) -> AsyncIterator[str]:
+    """A stream's chunks as server-sent events; the status is sent by then, so an error is one more event."""
     for chunk in answer.opening():
         yield event(chunk)
     try:
-        async for place, part in driver.parts_of(ticket):
+        async for place, part in parts_of(ticket):
             if part.text or part.finish_reason or answer.body.logprobs not in (None, False):
                 yield event(answer.chunk([answer.choice(place, part, "delta")]))
             else:
@@ -253,29 +228,8 @@ def event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-Result = TypeVar("Result")
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """What comes of the work; raises ClientDisconnect as soon as nobody waits for it."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-
-
 async def read_body(request: Request) -> bytes:
-    """The body of a request in JSON, no longer than the page allows."""
+    """The JSON body of a request, no longer than the config allows."""
     limit = service_of(request).config.body_bytes
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json")
@@ -285,9 +239,9 @@ async def read_body(request: Request) -> bytes:
             async for piece in request.stream():
                 body += piece
                 if len(body) > limit:
-                    raise ApiError(413, f"the body has more than {limit:,} bytes, the most taken here; shorten it")
+                    raise ApiError(413, f"the body has more than {limit:,} bytes, the most accepted here; shorten it")
     except TimeoutError:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS} seconds; send it at once") from None
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} seconds; send it at once") from None
     return bytes(body)
 
 
@@ -322,94 +276,8 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "failed" if is_dead else "ok"}, 503 if is_dead else 200)
 
 
-async def metrics(request: Request) -> Response:
-    text = prometheus.generate_latest(service_of(request).driver.figures.registry)
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-@cache
-def chat_page() -> HTMLResponse:
-    """The page with a policy that lets only its own script and style run and speak to this server alone."""
-    text = files("lacuna").joinpath("serve.html").read_text("utf-8")
-
-    def hashes(tag: str) -> str:
-        inside = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        return " ".join(f"'sha256-{b64encode(sha256(each.encode()).digest()).decode()}'" for each in inside)
-
-    policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
-    return HTMLResponse(text, headers=headers)
-
-
 async def index(request: Request) -> Response:
-    return chat_page()
-
-
-# The app
-
-
-async def api_error(request: Request, error: Exception) -> Response:
-    """Any exception as an error object that tells nothing of this machine."""
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
-    if isinstance(error, HTTPException):
-        mends = {404: "there is nothing at this path; the API begins with /v1", 405: "this path has other methods"}
-        error = ApiError(error.status_code, mends.get(error.status_code, error.detail))
-    if not isinstance(error, ApiError):
-        error = ApiError(*FAILED)
-    headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
-
-
-def check_entry(request: Request, config: ServeConfig) -> None:
-    """Refuse who has no key, or where none is needed, a page of the web whose name was made to point here."""
-    if key := config.api_key.get_secret_value():
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_open = request.url.path in ("/", "/health")
-        is_right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) and scheme.lower() == "bearer"
-        if not is_open and not is_right:
-            message = "this server wants its key: send the header Authorization: Bearer KEY"
-            raise ApiError(401, message, None, "invalid_api_key")
-        return
-    if not is_loopback(re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")):
-        raise ApiError(403, "without a key this server answers only to localhost; set api_key to open it", "host")
-
-
-def guarded(app: ASGIApp, service: Service) -> ASGIApp:
-    """The app behind the door, where answers are counted."""
-    figures = service.driver.figures
-    paths = {route.path for route in ROUTES}
-
-    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await app(scope, receive, send)
-        began, status = time.perf_counter(), 0
-        path = scope["path"] if scope["path"] in paths else "other"
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
-                status = message["status"]
-                figures.requests.labels(path, status).inc()
-            await send(message)
-
-        request = Request(scope)
-        try:
-            check_entry(request, service.config)
-        except ApiError as error:
-            response = await api_error(request, error)
-            return await response(scope, receive, counted)
-        await app(scope, receive, counted)
-        if scope["method"] == "POST" and status == 200:
-            figures.seconds.observe(time.perf_counter() - began)
-
-    return guard
+    return HTMLResponse(files("lacuna.apps").joinpath("serve.html").read_text("utf-8"), headers=PAGE_HEADERS)
 
 
 ROUTES = [
@@ -419,8 +287,55 @@ ROUTES = [
     Route("/v1/models", models),
     Route("/v1/models/{name:path}", one_model),
     Route("/health", health),
-    Route("/metrics", metrics),
 ]
+
+
+# The app
+
+
+async def api_error(request: Request, error: Exception) -> Response:
+    """Any exception as an error object that reveals nothing about this machine."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    if isinstance(error, HTTPException):
+        hints = {404: "there is nothing at this path; the API begins with /v1", 405: "this path has other methods"}
+        error = ApiError(error.status_code, hints.get(error.status_code, error.detail))
+    if not isinstance(error, ApiError):
+        error = ApiError(*FAILED)
+    headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def check_entry(request: Request, config: ServeConfig) -> None:
+    """Reject requests without the API key; without a key, reject hosts other than loopback (DNS rebinding)."""
+    if key := config.api_key.get_secret_value():
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_open = request.url.path in ("/", "/health")
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) and scheme.lower() == "bearer"
+        if not is_open and not is_right:
+            message = "this server needs its key: send the header Authorization: Bearer KEY"
+            raise ApiError(401, message, None, "invalid_api_key")
+        return
+    if not is_loopback(re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")):
+        raise ApiError(403, "without a key this server answers only to localhost; set api_key to open it", "host")
+
+
+def guarded(app: ASGIApp, config: ServeConfig) -> ASGIApp:
+    """The app for those whom `check_entry` lets in."""
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            request = Request(scope)
+            try:
+                check_entry(request, config)
+            except ApiError as error:
+                response = await api_error(request, error)
+                return await response(scope, receive, send)
+        await app(scope, receive, send)
+
+    return guard
 
 
 def make_service(config: ServeConfig, generator: Generator, listener: socket.socket) -> Service:
@@ -431,7 +346,7 @@ def make_service(config: ServeConfig, generator: Generator, listener: socket.soc
 
 
 def make_app(service: Service) -> ASGIApp:
-    """The whole server as an ASGI app; from its start to its end the sampler belongs to the driver's thread."""
+    """The server as an ASGI app; while it runs, the sampler belongs to the driver's thread."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -449,11 +364,11 @@ def make_app(service: Service) -> ASGIApp:
     app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.service = service
-    return guarded(app, service)
+    return guarded(app, service.config)
 
 
 def served_name(config: ServeConfig, source: Path) -> str:
-    """The model's name in answers: what the page says, a hub id as it is, of a directory only the last part."""
+    """The model's name in answers: the config's, a hub id as it is, or the last part of a directory."""
     if config.served_name:
         return config.served_name
     if config.model_name and not Path(config.model_name).exists():
@@ -464,32 +379,16 @@ def served_name(config: ServeConfig, source: Path) -> str:
 # The command
 
 
-class Protocol(H11Protocol):
-    """HTTP/1.1 that does not wait forever for a client to begin."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self.close_if_silent, self.cycle)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self.loop.call_later(HEADER_SECONDS, self.close_if_silent, self.cycle)
-
-    def close_if_silent(self, last: object) -> None:
-        if self.cycle is last and not self.transport.is_closing():
-            self.transport.close()
-
-
 def make_server(config: ServeConfig, app: ASGIApp) -> uvicorn.Server:
     settings = uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="on", backlog=BACKLOG, log_level="error", access_log=False,
+        app, http="h11", ws="none", lifespan="on", backlog=BACKLOG, log_level="error", access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=config.drain_seconds,
     )  # fmt: skip
     return uvicorn.Server(settings)
 
 
 def bind(config: ServeConfig) -> socket.socket:
-    """The socket of the page's address, not listening yet. Raises UserError where it can't be had."""
+    """A socket bound to the config's address, not listening yet. Raises UserError if it can't be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -497,26 +396,25 @@ def bind(config: ServeConfig) -> socket.socket:
         listener.bind(address)
         return listener
     except OSError as error:
-        raise UserError(
-            f"host = {config.host}, port = {config.port}: {error.strerror}; choose another, or --port 0 for any free one"
-        ) from error
+        place = f"host = {config.host}, port = {config.port}"
+        raise UserError(f"{place}: {error.strerror}; choose another, or --port 0 for any free one") from error
 
 
 def warm_up(generator: Generator) -> None:
-    """Compile the smallest shapes: one short prompt, and one for every slot."""
+    """Compile the smallest shapes: one short prompt, and one for each slot."""
     request = sampler.Request((0,), SamplingKeys(max_tokens=1))
     for count in (1, len(generator.sampler.running)):
         generator.sampler.generate([request] * count)
 
 
-def leave(*_: Any) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may pass the same signal on once more
+def exit_cleanly(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may send it a second time
     sys.exit(0)
 
 
 def run_serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C; what has begun is finished first. Raises UserError where it can't begin."""
-    signal.signal(signal.SIGTERM, leave)
+    """Serve until SIGTERM or Ctrl-C, then finish the answers that have begun. Raises UserError if it can't start."""
+    signal.signal(signal.SIGTERM, exit_cleanly)
     with bind(config) as listener:
         generator = load_generator(config, config.slots)
         warm_up(generator)
