@@ -403,9 +403,7 @@ def test_the_key_is_never_printed(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "s3cret" not in capsys.readouterr().out + str(refusal.value)
 
 
-def test_a_full_queue_refuses_and_says_when_to_retry(
-    new_generator: Callable[[], ModelGenerator], gate: Gate
-) -> None:
+def test_a_full_queue_refuses_and_says_when_to_retry(new_generator: Callable[[], ModelGenerator], gate: Gate) -> None:
     with serving(new_generator(), queue_size=0) as served, ThreadPoolExecutor() as pool, gate:
         working = pool.submit(ask, served, CHAT, chat(n=4))
         eventually(lambda: served.driver.held)
