@@ -1,19 +1,35 @@
-"""The work a step is credited with, what the sinks keep through kills and failures, and the report page."""
+"""The work and memory a step is credited with, how numbers read, and what the log keeps through kills and failures."""
 
 import json
 import math
+import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from conftest import records, text_run
 
-from lacuna import metrics
+from lacuna import cli, metrics
 from lacuna.config import UserError
-from lacuna.metrics import RunLog, peak_flops, read_json_lines, short, step_flops, write_summary
+from lacuna.metrics import (
+    RunLog,
+    byte_size,
+    duration,
+    flop_size,
+    peak_flops,
+    percent,
+    read_json_lines,
+    short,
+    step_flops,
+    write_summary,
+)
 
 
 def record(step: int, **values: Any) -> dict[str, Any]:
@@ -52,10 +68,15 @@ def test_peak_goes_by_the_longest_name_and_is_unknown_for_slices(device_kind: st
     assert peak_flops(device_kind) == (teraflops and teraflops * 1e12)
 
 
-def test_step_flops_of_an_example_worked_by_hand() -> None:
-    parameters = 6 * 1_000_000 * 300
-    attention = 6 * 2 * 64 * (100**2 + 200**2)
-    assert step_flops(1_000_000, 64, 2, np.array([100, 200])) == parameters + attention
+def test_matmul_flops_equal_a_count_over_tokens_and_weights() -> None:
+    matrices, lengths = [(6, 8), (8, 6), (6, 20)], [3, 1]
+    total = 0
+    for _ in range(sum(lengths)):
+        for inputs, outputs in matrices:
+            forward = sum(2 for _ in range(inputs) for _ in range(outputs))  # a multiplication and an addition
+            total += 3 * forward  # and twice as much backward: for the weights and for the inputs
+    parameters = sum(inputs * outputs for inputs, outputs in matrices)
+    assert step_flops(parameters, 0, 1, np.array(lengths)) == total
 
 
 def test_attention_flops_equal_a_count_over_visible_keys() -> None:
@@ -69,16 +90,104 @@ def test_attention_flops_equal_a_count_over_visible_keys() -> None:
     assert step_flops(0, heads * head, layers, np.array(lengths)) == pytest.approx(total)
 
 
-def test_memory_is_at_least_what_this_process_holds() -> None:
-    held = bytearray(64 << 20)
-    assert len(held) < metrics.memory_bytes() < 1 << 40
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_the_peak_of_memory_rises_by_what_is_allocated_above_it() -> None:
+    before = metrics.memory_bytes()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    held = np.ones(before - resident + 500_000_000, np.uint8)
+    assert 400e6 < metrics.memory_bytes() - before < 700e6
+    peak = metrics.memory_bytes()
+    del held
+    assert metrics.memory_bytes() == pytest.approx(peak, abs=50e6)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")
+def test_devices_without_a_report_share_the_free_memory_of_the_machine() -> None:
+    free, page = metrics.free_memory_bytes(), os.sysconf("SC_PAGE_SIZE")
+    assert free and os.sysconf("SC_AVPHYS_PAGES") * page / 2 < free * jax.local_device_count()
+    assert free * jax.local_device_count() < os.sysconf("SC_PHYS_PAGES") * page
+
+
+def test_memory_of_devices_is_that_of_the_fullest(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = [
+        {"peak_bytes_in_use": 70, "bytes_in_use": 50, "bytes_limit": 100},
+        {"peak_bytes_in_use": 90, "bytes_in_use": 20, "bytes_limit": 100},
+    ]
+    devices = [SimpleNamespace(memory_stats=lambda report=report: report) for report in reports]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert (metrics.memory_bytes(), metrics.free_memory_bytes()) == (90, 50)
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(1543714304, "1.54 B"), (12345, "12.3 k"), (999_999, "1 M"), (0.5, "0.5"), (3e-4, "3.0e-04")]
+    ("write", "number", "text"),
+    [
+        (short, 1_543_714_304, "1.54 B"),
+        (short, 12_345, "12.3 k"),
+        (short, 999_999, "1 M"),
+        (short, 999_499, "999 k"),
+        (short, -2_500, "-2.5 k"),
+        (short, 7e15, "7e+03 T"),
+        (short, 0.5, "0.5"),
+        (short, 3e-4, "3.0e-04"),
+        (short, 0, "0"),
+        (byte_size, 512, "512B"),
+        (byte_size, 12_345, "12.3 KB"),
+        (byte_size, 80e9, "80 GB"),
+        (flop_size, 989e12, "989 TFLOP"),
+        (flop_size, 1.2e15, "1.2 PFLOP"),
+        (percent, 0.4117, "41.2%"),
+        (percent, 1, "100%"),
+        (duration, 3.21, "3.2 s"),
+        (duration, 59.94, "59.9 s"),
+        (duration, 59.96, "1 min 00 s"),
+        (duration, 245, "4 min 05 s"),
+        (duration, 3_599.6, "1 h 00 min"),
+        (duration, 90_061, "25 h 01 min"),
+    ],
 )
-def test_short_numbers(number: float | int, text: str) -> None:
-    assert short(number) == text
+def test_how_numbers_read(write: Callable[[float], str], number: float, text: str) -> None:
+    assert write(number) == text
+
+
+def test_the_line_of_a_step_holds_its_numbers(tmp_path: Path) -> None:
+    values = {
+        "reward": 0.5, "eval_reward": 0.625, "completion_length": 31.4, "truncated_fraction": 0.25,
+        "zero_advantage_fraction": 0.125, "eval_loss": 2.34567, "eval_accuracy": 0.5123, "gradient_norm": 1.2345,
+        "mfu": 0.4117, "eval/gsm8k/accuracy": 0.75, "eval/gsm8k/accuracy_stderr": 0.1,
+    }  # fmt: skip
+    with RunLog(tmp_path, steps=2) as log:
+        log.step(record(2, **values))
+    assert (tmp_path / "run.log").read_text() == (
+        "step 2/2  reward 0.500  held-out reward 0.625  31 tokens each  25% truncated  12.5% of groups alike  "
+        "loss 2.0000  held-out loss 2.3457  held-out accuracy 51.2%  rate 3.00e-04  gradient 1.23  50 tokens/s  "
+        "MFU 41.2%  gsm8k/accuracy 0.75\n"
+    )
+
+
+def test_speeds_of_a_run_are_those_of_its_steps_and_the_summary_holds_totals_and_medians(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = 1e9
+    monkeypatch.setattr(metrics, "peak_flops", lambda kind: peak)
+    config = text_run(small, steps=6, log_every=1, batch_size=16, micro_batch_size=2)
+    began = time.perf_counter()
+    cli.run(config)
+    wall_seconds = time.perf_counter() - began
+    entries = records(config)
+    for entry in entries:
+        seconds = entry["step_seconds"]
+        assert entry["tokens_per_second"] == pytest.approx(entry["tokens"] / seconds)
+        assert entry["target_tokens_per_second"] == pytest.approx(entry["target_tokens"] / seconds)
+        assert entry["mfu"] == pytest.approx(entry["flops"] / (seconds * 8 * peak))  # eight devices
+        assert 1e8 < entry["memory_bytes"] <= metrics.memory_bytes()
+    assert 0 < sum(entry["step_seconds"] for entry in entries) < wall_seconds
+    summary = json.loads((config.run_directory / "summary.json").read_text())
+    assert summary["tokens"] == sum(entry["tokens"] for entry in entries)
+    assert summary["target_tokens"] == sum(entry["target_tokens"] for entry in entries)
+    for key in ("tokens_per_second", "mfu"):
+        assert summary[key] == pytest.approx(np.median([entry[key] for entry in entries]))
+    assert sum(entry["step_seconds"] for entry in entries) < summary["wall_seconds"] < wall_seconds
+    assert (summary["steps"], summary["final_loss"]) == (6, entries[-1]["loss"])
 
 
 def test_no_step_is_there_twice_after_a_resume(tmp_path: Path) -> None:
@@ -91,7 +200,7 @@ def test_no_step_is_there_twice_after_a_resume(tmp_path: Path) -> None:
     assert (tmp_path / "run.log").read_text().count("step  5/10") == 2
 
 
-def test_a_run_begun_anew_keeps_nothing_of_the_old_one(tmp_path: Path) -> None:
+def test_a_run_started_from_scratch_keeps_nothing_of_the_old_one(tmp_path: Path) -> None:
     for _ in range(2):
         with RunLog(tmp_path, steps=10) as log:
             log.step({"step": 0, "eval_loss": 5.0})
@@ -124,6 +233,40 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(UserError, match="metrics.jsonl line 2: b'nonsense"):
         read_json_lines(tmp_path / "metrics.jsonl")
+
+
+class FullDisk:
+    """A file on a disk with room for so many bytes more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, content: bytes) -> int:
+        if not self.room:
+            raise OSError("No space left on device")
+        written = self.file.write(content[: self.room])
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("is_freed", [True, False])
+def test_a_full_disk_ends_no_run_and_takes_no_line_that_later_finds_room(
+    is_freed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, steps=4) as log:
+        log.step(record(1))
+        disk = FullDisk(log.metrics_file.file, 20)
+        monkeypatch.setattr(log.metrics_file, "file", disk)
+        log.step(record(2))
+        log.step(record(3))
+        assert steps_on_disk(tmp_path) == [1]
+        disk.room = 10_000 if is_freed else 0
+        log.step(record(4))
+    assert steps_on_disk(tmp_path) == ([1, 2, 3, 4] if is_freed else [1])
+    assert ("found no room on the disk" in capsys.readouterr().out) == (not is_freed)
 
 
 def test_each_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
@@ -219,7 +362,7 @@ class FakeWandb:
 
 
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
-def test_a_failing_wandb_is_told_once_and_the_log_goes_on(
+def test_a_failing_wandb_is_reported_once_and_the_log_continues(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeWandb(failing)
@@ -233,7 +376,7 @@ def test_a_failing_wandb_is_told_once_and_the_log_goes_on(
     assert fake.calls[0][1]["config"] == {"seed": 1}
 
 
-def test_wandb_without_the_package_or_a_key_is_told_and_the_log_goes_on(
+def test_wandb_without_the_package_or_a_key_is_reported_and_the_log_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module, message in ((None, "ModuleNotFoundError"), (FakeWandb("", has_key=False), "run `wandb login`")):
@@ -271,7 +414,7 @@ def test_a_failed_write_leaves_the_old_summary(tmp_path: Path, monkeypatch: pyte
 
 
 def test_summarise_takes_totals_and_medians_and_skips_nulls() -> None:
-    records = [record(1, mfu=None), record(2, eval_loss=2.0), record(3, tokens_per_second=80.0, eval_loss=3.0)]
-    summary = metrics.summarise(records)
+    entries = [record(1, mfu=None), record(2, eval_loss=2.0), record(3, tokens_per_second=80.0, eval_loss=3.0)]
+    summary = metrics.summarise(entries)
     assert (summary["steps"], summary["tokens"], summary["tokens_per_second"]) == (3, 300, 50.0)
     assert (summary["best_eval_loss"], summary["mfu"], summary["final_loss"]) == (2.0, None, 4.0 / 3)
