@@ -13,11 +13,12 @@ from conftest import REFERENCE, TINY, mesh_of, records
 from test_model import load
 
 from lacuna import cli, grpo, trainer
+from lacuna.apps.rewards import load_rewards
 from lacuna.checkpoint import open_model
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
 from lacuna.eval import Problem
-from lacuna.grpo import Sample, load_rewards, rewards_of
+from lacuna.grpo import Sample, rewards_of
 from lacuna.metrics import read_json_lines
 from lacuna.model import embed, forward, head_of
 from lacuna.sampler import Sampler

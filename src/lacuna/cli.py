@@ -355,9 +355,10 @@ def run(config: Keys) -> Any:
     from lacuna.apps.report import write_report
 
     if isinstance(config, GrpoConfig):
+        from lacuna.apps.rewards import load_rewards
         from lacuna.grpo import run_grpo
 
-        return run_grpo(config, prepare, write_report)
+        return run_grpo(config, load_rewards(config.reward), prepare, write_report)
     assert isinstance(config, RowsConfig)
     from lacuna.eval import evaluation_of_rows
     from lacuna.trainer import run_training

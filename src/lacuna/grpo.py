@@ -5,11 +5,8 @@ was killed continues as if nothing had happened, and every step can be computed 
 a plain sum over tokens, each with a weight made beforehand, so neither packing nor micro-batches change it.
 """
 
-import importlib
-import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,15 +33,11 @@ from lacuna.distributed import (
     row_shards,
 )
 from lacuna.eval import (
-    FORMAL_MARK,
     Problem,
     Problems,
     Tasks,
     final_answer,
-    is_same_answer,
-    marked_answer,
     measure_in_training,
-    number_of,
     read_problems,
 )
 from lacuna.model import (
@@ -82,23 +75,6 @@ STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 RewardFunction = Callable[[str, str, dict[str, Any]], float]
 
 
-def correct(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """1 where the final answer is that of the row's reference answer, else 0."""
-    if "answer" not in row:
-        raise ValueError("the row has no reference answer; set completion_column to its column")
-    expected = final_answer(row["answer"]) or row["answer"]
-    return float(is_same_answer(final_answer(completion), expected))
-
-
-def answer_format(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """1 where a number follows `####` or `<answer>`, or stands in `\\boxed{}` or `\\fbox{}`, else 0."""
-    found = marked_answer(completion, FORMAL_MARK)
-    return float(found is not None and number_of(found) is not None)
-
-
-BUILT_IN: dict[str, RewardFunction] = {"correct": correct, "gsm8k_correct": correct, "format": answer_format}
-
-
 @dataclass(frozen=True)
 class Reward:
     """A function, its weight in the sum, and its name in logs.
@@ -110,55 +86,7 @@ class Reward:
     name: str
     weight: float
     function: RewardFunction
-
-
-def load_rewards(specs: Sequence[str]) -> list[Reward]:
-    """The rewards of a config, each `NAME:WEIGHT`; NAME is one of ours, or `FILE.py:FUNCTION`, or `module:FUNCTION`.
-
-    Raises:
-        UserError: a spec that can't be read, or a function that can't be found.
-    """
-    rewards = []
-    for spec in specs:
-        name, _, weight = spec.rpartition(":")
-        try:
-            number = float(weight)
-        except ValueError:
-            name, number = spec, 1.0
-        if not math.isfinite(number):
-            raise UserError(f"reward {spec!r}: its weight is {weight}; write a finite number")
-        function = BUILT_IN.get(name) or users_function(name, spec)
-        rewards.append(Reward(name.rpartition(":")[2], number, function))
-    names = [reward.name for reward in rewards]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"reward: {twice.pop()} is named twice; keep one, with its weight")
-    return rewards
-
-
-def users_function(name: str, spec: str) -> RewardFunction:
-    """A function of a Python file or an importable module."""
-    place, _, function_name = name.rpartition(":")
-    if not place:
-        raise UserError(f"reward {spec!r}: no such reward; ours are {', '.join(BUILT_IN)}, yours FILE.py:FUNCTION")
-    try:
-        if place.endswith(".py"):
-            if not Path(place).is_file():
-                raise UserError(f"reward {spec!r}: {place}: no such file; paths start from {Path.cwd()}")
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert found and found.loader
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module  # where dataclasses of the user look for themselves
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"reward {spec!r}: {place} fails on import: {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"reward {spec!r}: {place} has no function {function_name}")
-    return function
+    needs_answer: bool = False
 
 
 def rewards_of(
@@ -507,19 +435,18 @@ class Inputs(NamedTuple):
     opened: OpenedModel
     problems: Problems
     held_out: Problems | None
-    rewards: list[Reward]
+    rewards: Sequence[Reward]
     stop_ids: tuple[int, ...]
 
 
-def read_inputs_of_grpo(config: GrpoConfig) -> Inputs:
+def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs:
     """Devices, model, problems and rewards of a config, each checked against the others."""
-    rewards = load_rewards(config.reward)
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     template = config.chat_template, config.template_date
     opened = open_model(config, mesh, *template, with_weights=not config.from_scratch)
     check_sequence_length(opened.model, config.sequence_length)
     longest = config.sequence_length - config.max_completion_tokens
-    wants_answers = any(reward.function is correct for reward in rewards)
+    wants_answers = any(reward.needs_answer for reward in rewards)
     limits = longest, wants_answers
     problems = read_problems(config.data, config, opened.tokenizer, *limits)
     held_out = read_problems(config.eval_data, config, opened.tokenizer, *limits) if config.eval_data else None
@@ -626,6 +553,7 @@ def keep_rollouts(path: Path, last_step: int) -> None:
 
 def run_grpo(
     config: GrpoConfig,
+    rewards: Sequence[Reward],
     prepare: Callable[[OpenedModel], Tasks] | None = None,
     write_report: Callable[[Path], None] | None = None,
 ) -> None:
@@ -635,7 +563,7 @@ def run_grpo(
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
     """
     with started_run(config, write_report) as run:
-        inputs = read_inputs_of_grpo(config)
+        inputs = read_inputs_of_grpo(config, rewards)
         opened, digests = inputs.opened, inputs.problems.digests
         tasks = prepare(inputs.opened) if prepare else None
         run.check_unchanged(opened.model, digests)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lacuna import checkpoint
+from lacuna.apps.rewards import load_rewards
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import enable_compilation_cache
 from lacuna.grpo import (
@@ -17,7 +18,6 @@ from lacuna.grpo import (
     advantages,
     cast_weights,
     group_by_prompt,
-    load_rewards,
     read_inputs_of_grpo,
     rollout_facts,
     step_count,
@@ -38,7 +38,7 @@ def replay(config: GrpoConfig, original: GrpoConfig) -> None:
     """
     directory = Path(config.replay)
     steps = samples_by_step(directory / "rollouts.jsonl", config.step)
-    inputs = read_inputs_of_grpo(config)
+    inputs = read_inputs_of_grpo(config, load_rewards(config.reward))
     opened = inputs.opened
     enable_compilation_cache(config)
     with jax.set_mesh(opened.mesh):

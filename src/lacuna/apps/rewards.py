@@ -1,0 +1,79 @@
+"""Rewards: what a completion is worth, by functions of ours or by the user's own."""
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lacuna.config import UserError
+from lacuna.eval import FORMAL_MARK, final_answer, is_same_answer, marked_answer, number_of
+from lacuna.grpo import Reward, RewardFunction
+
+
+def correct(prompt: str, completion: str, row: dict[str, Any]) -> float:
+    """1 where the final answer is that of the row's reference answer, else 0."""
+    if "answer" not in row:
+        raise ValueError("the row has no reference answer; set completion_column to its column")
+    expected = final_answer(row["answer"]) or row["answer"]
+    return float(is_same_answer(final_answer(completion), expected))
+
+
+def answer_format(prompt: str, completion: str, row: dict[str, Any]) -> float:
+    """1 where a number follows `####` or `<answer>`, or stands in `\\boxed{}` or `\\fbox{}`, else 0."""
+    found = marked_answer(completion, FORMAL_MARK)
+    return float(found is not None and number_of(found) is not None)
+
+
+BUILT_IN: dict[str, RewardFunction] = {"correct": correct, "gsm8k_correct": correct, "format": answer_format}
+
+
+def load_rewards(specs: Sequence[str]) -> list[Reward]:
+    """The rewards of a config, each `NAME:WEIGHT`; NAME is one of ours, or `FILE.py:FUNCTION`, or `module:FUNCTION`.
+
+    Raises:
+        UserError: a spec that can't be read, or a function that can't be found.
+    """
+    rewards = []
+    for spec in specs:
+        name, _, weight = spec.rpartition(":")
+        try:
+            number = float(weight)
+        except ValueError:
+            name, number = spec, 1.0
+        if not math.isfinite(number):
+            raise UserError(f"reward {spec!r}: its weight is {weight}; write a finite number")
+        function = BUILT_IN.get(name) or users_function(name, spec)
+        rewards.append(Reward(name.rpartition(":")[2], number, function, needs_answer=function is correct))
+    names = [reward.name for reward in rewards]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"reward: {twice.pop()} is named twice; keep one, with its weight")
+    return rewards
+
+
+def users_function(name: str, spec: str) -> RewardFunction:
+    """A function of a Python file or an importable module."""
+    place, _, function_name = name.rpartition(":")
+    if not place:
+        raise UserError(f"reward {spec!r}: no such reward; ours are {', '.join(BUILT_IN)}, yours FILE.py:FUNCTION")
+    try:
+        if place.endswith(".py"):
+            if not Path(place).is_file():
+                raise UserError(f"reward {spec!r}: {place}: no such file; paths start from {Path.cwd()}")
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert found and found.loader
+            module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module  # where dataclasses of the user look for themselves
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward {spec!r}: {place} fails on import: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"reward {spec!r}: {place} has no function {function_name}")
+    return function
