@@ -491,7 +491,7 @@ class Running:
         return whole, len(tokens), reason
 
 
-Arrivals = dict[Waiting, list[int]]
+Arrivals = dict[Waiting, list[int]]  # the slots that each request was just given
 
 
 # The sampler
@@ -648,9 +648,8 @@ class Sampler:
 
     def _resize(self, steps: int) -> None:
         """Grow the cache to what the next steps need; shrink it when they need a quarter or less."""
-        needed = page_bucket(
-            max((running.length for running in self.running if running), default=0) + steps, self.capacity
-        )
+        longest = max((running.length for running in self.running if running), default=0)
+        needed = page_bucket(longest + steps, self.capacity)
         if needed > self.pages or 4 * needed <= self.pages:
             self.pages = needed
             self.slots = self.slots._replace(cache=resized(self.slots.cache, needed))
@@ -761,13 +760,13 @@ def check_vocabulary(token: Sequence[int], model: ModelConfig) -> None:
 
 def batch_bytes(model: ModelConfig, slots: int, capacity: int, dtype: str) -> int:
     """Size of a batch with all of its cache, over all devices."""
-    tokens = -(-capacity // PAGE) * PAGE
+    tokens = math.ceil(capacity / PAGE) * PAGE
     cache = 2 * model.layers * model.kv_heads * model.head * tokens * jnp.dtype(dtype).itemsize
     return slots * (cache + model.padded_vocabulary * 5)
 
 
 def check_memory(model: ModelConfig, slots: int, capacity: int, dtype: str, mesh: Mesh) -> None:
-    """Refuse a batch that does not fit; growing to its last size it is there one and a half times."""
+    """Refuse a batch that does not fit; while it grows to its last size it takes one and a half times that."""
     total, free = batch_bytes(model, slots, capacity, dtype), free_memory_bytes()
     share = total * 3 // (2 * mesh.size)
     if free is not None and share > free:
@@ -797,5 +796,5 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer) -> tuple[Sampling
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(
-            f"{path}: {problem['loc'][0]} = {problem['input']!r}: {problem['msg']}; mend the file"
+            f"{path}: {problem['loc'][0]} = {problem['input']!r}: {problem['msg']}; fix the file"
         ) from error
