@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from conftest import REFERENCE, TINY, chat_run, make_small, mesh_of, records
 from pydantic import ValidationError
 
-from lacuna import checkpoint, cli
+from lacuna import checkpoint, cli, trainer
 from lacuna import eval as evaluation
 from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, to_toml
 from lacuna.eval import Predictions, Problem, Problems, Tasks, log_likelihoods
@@ -236,6 +237,17 @@ def test_figures_of_generated_answers_are_shares_of_what_was_written() -> None:
 # Choices
 
 
+def test_likelihood_per_byte_and_per_token_may_choose_otherwise() -> None:
+    problem = Problem("rows.jsonl line 1", "Which?", (1,), "any", {}, ("a", "ééé ééé", "cccc"))
+    lines = [  # in all -2, -3, -3.9; per byte -2, -0.23, -0.98; per token -2, -1.5, -1.3
+        evaluation.chosen(replace(problem, right=right), [-2.0, -3.0, -3.9], [1, 2, 3]) for right in (0, 1, 1, 2, 2, 2)
+    ]
+    figures = evaluation.choice_figures(lines)
+    ways = ("accuracy", "accuracy_per_byte", "accuracy_per_token")
+    assert [figures[way] for way in ways] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert {line["output"] for line in lines} == {"a"} and figures["problems"] == 6
+
+
 @pytest.mark.parametrize(
     ("row", "right"),
     [
@@ -318,7 +330,11 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
 # Tasks of a run
 
 
-def test_a_run_measures_tasks_as_eval_does_on_its_model(small: Path, tmp_path: Path) -> None:
+def test_a_run_measures_tasks_as_eval_does_on_its_model(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (evaluation, trainer):
+        monkeypatch.setattr(room, "make_mesh", lambda *_: mesh_of(1, 1, 1))
     asked = (("more", LABELS[0]), ("seven", LABELS[2]), ("less than nine", LABELS[2]))
     rows = [{"prompt": f"Is it {word}?", "completion": answer} for word, answer in asked]
     source = DataSource(path=file_of(tmp_path, rows))
