@@ -6,6 +6,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def write_report(directory: Path) -> None:
     live, ended = summarise(records), json.loads(summary or "{}")
     facts = live | ended if ended.get("steps") == live["steps"] else ended | live
     steps, total = facts["steps"], tomllib.loads(config).get("steps") or 0
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(HTML)
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("lacuna.apps").joinpath("report.html").read_text("utf-8")
+    )
     html = template.render(
         name=directory.resolve().name,
         command=facts.get("command", "run"),
@@ -151,78 +154,3 @@ def write_report(directory: Path) -> None:
         config=config,
     )
     write_atomically(directory / "report.html", html)
-
-
-HTML = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }} · lacuna</title>
-<style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --quiet: #5f6977; --rule: #e4e7eb; --line: #2a6fdb;
-  --point: #c94f16 }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14171b; --ink: #e4e7eb; --quiet: #98a2b0; --rule: #2b3038; --line: #6ca4f8; --point: #f2935c }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
-h1 { margin: 0; font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere }
-h2 { margin: 0 0 .5rem; font-size: 1rem }
-p { margin: .35rem 0 0 }
-p, span, dt, th { color: var(--quiet) }
-strong, .held-out { color: var(--point) }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.1rem; margin: 1.75rem 0 2.5rem;
-  padding: 1.1rem 0; border: solid var(--rule); border-width: 1px 0 }
-dd { margin: 0; font-size: 1.3rem; white-space: nowrap }
-dt, span, table, pre { font-size: .87rem }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2.25rem 2.5rem }
-figure, section { margin: 0; min-width: 0 }
-section:first-of-type { grid-column-start: 1 }
-figcaption { display: flex; flex-wrap: wrap; gap: 0 .6rem; align-items: baseline; margin-bottom: .4rem }
-figcaption, dd { font-weight: 600 }
-span { font-weight: 400 }
-svg { display: block; width: 100%; height: auto; overflow: visible }
-svg text { font-family: inherit !important }
-@media (max-width: 30rem) { svg text { font-size: 10px !important } }
-table { width: 100%; border-collapse: collapse }
-th, td { padding: .35rem 0; border-top: 1px solid var(--rule); text-align: left; vertical-align: top }
-th { width: 11rem; font-weight: 400 }
-td { overflow-wrap: anywhere }
-.text { white-space: pre-wrap }
-pre { margin: 0; padding: .6rem 0; overflow-x: auto; border-top: 1px solid var(--rule) }
-</style>
-</head>
-<body>
-<h1>{{ name }}</h1>
-<p>{{ command }} · {{ steps }} · written {{ written }}
-{% if lost_count %}· <strong>{{ lost_count }} without a finite loss</strong>{% endif %}</p>
-<dl>
-{% for name, value in figures.items() %}
-<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{% endfor %}
-</dl>
-<main>
-{% for chart, svg, above in charts if svg %}
-<figure><figcaption>{{ chart.title }}<span>{{ chart.unit }}</span>
-{% if chart.line and chart.points and is_evaluated %}<span class="held-out">● held-out</span>{% endif %}
-{% if above %}<span>{{ above }} above the axis</span>{% endif %}</figcaption>{{ svg | safe }}</figure>
-{% endfor %}
-{% if samples %}
-<section><h2>Samples at step {{ samples[0] }}</h2><table>
-{% for prompt, text in samples[1].items() %}
-<tr><th>{{ prompt }}</th><td class="text">{{ text }}</td></tr>
-{% endfor %}
-</table></section>
-{% endif %}
-<section><h2>Facts</h2><table>
-{% for key, value in facts.items() %}
-<tr><th>{{ key }}</th><td>{{ value }}</td></tr>
-{% endfor %}
-</table></section>
-<section><h2>config.toml</h2><pre>{{ config }}</pre></section>
-</main>
-</body>
-</html>
-"""
