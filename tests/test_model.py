@@ -1,4 +1,4 @@
-"""The model against transformers' values and float64 formulas, and against itself packed, padded and recomputed."""
+"""The model and its loss against transformers' values, float64 formulas, and themselves, packed and recomputed."""
 
 import json
 from functools import partial
@@ -10,10 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE, mesh_of
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lacuna import checkpoint, model
+from lacuna import checkpoint
+from lacuna.apps.programs import collectives, read_program
 from lacuna.config import UserError
-from lacuna.model import summed_cross_entropy, token_statistics
+from lacuna.model import (
+    ModelConfig,
+    check_sequence_length,
+    embed,
+    forward,
+    head_of,
+    initial_params,
+    logits_of,
+    matrix_product,
+    model_config,
+    parameter_counts,
+    parameter_table,
+    partition_spec,
+    read_model_config,
+    summed_cross_entropy,
+    summed_token_loss,
+    token_statistics,
+)
 
 FAMILIES = [
     "qwen2", "qwen2_untied", "qwen2_bfloat16", "qwen2_float16", "qwen3", "qwen3_sharded",
@@ -21,32 +40,31 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-def load(directory: Path) -> tuple[model.ModelConfig, Any]:
-    config = model.read_model_config(directory)
-    return config, checkpoint.load_params(directory, config, mesh_of(1, 1, 1))
+def load(directory: Path) -> tuple[ModelConfig, Any]:
+    model = read_model_config(directory)
+    return model, checkpoint.load_params(directory, model, mesh_of(1, 1, 1))
 
 
 @partial(jax.jit, static_argnums=1)
-def logits(params: Any, config: model.ModelConfig, ids: jax.Array, position: jax.Array) -> jax.Array:
-    segment = jnp.ones(ids.shape, int)
-    hidden = model.forward(params, model.embed(params, ids), segment, position, config)
-    return model.logits_of(hidden, model.head_of(params, config), config.vocabulary_size)
+def logits(params: Any, model: ModelConfig, ids: jax.Array, position: jax.Array) -> jax.Array:
+    hidden = forward(params, embed(params, ids), jnp.ones(ids.shape, int), position, model)
+    return logits_of(hidden, head_of(params, model), model.vocabulary_size)
 
 
 def positions(ids: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
 
 
-def temporary_bytes(lowered: Any) -> int:
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+def temporary_bytes(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_losses_equal_transformers(family: str) -> None:
-    config, params = load(REFERENCE / family)
+    model, params = load(REFERENCE / family)
     expected = np.load(REFERENCE / family / "expected.npz")
     ids = expected["input_ids"]
-    ours = logits(params, config, ids, expected["position_ids"])
+    ours = logits(params, model, ids, expected["position_ids"])
     assert np.std(expected["logits"]) > 0.5
     np.testing.assert_allclose(ours, expected["logits"], atol=2e-4, rtol=0)
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(ours)), np.roll(ids, -1, axis=1)[..., None], axis=-1)
@@ -56,10 +74,10 @@ def test_logits_and_losses_equal_transformers(family: str) -> None:
 @pytest.mark.reference
 def test_stories260k_equals_its_fixtures(shelf: Path) -> None:
     directory = shelf / "weights" / "stories260k"
-    config, params = load(directory)
+    model, params = load(directory)
     for case in json.loads((directory / "fixtures.json").read_text())["cases"]:
         ids = np.array([case["input_ids"]])
-        ours = logits(params, config, ids, positions(ids))[0]
+        ours = logits(params, model, ids, positions(ids))[0]
         np.testing.assert_allclose(ours[-1], case["last_logits"], atol=2e-4, rtol=0)
         given = [key for key in case if "nll" in key]
         log_probability = jax.nn.log_softmax(ours[:-1])
@@ -86,18 +104,18 @@ def test_stories260k_equals_its_fixtures(shelf: Path) -> None:
     ],
 )
 def test_published_models_have_their_parameter_count(shelf: Path, name: str, count: int) -> None:
-    config = model.read_model_config(shelf / "configs" / name)
-    counts = model.parameter_counts(config)
+    model = read_model_config(shelf / "configs" / name)
+    counts = parameter_counts(model)
     assert counts["all"] == count
-    undecayed = config.layers * 2 * config.embed + config.embed
-    undecayed += config.layers * 2 * config.head if config.has_query_key_norm else 0
-    undecayed += config.layers * config.head * config.kv_heads * (config.group + 2) if config.has_qkv_bias else 0
+    undecayed = model.layers * 2 * model.embed + model.embed
+    undecayed += model.layers * 2 * model.head if model.has_query_key_norm else 0
+    undecayed += model.layers * model.head * model.kv_heads * (model.group + 2) if model.has_qkv_bias else 0
     assert counts["all"] - counts["decayed"] == undecayed
 
 
 def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> None:
     """The values are transformers', which ran every document by itself."""
-    config, params = load(REFERENCE / "qwen3")
+    model, params = load(REFERENCE / "qwen3")
     expected = np.load(REFERENCE / "packed.npz")
     lengths = expected["lengths"]
     ends = np.cumsum(lengths)
@@ -118,21 +136,20 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
     batch = {name: jnp.asarray(array) for name, array in arrays.items()}
     weight = (batch["segment"] > 0).astype(jnp.float32)
 
-    def loss(params: Any) -> jax.Array:
-        hidden = model.forward(params, model.embed(params, batch["token"]), batch["segment"], batch["position"], config)
-        head = model.head_of(params, config)
-        return summed_cross_entropy(hidden, head, batch["target"], weight, config.vocabulary_size)
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        hidden = forward(params, embed(params, batch["token"]), batch["segment"], batch["position"], model)
+        given = hidden, head_of(params, model), batch["target"]
+        losses = token_statistics(*given, model.vocabulary_size).loss
+        return summed_cross_entropy(*given, weight, model.vocabulary_size), losses
 
-    hidden = model.forward(params, model.embed(params, batch["token"]), batch["segment"], batch["position"], config)
-    nll = token_statistics(hidden, model.head_of(params, config), batch["target"], config.vocabulary_size).loss
+    gradients, nll = jax.jit(jax.grad(loss, has_aux=True))(params)
     packed = np.concatenate([np.asarray(nll[here]) for here in places])
     np.testing.assert_allclose(packed, expected["nll"], rtol=1e-5, atol=1e-5)
-    gradients = jax.grad(loss)(params)
-    table = model.parameter_table(config)
+    table = parameter_table(model)
     files = {
-        name: checkpoint.file_tensor(leaf, row, number, config, np.float32)
+        name: checkpoint.file_tensor(leaf, row, number, model, np.float32)
         for row, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(gradients), strict=True)
-        for number, name in enumerate(checkpoint.file_names(row, config))
+        for number, name in enumerate(checkpoint.file_names(row, model))
     }
     assert sorted(files) == sorted(expected["gradient_names"])
     for number, name in enumerate(expected["gradient_names"]):
@@ -142,20 +159,21 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
         np.testing.assert_allclose(entries, expected["gradient_values"][number], rtol=1e-4, atol=1e-5 * norm)
 
 
-@pytest.mark.parametrize("policy", ["matmuls", "layer"])
-def test_rematerialisation_changes_memory_and_not_gradients(policy: str) -> None:
-    config, params = load(REFERENCE / "qwen3")
-    ids = jax.random.randint(jax.random.key(0), (2, 32), 0, config.vocabulary_size)
+def test_rematerialisation_changes_memory_and_not_gradients() -> None:
+    model, params = load(REFERENCE / "qwen3")
+    ids = jax.random.randint(jax.random.key(0), (2, 32), 0, model.vocabulary_size)
     position, segment = jnp.asarray(positions(np.asarray(ids))), jnp.ones(ids.shape, int)
 
     def loss(params: Any, policy: str) -> jax.Array:
-        return jnp.sum(model.forward(params, model.embed(params, ids), segment, position, config, policy) ** 2)
+        return jnp.sum(forward(params, embed(params, ids), segment, position, model, policy) ** 2)
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    for ours, expected in zip(*map(jax.tree.leaves, (gradient(params, policy), gradient(params, "none"))), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-    held = {name: temporary_bytes(gradient.lower(params, name)) for name in ("none", policy)}
-    assert held[policy] < held["none"]
+    programs = {policy: gradient.lower(params, policy).compile() for policy in ("none", "matmuls", "layer")}
+    expected = jax.tree.leaves(programs["none"](params))
+    for policy in ("matmuls", "layer"):
+        assert temporary_bytes(programs[policy]) < temporary_bytes(programs["none"])
+        for ours, wanted in zip(jax.tree.leaves(programs[policy](params)), expected, strict=True):
+            np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-8)])
@@ -168,7 +186,7 @@ def test_a_product_and_its_gradients_are_those_of_float64_rounded_once(
     shapes = (tokens, inputs), (inputs, outputs), (tokens, outputs)
     arrays = [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
     x, weight, gradient = (np.asarray(each, np.float64) for each in arrays)
-    product, backward = jax.vjp(jax.jit(model.matrix_product), *arrays[:2])
+    product, backward = jax.vjp(jax.jit(matrix_product), *arrays[:2])
     found = (product, *backward(arrays[2]))
     for ours, wanted in zip(found, (x @ weight, gradient @ weight.T, x.T @ gradient), strict=True):
         assert ours.dtype == dtype
@@ -176,29 +194,26 @@ def test_a_product_and_its_gradients_are_those_of_float64_rounded_once(
 
 
 def test_initial_weights_have_their_spread_and_do_not_depend_on_other_rows() -> None:
-    config = model.read_model_config(REFERENCE / "qwen2_untied")
-    params = model.initial_params(jax.random.key(0), config)
+    draw = jax.jit(initial_params, static_argnums=1)
+    model = read_model_config(REFERENCE / "qwen2_untied")
+    params = draw(jax.random.key(0), model)
     layers = params["layers"]
     assert np.std(layers["query"]) == pytest.approx(0.02, rel=0.05)
-    assert np.std(layers["down"]) == pytest.approx(0.02 / np.sqrt(2 * config.layers), rel=0.05)
+    assert np.std(layers["down"]) == pytest.approx(0.02 / np.sqrt(2 * model.layers), rel=0.05)
     assert np.all(layers["attention_norm"] == 1) and np.all(layers["query_bias"] == 0)
-    tied = model.initial_params(jax.random.key(0), model.read_model_config(REFERENCE / "qwen2"))
+    tied = draw(jax.random.key(0), read_model_config(REFERENCE / "qwen2"))
     np.testing.assert_array_equal(tied["embedding"], params["embedding"])
 
 
 def test_initial_weights_are_the_same_on_every_mesh() -> None:
-    config = model.read_model_config(REFERENCE / "qwen3")
-    mesh = mesh_of(1, 4, 2)
-    shardings = jax.tree.map(
-        lambda row: jax.NamedSharding(mesh, model.partition_spec(row)), model.parameter_table(config)
+    model, mesh = read_model_config(REFERENCE / "qwen3"), mesh_of(1, 4, 2)
+    shardings = jax.tree.map(lambda row: NamedSharding(mesh, partition_spec(row)), parameter_table(model))
+    alone, spread = (
+        jax.jit(initial_params, static_argnums=1, out_shardings=out)(jax.random.key(3), model)
+        for out in (None, shardings)
     )
-    draw = jax.jit(model.initial_params, static_argnums=1, out_shardings=shardings)
-    for ours, alone in zip(
-        jax.tree.leaves(draw(jax.random.key(3), config)),
-        jax.tree.leaves(jax.jit(model.initial_params, static_argnums=1)(jax.random.key(3), config)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, alone)
+    for ours, wanted in zip(*map(jax.tree.leaves, (spread, alone)), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
 
 
 @pytest.mark.parametrize(
@@ -228,21 +243,102 @@ def test_initial_weights_are_the_same_on_every_mesh() -> None:
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     raw = json.loads((REFERENCE / "llama2" / "config.json").read_text()) | change
     with pytest.raises(UserError, match="config.json: ") as refusal:
-        model.model_config(raw, "config.json")
+        model_config(raw, "config.json")
     assert words in str(refusal.value)
 
 
 def test_rows_beyond_a_sliding_window_or_the_positions_are_refused() -> None:
     raw = json.loads((REFERENCE / "mistral" / "config.json").read_text()) | {"sliding_window": 64}
-    config = model.model_config(raw, "config.json")
-    model.check_sequence_length(config, 64)
+    model = model_config(raw, "config.json")
+    check_sequence_length(model, 64)
     with pytest.raises(UserError, match="sliding window = 64"):
-        model.check_sequence_length(config, 65)
+        check_sequence_length(model, 65)
     with pytest.raises(UserError, match="max_position_embeddings = 2048"):
-        model.check_sequence_length(model.read_model_config(REFERENCE / "llama2"), 4096)
+        check_sequence_length(read_model_config(REFERENCE / "llama2"), 4096)
 
 
 def test_capacity_is_what_is_wanted_within_positions_and_sliding_window() -> None:
     raw = json.loads((REFERENCE / "mistral" / "config.json").read_text())
     for window, wanted, capacity in [(None, 48, 48), (None, 10**6, raw["max_position_embeddings"]), (64, 96, 64)]:
-        assert model.model_config(raw | {"sliding_window": window}, "config.json").capacity(wanted) == capacity
+        assert model_config(raw | {"sliding_window": window}, "config.json").capacity(wanted) == capacity
+
+
+# The loss
+
+
+@pytest.mark.parametrize(("shape", "padding"), [((2, 7), 5), ((3, 300), 0), ((600, 2), 5)])
+def test_loss_and_statistics_and_gradients_are_those_of_float64(shape: tuple[int, int], padding: int) -> None:
+    """One chunk, several chunks with a remainder, and more rows than a chunk has tokens; padded vocabulary or not."""
+    random = np.random.default_rng(0)
+    arrays = random.normal(size=(*shape, 8)), random.normal(size=(11 + padding, 8)), random.random(shape)
+    hidden, head, weight = (np.asarray(x, np.float32).astype(np.float64) for x in arrays)
+    weight = np.where(random.random(shape) < 0.6, weight, 0)
+    scores = np.einsum("bte,ve->btv", hidden, head[:11])
+    target = np.where(random.random(shape) < 0.5, np.argmax(scores, -1), random.integers(0, 11, shape))
+    probability = np.exp(scores) / np.sum(np.exp(scores), -1, keepdims=True)
+    losses = -np.log(np.take_along_axis(probability, target[..., None], -1)[..., 0])
+    slope = 0.7 * (probability - np.eye(11)[target]) * weight[..., None]
+    expected = {
+        "sum": 0.7 * np.sum(losses * weight),
+        "loss": losses,
+        "is_correct": np.argmax(scores, -1) == target,
+        "entropy": -np.sum(probability * np.log(probability), -1),
+        "hidden": np.einsum("btv,ve->bte", slope, head[:11]),
+        "head": np.pad(np.einsum("btv,bte->ve", slope, hidden), ((0, padding), (0, 0))),
+    }
+
+    def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, Any]:
+        given = hidden, head, jnp.asarray(target), jnp.asarray(weight, jnp.float32)
+        total, statistics = summed_token_loss(*given, weighted, 11)
+        return 0.7 * total, statistics
+
+    def weighted(log_probability: jax.Array, weight: jax.Array) -> jax.Array:
+        return -jnp.sum(log_probability * weight)
+
+    given = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)
+    (total, trained), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*given)
+    evaluated = jax.jit(token_statistics, static_argnums=3)(*given, jnp.asarray(target), 11)
+    for statistics in (trained, evaluated):
+        found = statistics._asdict() | {"sum": total, "hidden": gradients[0], "head": gradients[1]}
+        assert 0.2 < np.mean(found["is_correct"]) < 0.8
+        for name, wanted in expected.items():
+            np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_the_full_logits_never_exist() -> None:
+    hidden, head = jax.ShapeDtypeStruct((4, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32)
+    target, weight = jax.ShapeDtypeStruct((4, 1024), jnp.int32), jax.ShapeDtypeStruct((4, 1024), jnp.float32)
+    gradient = jax.jit(jax.grad(summed_cross_entropy, (0, 1)), static_argnums=4)
+    temporaries = temporary_bytes(gradient.lower(hidden, head, target, weight, 4096).compile())
+    assert temporaries < 0.5 * 4 * 1024 * 4096 * 4
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_the_head_is_gathered_once_for_any_number_of_chunks(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh, rows = mesh_of(*shape), PartitionSpec(("data", "fsdp"))
+    random, sent, found = np.random.default_rng(0), [], []
+    hidden, head = random.normal(size=(8, 64, 32)), random.normal(size=(96, 32))
+    target, weight = random.integers(0, 96, (8, 64)), random.random((8, 64))
+    arrays = [np.asarray(x, np.int32 if x is target else np.float32) for x in (hidden, head, target, weight)]
+    specs = rows, PartitionSpec("tensor", "fsdp"), rows, rows
+    for chunk in (128, 16):
+        monkeypatch.setattr("lacuna.model.LOSS_CHUNK", {"cpu": chunk})
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+            gradient = jax.jit(
+                jax.grad(lambda *x: summed_cross_entropy(*x, 96), (0, 1)),
+                out_shardings=tuple(NamedSharding(mesh, spec) for spec in specs[:2]),
+            )
+            program = gradient.lower(*placed).compile()
+            found.append(program(*placed))
+        large = [talk for talk in collectives(read_program(program.as_text() or ""), 8) if talk.bytes > 1024]
+        sent.append(sum(talk.bytes for talk in large))
+    assert sent[0] == sent[1] > 0
+    logits = hidden @ head.T
+    slope = np.exp(logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))) - np.eye(96)[target]
+    expected = np.einsum("btv,ve,bt->bte", slope, head, weight), np.einsum("btv,bte,bt->ve", slope, hidden, weight)
+    for gradients in found:
+        for ours, wanted in zip(gradients, expected, strict=True):
+            np.testing.assert_allclose(ours, wanted, rtol=2e-4, atol=2e-4)
