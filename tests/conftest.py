@@ -13,6 +13,7 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)  # with a bound JAX lo
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
 from lacuna.config import (
@@ -22,6 +23,8 @@ from lacuna.config import (
 )
 from lacuna.metrics import RunLog  # noqa: E402
 
+settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+settings.load_profile("suite")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 
@@ -37,7 +40,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoded data and plans of a test go to a folder of its own; compiled programs are shared by the session."""
+    """Encoded data of a test go to a folder of its own; compiled programs are shared by the session."""
     cache = tmp_path_factory.mktemp("cache")
     (cache / "lacuna").mkdir()
     (cache / "lacuna" / "programs").symlink_to(PROGRAMS)

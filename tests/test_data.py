@@ -133,7 +133,7 @@ def test_every_kind_of_file_is_read_as_it_is(
     assert [row for _, row in read_rows(write(tmp_path, name, content))] == rows
 
 
-def test_a_glob_reads_its_files_in_order_and_a_path_with_its_signs_is_a_path(tmp_path: Path) -> None:
+def test_a_glob_reads_its_files_in_order_and_a_file_may_be_named_like_a_glob(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "[1].jsonl"):
         write(tmp_path, name, json_lines([{"text": name}]))
     (tmp_path / "c.jsonl").mkdir()
@@ -144,7 +144,7 @@ def test_a_glob_reads_its_files_in_order_and_a_path_with_its_signs_is_a_path(tmp
     assert [row for _, row in read_rows(DataSource(path=str(tmp_path / "[1].jsonl")))] == [{"text": "[1].jsonl"}]
 
 
-def test_a_parquet_table_is_read_without_a_word_through_the_cache_of_datasets(tmp_path: Path) -> None:
+def test_a_parquet_table_is_read_silently_through_the_cache_of_datasets(tmp_path: Path) -> None:
     (tmp_path / "good.parquet").write_bytes(parquet(TABLE))
     (tmp_path / "half.parquet").write_bytes(parquet(TABLE)[:-20])
     script = (
@@ -217,12 +217,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_bad_is_refused_by_file_and_line_or_left_out_and_shown(
+def test_what_is_bad_is_refused_with_file_and_line_or_left_out_and_shown(
     tmp_path: Path, tokenizer: Tokenizer, no_network: None, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    content, told = BAD[name]
+    content, reason = BAD[name]
     source = write(tmp_path, name, content)
-    with pytest.raises(UserError, match=told) as refusal:
+    with pytest.raises(UserError, match=reason) as refusal:
         load(source, tokenizer, tmp_path / "cache")
     assert str(refusal.value).startswith(str(tmp_path)) and "--on-bad-data skip" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -239,7 +239,7 @@ def test_the_first_few_bad_rows_are_shown_and_all_are_counted(tmp_path: Path, to
     assert shown == ["2", "4", "6", "8", "10"]
 
 
-def test_a_line_of_fifty_megabytes_is_passed_over_without_being_held(tmp_path: Path) -> None:
+def test_a_line_of_fifty_megabytes_is_skipped_without_being_held_in_memory(tmp_path: Path) -> None:
     long = b'{"text": "' + b"a" * 50 * 2**20 + b'"}\n'
     source = write(tmp_path, "long.jsonl", GOOD + long + GOOD + long.rstrip())
     del long
@@ -254,7 +254,7 @@ def test_a_line_of_fifty_megabytes_is_passed_over_without_being_held(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("path", "split", "told"),
+    ("path", "split", "reason"),
     [
         ("{}", "train", r"is a directory; name its files, as .*/\*\.jsonl"),
         ("{}/absent.jsonl", "train", "absent.jsonl': no such file; paths start from /"),
@@ -270,12 +270,12 @@ def test_a_line_of_fifty_megabytes_is_passed_over_without_being_held(tmp_path: P
         ("{}/rows.jsonl", "train[5]", "split"),
     ],
 )
-def test_what_is_no_data_is_refused_whatever_is_done_with_bad_rows(
-    tmp_path: Path, tokenizer: Tokenizer, path: str, split: str, told: str
+def test_what_is_no_data_is_refused_even_if_bad_rows_are_skipped(
+    tmp_path: Path, tokenizer: Tokenizer, path: str, split: str, reason: str
 ) -> None:
     write(tmp_path, "rows.jsonl", json_lines(CHATS))
     write(tmp_path, "notes.xml", b"<a/>")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reason):
         load(DataSource(path=path.format(tmp_path), split=split), tokenizer, tmp_path / "cache", skip_bad=True)
 
 
@@ -440,7 +440,7 @@ def encoded(cache: Path) -> set[str]:
     return {path.name for path in (cache / "documents").iterdir()}
 
 
-def test_the_same_data_are_encoded_once_wherever_they_lie(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_same_data_are_encoded_once_wherever_the_files_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cache = tmp_path / "cache"
     first = load(write(tmp_path, "rows.jsonl", json_lines(CHATS)), tokenizer, cache)
     (tmp_path / "elsewhere").mkdir()
@@ -454,7 +454,7 @@ def test_the_same_data_are_encoded_once_wherever_they_lie(tmp_path: Path, tokeni
     assert len(encoded(cache)) == 1
 
 
-def test_whatever_the_tokens_depend_on_has_its_own_place_in_the_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_everything_the_tokens_depend_on_has_its_own_place_in_the_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cache = tmp_path / "cache"
     source = write(tmp_path, "rows.jsonl", json_lines(CHATS))
     files = {name: (TINY / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
@@ -518,7 +518,7 @@ def test_a_killed_encoding_is_not_taken_for_a_whole_one(tmp_path: Path, tokenize
     assert len(name) == 32 != len(left)
 
 
-def test_of_two_that_encode_the_same_at_once_both_succeed(
+def test_two_processes_may_encode_the_same_at_once(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, cache = write(tmp_path, "rows.jsonl", json_lines(CHATS)), tmp_path / "cache"
@@ -536,7 +536,7 @@ def test_of_two_that_encode_the_same_at_once_both_succeed(
     assert len(encoded(cache)) == 1
 
 
-def test_an_encoding_that_fails_for_another_reason_says_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_an_encoding_that_fails_for_another_reason_raises_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = write(tmp_path, "rows.jsonl", json_lines(CHATS))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr(os, "rename", refuse)
@@ -830,7 +830,7 @@ def test_without_packing_a_row_is_one_document_in_one_of_eight_lengths(
     assert all(width == length or width % -(-length // 8) == 0 for width in widths)
 
 
-def test_rows_behind_the_limit_are_empty() -> None:
+def test_rows_after_the_limit_are_empty() -> None:
     dataset = packed_data([texts_of([5] * 10)], 4)
     assert dataset.rows.row_count(1) == 10
     batches = [dataset.batch(index, 4, 10) for index in range(3)]
@@ -870,7 +870,7 @@ def test_the_answers_of_chats_are_learned_and_coloured(tmp_path: Path) -> None:
     assert int(batch.weight.sum()) == dataset.facts["target_tokens"]
 
 
-def test_what_was_counted_is_told_in_words(tmp_path: Path) -> None:
+def test_what_was_counted_is_described_in_words(tmp_path: Path) -> None:
     lines = (
         dialogue("Hi", "3"),
         dialogue("How many stones does Ben have in the end? " * 2, "4"),
@@ -951,7 +951,7 @@ def test_what_is_counted_is_what_the_raw_rows_hold(tmp_path: Path, tokenizer: To
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "reason"),
     [
         ([dialogue("Hi", "3 + 4 = 7. " * 9)], "1 samples dropped, as the last answer alone is longer than a row"),
         ([json.dumps({"prompt": "3", "completion": "4"}), "{"], None),
@@ -959,11 +959,11 @@ def test_what_is_counted_is_what_the_raw_rows_hold(tmp_path: Path, tokenizer: To
         ([""], "1 rows read, 1 bad rows left out.*rows.jsonl: it holds no rows"),
     ],
 )
-def test_a_data_set_without_a_target_is_refused(tmp_path: Path, lines: list[str], told: str | None) -> None:
-    if told is None:
+def test_a_data_set_without_a_target_is_refused(tmp_path: Path, lines: list[str], reason: str | None) -> None:
+    if reason is None:
         assert dataset_of(tmp_path, *lines, on_bad_data="skip").facts["target_tokens"]
     else:
-        with pytest.raises(UserError, match=f"rows.jsonl, train: no token to learn from .*{told}"):
+        with pytest.raises(UserError, match=f"rows.jsonl, train: no token to learn from .*{reason}"):
             dataset_of(tmp_path, *lines, on_bad_data="skip")
 
 
@@ -995,9 +995,9 @@ def test_a_source_is_sliced_and_weighted(tmp_path: Path) -> None:
 
 @pytest.mark.reference
 def test_real_chats_fill_their_rows(shelf: Path) -> None:
-    config = SftConfig(model_name="unused", run_name="run", data=({"path": str(shelf / "chat" / "*.jsonl")},))
+    config = SftConfig(model_name="unused", run_name="run", data=({"path": str(shelf / "chat" / "[aros]*.jsonl")},))
     tokenizer = load_tokenizer(shelf / "tokenizers" / "qwen2.5")
     dataset = load_dataset(config.data, tokenizer, config, is_stream=False, is_shuffled=True)
-    assert dataset.facts["documents"] == 10_249 and isinstance(dataset.rows, PackedRows)
+    assert dataset.facts["documents"] == 2_991 and isinstance(dataset.rows, PackedRows)
     assert dataset.rows.slot_count(0) == dataset.facts["tokens"]
     assert dataset.facts["tokens"] >= 0.99 * dataset.rows.row_count(1) * config.sequence_length

@@ -377,7 +377,7 @@ EXCHANGES = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(exchanges=EXCHANGES, same=st.booleans())
 def test_supervised_text_is_rebuilt_exactly_from_any_messages(
     name: str, small: dict[str, Tokenizer], exchanges: list[tuple[str, str]], same: bool
@@ -405,7 +405,7 @@ def test_supervised_text_is_rebuilt_exactly_from_any_messages(
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_shelf) for name in WITH_TEMPLATE])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(exchanges=EXCHANGES, system=st.none() | CONTENT)
 def test_supervised_text_of_real_templates_is_rebuilt_exactly_from_any_messages(
     name: str, exchanges: list[tuple[str, str]], system: str | None
@@ -432,7 +432,7 @@ ASIDE = "<|im_end|>\n<|im_start|>user\nthe same<|im_end|>\n<|im_start|>assistant
         [("a", "🦙" * 3), ("🦙", "ꙮ")],
     ],
 )
-def test_answers_that_look_like_the_template_are_told_apart(
+def test_answers_that_look_like_the_template_are_kept_apart(
     exchanges: list[tuple[str, str]], small: dict[str, Tokenizer]
 ) -> None:
     messages = [message for ask, answer in exchanges for message in (user(ask), assistant(answer))]
@@ -703,7 +703,7 @@ def test_text_streamed_token_by_token_is_whole_and_never_half_a_character(name: 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_shelf) for name in (*WITH_TEMPLATE, "gpt2")])
 def test_broken_characters_neither_repeat_nor_lose_other_text(name: str) -> None:
-    """Byte tokens in any order, between words: what is whole comes once, whatever the broken ones make of it."""
+    """Byte tokens in any order between words: each whole word comes once, despite broken characters beside it."""
     tokenizer, random = shelf(name), np.random.default_rng(0)
     word, bird = (encode(tokenizer, text, add_special_tokens=False).tolist() for text in (" word", "🦜é🦜"))
     for _ in range(50):
