@@ -23,10 +23,9 @@
 set -euo pipefail
 directory=$(uv run python -c '
 import sys
-from lacuna.cli import PAGES
-from lacuna.options import parse
+from lacuna.cli import COMMANDS, parse
 command, *arguments = sys.argv[1:]
-print(parse(PAGES[command], arguments, command).run_directory)
+print(parse(COMMANDS[command], arguments, command).run_directory)
 ' "$@" --resume)
 PATH=$PWD/.venv/bin:$PATH # the tasks do without uv, which would check the environment once for each
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

@@ -376,7 +376,7 @@ CODE = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from lacuna import cli
-cli.chat()
+cli.start("chat", sys.argv[1:])
 print("loaded", {"jax", "lacuna.sampler"} & {*sys.modules})
 """
 

@@ -4,9 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from unittest.mock import Mock
 
 import pytest
@@ -18,7 +16,6 @@ from lacuna.cli import parse
 from lacuna.config import (
     DataSource,
     EvalConfig,
-    Keys,
     PretrainConfig,
     SftConfig,
     UserError,
@@ -27,7 +24,7 @@ from lacuna.config import (
 )
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
-READERS = [command for command, config in cli.PAGES.items() if "data" in config.model_fields]
+READERS = [name for name, config in cli.COMMANDS.items() if "data" in config.model_fields and " " not in name]
 BASE = 'model_name = "configs/tiny"\nrun_name = "base"\n'
 DATA = '[[data]]\npath = "chats.jsonl"\n'
 
@@ -83,16 +80,16 @@ WRONG_OPTIONS = {
     "twice": ("--steps 5 --steps=6", "--steps is given twice: 5 and 6"),
     "switch twice": ("--packing --no-packing", "--packing is given twice: true and false"),
     "junk": ("junk", "'junk' belongs to no option; a TOML file is layered as @ junk"),
-    "nothing behind @": ("@", "@ needs a TOML file behind it"),
-    "option behind @": ("@ --steps 5", "@ needs a TOML file behind it"),
+    "nothing after @": ("@", "@ needs a TOML file after it"),
+    "option after @": ("@ --steps 5", "@ needs a TOML file after it"),
     "missing file": ("@ bas.toml", "bas.toml: No such file or directory; did you mean base.toml?"),
     "directory": ("@ .", ".: Is a directory"),
     "unset variable": ("--output-dir ${UNSET_NAME}", "UNSET_NAME is not in the environment"),
     "no folder name": ("--run-name a/b", "--run-name a/b should be a plain folder name"),
     "parent folder": ("--run-name ..", "--run-name .. should be a plain folder name"),
     "no day": ("--template-date 2024-13-01", "--template-date 2024-13-01 should be a day such as 2024-07-26"),
-    "batch": ("--batch-size 10 --micro-batch-size 4", "batch_size = 10 is no multiple of the 4 rows"),
-    "batch, mended": (
+    "batch": ("--batch-size 10 --micro-batch-size 4", "batch_size = 10 is not a multiple of the 4 rows"),
+    "batch, fixed": (
         "--batch-size 10 --micro-batch-size 4",
         "set batch_size to 8 or 12 (batch_size from the command",
     ),
@@ -109,7 +106,7 @@ WRONG_OPTIONS = {
 
 
 @pytest.mark.parametrize("flags, words", WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
-def test_a_wrong_option_is_refused_with_its_name_and_the_mend(
+def test_a_wrong_option_is_refused_with_its_name_and_the_fix(
     flags: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refusal(capsys, "@", "base.toml", *flags.split(" "))
@@ -124,7 +121,7 @@ WRONG_FILES = {
         DATA + "steps = 5",
         ": data.0.steps is a key of sft itself; write it above the first [[",
     ),
-    "header": ("", DATA + "[training]\nsteps = 5", ": training is no table of sft"),
+    "header": ("", DATA + "[training]\nsteps = 5", ": training is not a table of sft"),
     "single table": (
         "",
         "[data]\npath = 'x'",
@@ -154,14 +151,14 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("keys, tables, words", WRONG_FILES.values(), ids=WRONG_FILES)
-def test_a_wrong_toml_is_refused_with_key_file_and_mend(
+def test_a_wrong_toml_is_refused_with_key_file_and_fix(
     keys: str, tables: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "bad.toml").write_text(f"{BASE}{keys}\n{tables}")
     assert ("bad.toml" + words if words.startswith(":") else words) in refusal(capsys, "@", "bad.toml")
 
 
-def test_nothing_at_all_is_told_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_arguments_at_all_are_answered_with_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys)
     assert "model_name is required; give it as --model-name" in message and "data is required" in message
 
@@ -218,14 +215,14 @@ def test_switches_are_set_by_their_name_by_no_or_by_a_value(folder: Path) -> Non
         ("run_name = ''", "--show 3"),
     ],
 )
-def test_flags_mend_what_a_file_got_wrong(text: str, flags: str, folder: Path) -> None:
+def test_flags_fix_what_a_file_got_wrong(text: str, flags: str, folder: Path) -> None:
     (folder / "wrong.toml").write_text(text)
     with pytest.raises(UserError):
         sft("@", "wrong.toml")
     sft("@", "wrong.toml", *flags.split())
 
 
-def test_environment_variables_stand_in_any_string(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_are_replaced_in_any_string(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHO", "ada")
     monkeypatch.setenv("STEPS", "12")
     (folder / "more.toml").write_text("run_name = '${WHO}_1'\nsteps = '${STEPS}'\n[[data]]\npath = '/home/${WHO}/x'")
@@ -240,7 +237,7 @@ def test_environment_variables_stand_in_any_string(folder: Path, monkeypatch: py
 
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("command", READERS)
-def test_help_shows_every_key_with_its_document_and_the_value_in_force(
+def test_help_shows_every_key_with_its_description_and_the_value_in_force(
     command: str, columns: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -250,9 +247,9 @@ def test_help_shows_every_key_with_its_document_and_the_value_in_force(
     shown = capsys.readouterr().out
     words = " ".join(shown.split())
     assert exit.value.code == 0 and max(map(len, shown.splitlines())) <= columns
-    page_fields = cli.PAGES[command].model_fields
-    reads_data = "data" in page_fields
-    for fields in (page_fields, DataSource.model_fields if reads_data else {}):
+    own_fields = cli.COMMANDS[command].model_fields
+    reads_data = "data" in own_fields
+    for fields in (own_fields, DataSource.model_fields if reads_data else {}):
         for key, field in fields.items():
             assert key.replace("_", "-") in words and field.description and field.description in words
     here = ("[48 from base.toml]", '["chats.jsonl" from base.toml]', '["bfloat16"]') if reads_data else ("[4096]",)
@@ -280,40 +277,30 @@ def test_main_knows_its_commands(capsys: pytest.CaptureFixture[str], monkeypatch
     assert exit.value.code == 2 and "evl is not a command of lacuna; did you mean eval?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "script, page, room",
-    [(cli.sft, SftConfig, "sft"), (cli.pretrain, PretrainConfig, "sft"), (cli.evaluate, EvalConfig, "eval")],
-)
-def test_each_script_runs_its_room_and_only_refusals_and_interrupts_lose_their_traceback(
-    script: Callable[[], None],
-    config: type[Keys],
-    room: str,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("arguments", [["sft"], ["lacuna", "sft"]])
+def test_a_command_runs_by_its_script_or_by_name_and_only_refusals_and_interrupts_lose_their_traceback(
+    arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[Keys] = []
-    module = ModuleType(f"lacuna.{room}")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(sys, "argv", ["x", "@", "base.toml"])
-    vars(module)["run"] = ran.append
-    script()
-    assert type(ran[0]) is config
+    run = Mock()
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(sys, "argv", [f".venv/bin/{arguments[0]}", *arguments[1:], "@", "base.toml"])
+    cli.main()
+    assert run.call_args.args == (sft(),)
 
     for failure, code, words in (
         (UserError("chat.jsonl line 8"), 2, "error: chat.jsonl line 8\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ):
-        vars(module)["run"] = Mock(side_effect=failure)
+        run.side_effect = failure
         with pytest.raises(SystemExit) as exit:
-            script()
+            cli.main()
         assert exit.value.code == code and capsys.readouterr().err == words
-    vars(module)["run"] = Mock(side_effect=ValueError("a bug"))
+    run.side_effect = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug"):
-        script()
+        cli.main()
 
 
-def test_the_process_starts_again_once_and_keeps_other_tunables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_restarts_once_and_keeps_other_tunables(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, str]] = []
     monkeypatch.setattr(os, "execve", lambda path, arguments, environment: started.append(environment))
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
@@ -332,13 +319,13 @@ def test_the_process_starts_again_once_and_keeps_other_tunables(monkeypatch: pyt
 def test_every_config_parses_and_its_local_files_are_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parents[1])
     command, name = file.stem.split("_", 1)
-    config = parse(cli.PAGES[command], ["@", str(file)], command)
+    config = parse(cli.COMMANDS[command], ["@", str(file)], command)
     if name == "tiny":
         assert all(Path(source.path).is_file() for key in ("data", "eval_data") for source in getattr(config, key, ()))
 
 
 def test_there_are_configs_of_every_command_that_reads_data() -> None:
-    assert set(READERS) <= {file.stem.split("_")[0] for file in CONFIGS} <= set(cli.PAGES)
+    assert set(READERS) <= {file.stem.split("_")[0] for file in CONFIGS} <= set(cli.COMMANDS)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: "${" not in text)
@@ -353,7 +340,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lamb
     packing=st.booleans(),
     held_out_count=st.integers(0, 2),
 )
-def test_a_page_written_as_toml_reads_back_equal(
+def test_a_config_written_as_toml_reads_back_equal(
     model_name: str, path: str, weight: float, learning_rate: float, seed: int, packing: bool, held_out_count: int
 ) -> None:
     config = SftConfig(
@@ -389,20 +376,20 @@ def test_accumulation_multiplies_to_the_batch_or_names_the_nearest_batches(batch
         ]
 
 
-def test_pages_are_frozen_and_hash() -> None:
+def test_configs_are_frozen_and_hash() -> None:
     config = PretrainConfig(model_name="m", run_name="r", data=(DataSource(path="a"),))
     assert hash(config) == hash(config.model_copy())
     with pytest.raises(ValueError, match="frozen"):
         config.steps = 5  # ty: ignore[invalid-assignment]
 
 
-def test_an_evaluation_is_named_for_its_model_unless_named() -> None:
+def test_an_evaluation_is_named_after_its_model_unless_named() -> None:
     flags = ["--model-name", "runs/sft_tiny/", "--data.0.path", "x"]
     assert parse(EvalConfig, flags, "eval").run_directory == Path("runs/eval_sft_tiny")
     assert parse(EvalConfig, [*flags, "--run-name", "mine"], "eval").run_directory == Path("runs/mine")
 
 
-def test_a_key_of_several_texts_is_typed_in_a_row_and_reads_back(tmp_path: Path) -> None:
+def test_a_key_with_several_texts_takes_them_one_after_another_and_reads_back(tmp_path: Path) -> None:
     arguments = ["--model-name", "m", "--run-name", "r", "--data.0.path", "d", "--sample-prompts", "one two", 'say "3"']
     config = parse(SftConfig, arguments, "sft")
     assert config.sample_prompts == ("one two", 'say "3"')

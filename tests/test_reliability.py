@@ -42,7 +42,7 @@ class Job:
         file = page.run_directory.parent / f"{page.run_name}.toml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_toml(page))
-        command = next(name for name, kind in cli.PAGES.items() if type(page) is kind)
+        command = next(name for name, kind in cli.COMMANDS.items() if type(page) is kind)
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
         job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}

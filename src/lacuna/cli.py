@@ -1,33 +1,32 @@
 """The commands: from files, flags and environment variables to a config, and from a config to the room that runs it.
 
 TOML files are layered left to right, flags are the last layer, and `${NAME}` is an environment variable in any of them.
-pydantic checks the merged result once, so a flag may fix what a file got wrong. A refusal names the key, where its
-value is from, and how to fix it.
+pydantic checks the merged result once, so a flag may fix what a file got wrong. An error message names the key, where
+its value came from, and how to fix it.
 """
 
-import argparse
 import inspect
 import os
 import platform
 import re
+import shutil
 import sys
+import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
 
-from lacuna.apps.configs import PLANS, ChatConfig, PlanKeys, ServeConfig
+from lacuna.apps.configs import ChatConfig, GrpoPlan, PlanKeys, PretrainPlan, ServeConfig, SftPlan
 from lacuna.config import (
-    DEVICE_MEMORY_SHARE,
-    GPU_PLUGINS,
+    TABLES,
+    DataSource,
     EvalConfig,
     GrpoConfig,
     Keys,
@@ -37,20 +36,50 @@ from lacuna.config import (
     TrainingConfig,
     UserError,
     did_you_mean,
-    table_of,
     toml_value,
 )
+
+COMMANDS: dict[str, type[Keys]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "grpo": GrpoConfig,
+    "eval": EvalConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+    "plan pretrain": PretrainPlan,
+    "plan sft": SftPlan,
+    "plan grpo": GrpoPlan,
+}
+COMMAND_LINE = "the command line"
+HELP = {"-h", "--help"}
+KINDS: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "STR", SecretStr: "STR"}
+FLAG = re.compile(r"--?[a-zA-Z][^\s=]*(=.*)?", re.DOTALL)
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # JAX's own, one of which is installed for GPUs
+DEVICE_MEMORY_SHARE = 0.92  # that XLA may take; the rest goes to the driver and to communication
+XLA_BASE_SHARE = 0.8  # of a GPU's memory, to which the limit of its compiler is relative
 
 Config = TypeVar("Config", bound=Keys)
 Values = dict[str, Any]
 Typed = str | list[str]
 
 
+# From the command line to a config
+
+
+class Option(NamedTuple):
+    """An option of a command: its key, as in `data.0.path`, and its value in the files, as the help shows it."""
+
+    section: str
+    key: str
+    field: FieldInfo
+    value: str
+
+
 def parse(config: type[Config], arguments: list[str], program: str) -> Config:
-    """The page that layers `@ file.toml` and flags make together; `--help` prints it and exits.
+    """The config that the layers `@ file.toml` and the flags make together; `--help` prints the options and exits.
 
     Raises:
-        UserError: a line for each thing that is wrong.
+        UserError: a line for each mistake.
     """
     files, flags = split_arguments(arguments)
     values: Values = {}
@@ -59,15 +88,21 @@ def parse(config: type[Config], arguments: list[str], program: str) -> Config:
         layer = read_toml(file, config)
         values |= layer
         origins |= dict.fromkeys(layer, file)
-    typed = read_flags(config, program, flags, values, origins)
+    options = command_options(config, program, flags, values, origins)
+    if HELP & {*flags}:
+        print(help_text(config, program, options))
+        raise SystemExit(0)
+    typed = read_flags(flags, options, program)
     for option, text in typed.items():
         key, *entry = option.split(".")
-        if entry:
-            values[key] = with_entry(values.get(key, []), int(entry[0]), entry[1], text)
-            origins.setdefault(key, "the command line")
-        else:
-            values[key] = text
-            origins[key] = "the command line"
+        if not entry:
+            values[key], origins[key] = text, COMMAND_LINE
+            continue
+        index, name = int(entry[0]), entry[1]
+        tables = values.setdefault(key, [])
+        tables += [{} for _ in range(index + 1 - len(tables))]
+        tables[index][name] = text
+        origins.setdefault(key, COMMAND_LINE)
     try:
         return config.model_validate(values)
     except ValidationError as error:
@@ -75,13 +110,13 @@ def parse(config: type[Config], arguments: list[str], program: str) -> Config:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The files behind `@`, with or without a space, and all the rest."""
+    """The files after `@`, with or without a space, and everything else."""
     files, flags, remaining = [], [], iter(arguments)
     for argument in remaining:
         if argument.startswith("@"):
             files.append(argument[1:] or next(remaining, ""))
             if not files[-1] or files[-1].startswith("-"):
-                raise UserError("@ needs a TOML file behind it, as in @ configs/sft_tiny.toml")
+                raise UserError("@ needs a TOML file after it, as in @ configs/sft_tiny.toml")
         else:
             flags.append(argument)
     return files, flags
@@ -90,18 +125,17 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 def read_toml(file: str, config: type[Keys]) -> Values:
     try:
         text = Path(file).read_bytes().decode("utf-8-sig")
+        layer = tomllib.loads(text)
     except OSError as error:
         siblings = [str(path) for path in Path(file).parent.glob("*.toml")]
         raise UserError(f"{file}: {error.strerror}{did_you_mean(file, siblings)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    try:
-        layer = tomllib.loads(text)
-    except ValueError as error:
+    except tomllib.TOMLDecodeError as error:
         message = str(error).replace("Cannot overwrite a value", "This key is given twice")
         line = re.search(r"at line (\d+)", message)
         raise UserError(f"{file}: {message}{f': {text.splitlines()[int(line[1]) - 1]}' if line else ''}") from error
-    for key in layer.keys() & {key for key, field in config.model_fields.items() if table_of(field)}:
+    for key in {*TABLES} & layer.keys() & config.model_fields.keys():
         if not isinstance(layer[key], list) or not all(isinstance(entry, dict) for entry in layer[key]):
             value = toml_value(layer[key])
             raise UserError(f"{file}: {key} = {value} should be tables with a path, each headed [[{key}]]")
@@ -109,7 +143,7 @@ def read_toml(file: str, config: type[Keys]) -> Values:
 
 
 def with_environment(value: Any, place: str) -> Any:
-    """The value, each `${NAME}` in its strings replaced by that environment variable."""
+    """The value, with each `${NAME}` in its strings replaced by that environment variable."""
 
     def variable(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
@@ -123,113 +157,121 @@ def with_environment(value: Any, place: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", variable, value) if isinstance(value, str) else value
 
 
-def with_entry(entries: list[Values], index: int, name: str, text: Typed) -> list[Values]:
-    entries = entries + [{}] * (index + 1 - len(entries))
-    return [*entries[:index], entries[index] | {name: text}, *entries[index + 1 :]]
-
-
-class OptionParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        mend = "needs a value behind it; one that begins with - is written OPTION=VALUE"
-        message = (
-            message.removeprefix("argument ")
-            .replace(": expected one argument", f" {mend}")
-            .replace(": expected at least one argument", f" {mend}")
-        )
-        raise UserError(message.replace(": ignored explicit argument", " takes no value, but has"))
-
-
-def read_flags(
+def command_options(
     config: type[Keys], program: str, flags: list[str], values: Values, origins: dict[str, str]
-) -> dict[str, Typed]:
-    """What was typed for each option, a list where it takes several; `--help` shows what the files give, and exits."""
-    parser = OptionParser(
-        prog=program,
-        usage=f"{program} [@ FILE.toml ...] [--option VALUE ...]",
-        description=config.__doc__,
-        epilog="Files are layered from left to right, and options win. Whatever is true|false has a --no- form, as in "
-        "--no-packing. In brackets: the value now in force, and the file it is from.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    spellings: list[str] = []
-    for section, members in groupby(options(config, program, flags, values), key=itemgetter(0)):
-        group = parser.add_argument_group(section)
-        for _, option, field, value in members:
-            value = SecretStr(str(value)) if field.annotation is SecretStr else value
-            now = "required" if value is PydanticUndefined else toml_value(value)
-            origin = origins.get(option.split(".")[0]) if value != field.default else None
-            text = f"{field.description} [{now}{f' from {origin}' if origin else ''}]".replace("%", "%%")
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            kind = "|".join(choices) or getattr(field.annotation, "__name__", "").removeprefix("Secret").upper()
-            add = partial(group.add_argument, dest=option)
-            spellings.append(spelling(option))
-            if field.annotation is not bool:
-                count = "+" if get_origin(field.annotation) is tuple else None
-                add(spellings[-1], action="append", nargs=count, metavar="TEXT" if count else kind, help=text)
-                continue
-            add(spellings[-1], action="append", nargs="?", const="true", metavar="true|false", help=text)
-            spellings.append(spelling(f"no_{option}"))
-            add(spellings[-1], action="append_const", const="false", help=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(flags)
-    for flag in unknown:
-        if flag.startswith("-"):
-            name = flag.partition("=")[0]
-            raise UserError(f"{name} is not an option of {program}{did_you_mean(name, spellings)}")
-    if unknown:
-        raise UserError(f"{unknown[0]!r} belongs to no option; a TOML file is layered as @ {unknown[0]}")
-    for option, texts in vars(known).items():
-        if len(texts) > 1:
-            raise UserError(f"{spelling(option)} is given twice: {' and '.join(map(shown, texts))}; keep one")
-    return {option: with_environment(texts[0], spelling(option)) for option, texts in vars(known).items()}
-
-
-def options(
-    config: type[Keys], program: str, flags: list[str], values: Values
-) -> Iterator[tuple[str, str, FieldInfo, Any]]:
-    """Section, name, field and value of each option; a table has as many entries as the files and flags mention."""
+) -> dict[str, Option]:
+    """Each option by its spelling; `[[data]]` has as many entries as the files and flags mention."""
+    found = []
     for key, field in config.model_fields.items():
-        if table := table_of(field):
+        if key in TABLES:
+            mentioned = {int(match[1]) for flag in flags if (match := re.match(rf"{spelling(key)}\.(\d+)\.", flag))}
             entries = values.get(key, [])
-            mentioned = {match[1] for flag in flags if (match := re.match(rf"{spelling(key)}\.(\d+)\.", flag))}
-            count = len(mentioned | {str(index) for index in range(len(entries))})
-            for index in range(max(count, 1)):
+            for index in range(max(len(mentioned | {*range(len(entries))}), 1)):
                 entry = entries[index] if index < len(entries) else {}
-                for name, column in table.model_fields.items():
-                    title = f"[[{key}]] {field.description}"
-                    yield title, f"{key}.{index}.{name}", column, entry.get(name, column.default)
+                for name, column in DataSource.model_fields.items():
+                    value = value_in_force(column, entry, name, origins.get(key))
+                    found.append(Option(f"[[{key}]] {field.description}", f"{key}.{index}.{name}", column, value))
         else:
-            section = next(part for part in reversed(config.__mro__) if key in inspect.get_annotations(part))
-            title = f"Only for {program}" if section is config else str(section.__doc__)
-            yield title, key, field, values.get(key, field.default)
+            owner = next(part for part in reversed(config.__mro__) if key in inspect.get_annotations(part))
+            section = f"Only for {program}" if owner is config else str(owner.__doc__)
+            found.append(Option(section, key, field, value_in_force(field, values, key, origins.get(key))))
+    return {spelling(option.key): option for option in found}
+
+
+def spelling(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def value_in_force(field: FieldInfo, layer: Values, name: str, origin: str | None) -> str:
+    if name not in layer:
+        return "required" if field.is_required() else toml_value(field.default)
+    value = SecretStr(str(layer[name])) if field.annotation is SecretStr else layer[name]
+    return f"{toml_value(value)} from {origin}"
+
+
+def help_text(config: type[Keys], program: str, options: dict[str, Option]) -> str:
+    width, margin = shutil.get_terminal_size().columns, 34
+    fill = partial(textwrap.fill, width=width, subsequent_indent=" " * margin, break_on_hyphens=False)
+    lines = [f"usage: {program} [@ FILE.toml ...] [--option VALUE ...]\n\n{config.__doc__}"]
+    for section, members in groupby(options.items(), key=lambda member: member[1].section):
+        lines.append(f"\n{section}:")
+        for name, option in members:
+            kind = option.field.annotation
+            choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else "TEXT ..."
+            head = f"  {name} {KINDS.get(kind, choices)}"
+            if len(head) >= margin:
+                lines.append(head)
+                head = ""
+            text = f"{option.field.description} [{option.value}]"
+            lines.append(fill(text, initial_indent=head.ljust(margin)))
+    end = (
+        "Files are layered from left to right, and options override them. Options that are true|false have a --no- "
+        "form, as in --no-packing. In brackets: the value now in force, and the file it comes from."
+    )
+    return "\n".join([*lines, "", textwrap.fill(end, width)])
+
+
+def read_flags(flags: list[str], options: dict[str, Option], program: str) -> dict[str, Typed]:
+    """The text typed for each key, a list if the key takes several."""
+    negated = {f"--no-{name[2:]}": name for name, option in options.items() if option.field.annotation is bool}
+    groups: list[list[str]] = []  # each an option and what follows it
+    for text in flags:
+        if FLAG.fullmatch(text):
+            groups.append([text])
+        elif groups:
+            groups[-1].append(text)
+        else:
+            refuse_value(text)
+    typed: dict[str, Typed] = {}
+    for head, *texts in groups:
+        name, equals, text = head.partition("=")
+        if name not in options and name not in negated:
+            raise UserError(f"{name} is not an option of {program}{did_you_mean(name, [*options, *negated])}")
+        option = options[negated.get(name, name)]
+        texts = ["false"] * (name in negated) + [text] * bool(equals) + texts
+        if not texts and option.field.annotation is bool:
+            texts = ["true"]
+        if not texts:
+            raise UserError(f"{name} needs a value; one that begins with - is written {name}=VALUE")
+        takes_several = get_origin(option.field.annotation) is tuple
+        if len(texts) > 1 and not takes_several:
+            refuse_value(texts[1])
+        value = with_environment(texts if takes_several else texts[0], name)
+        if option.key in typed:
+            both = f"{shown(typed[option.key])} and {shown(value)}"
+            raise UserError(f"{spelling(option.key)} is given twice: {both}; keep one")
+        typed[option.key] = value
+    return typed
+
+
+def refuse_value(text: str) -> NoReturn:
+    raise UserError(f"{text!r} belongs to no option; a TOML file is layered as @ {text}")
 
 
 def explain(
-    problem: ErrorDetails, config: type[Keys], program: str, typed: dict[str, Typed], origins: dict[str, str]
+    problem: Mapping[str, Any], config: type[Keys], program: str, typed: dict[str, Typed], origins: dict[str, str]
 ) -> str:
-    """One of pydantic's errors as a sentence with the key, where its value is from, and the mend."""
+    """One of pydantic's errors as a sentence with the key, where its value came from, and how to fix it."""
     path = [str(part) for part in problem["loc"]]
     message = re.sub(r"^(Input|String|Value error,) |, unable to .*", "", problem["msg"])
     if not path:
         sources = [f"{key} from {origin}" for key, origin in origins.items() if re.search(rf"\b{key}\b", message)]
         return f"{message} ({', '.join(sources)})" if sources else message
-    key, name, fields = ".".join(path), path[-1], config.model_fields
-    if len(path) > 1 and (table := table_of(fields[path[0]])):
-        fields = table.model_fields
+    key, name = ".".join(path), path[-1]
+    fields = DataSource.model_fields if len(path) > 1 and path[0] in TABLES else config.model_fields
     place = f"{origins[path[0]]}: {key}" if path[0] in origins else key
     if problem["type"] == "missing":
-        option = f"{key}.0.path" if table_of(fields[name]) else key
+        option = f"{key}.0.path" if key in TABLES else key
         return f"{place} is required; give it as {spelling(option)}, or in a file as in {program} @ FILE.toml"
     if problem["type"] != "extra_forbidden":
         if name in fields and fields[name].annotation is SecretStr:
             return f"{place} {message}"
         given = f"{spelling(key)} {shown(typed[key])}" if key in typed else f"{place} = {toml_value(problem['input'])}"
         return f"{given} {message.replace('a valid boolean', 'true or false')}"
-    if fields is not config.model_fields and name in config.model_fields:
+    if path[0] in TABLES and name in config.model_fields:
         return f"{place} is a key of {program} itself; write it above the first [[{path[0]}]]"
     if isinstance(problem["input"], dict):
-        return f"{place} is no table of {program}; its keys stand at the top, without [{name}]"
+        return f"{place} is not a table of {program}; write its keys at the top, without [{name}]"
     return f"{place} is not a key of {program}{did_you_mean(name, fields)}"
 
 
@@ -238,85 +280,41 @@ def shown(typed: Typed) -> str:
     return typed if isinstance(typed, str) else " ".join(typed)
 
 
-def spelling(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
-
-
-PAGES = {
-    "pretrain": PretrainConfig,
-    "sft": SftConfig,
-    "grpo": GrpoConfig,
-    "eval": EvalConfig,
-    "chat": ChatConfig,
-    "serve": ServeConfig,
-}
-XLA_BASE_SHARE = 0.8  # of a GPU's memory, on which its compiler's limit is a percentage
+# From a config to the room that runs it
 
 
 def main() -> None:
-    """`lacuna <command> …`, the same as the command's own script."""
-    command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print("usage: lacuna COMMAND [@ FILE.toml ...] [--option VALUE ...]\n")
-        for name, config in PAGES.items():
-            print(f"  {name:10}{config.__doc__}")
-        print("  plan COMMAND  What a run of pretrain, sft or grpo would take on accelerators that are not here")
-        print("\nEvery option of a command, with the value now in force: lacuna COMMAND --help")
-    elif command in (*PAGES, "plan"):
-        start(command, arguments)
-    else:
-        stop(f"error: {command} is not a command of lacuna{did_you_mean(command, (*PAGES, 'plan'))}", 2)
-
-
-def pretrain() -> None:
-    start("pretrain", sys.argv[1:])
-
-
-def sft() -> None:
-    start("sft", sys.argv[1:])
-
-
-def grpo() -> None:
-    start("grpo", sys.argv[1:])
-
-
-def evaluate() -> None:
-    start("eval", sys.argv[1:])
-
-
-def chat() -> None:
-    start("chat", sys.argv[1:])
-
-
-def serve() -> None:
-    start("serve", sys.argv[1:])
-
-
-def plan() -> None:
-    start("plan", sys.argv[1:])
+    """`lacuna COMMAND …`, or the script that is named after the command."""
+    script = Path(sys.argv[0]).name
+    is_command = script in {name.split()[0] for name in COMMANDS}
+    command, *arguments = [script] * is_command + sys.argv[1:] or ["--help"]
+    start(command, arguments)
 
 
 def start(command: str, arguments: list[str]) -> None:
-    """Run a command; a UserError exits with 2, an interrupt with 130, each in one line."""
+    """Run a command; a UserError exits with 2, an interrupt with 130, each with its message and no traceback."""
+    if command == "plan" and arguments:
+        command, arguments = f"plan {arguments[0]}", arguments[1:]
     try:
-        share_memory()
-        if command == "grpo" and "--replay" in arguments[:-1]:  # a replay begins with the config of its run
-            arguments = ["@", f"{arguments[arguments.index('--replay') + 1]}/config.toml", *arguments]
-        if command == "plan":
-            run(parse(*page_to_plan(arguments)))
+        if command.removeprefix("plan ") in HELP:
+            print("usage: lacuna COMMAND [@ FILE.toml ...] [--option VALUE ...]\n")
+            for name, config in COMMANDS.items():
+                print(f"  {name:15}{config.__doc__}")
+            print("\nEvery option of a command, with the value now in force: lacuna COMMAND --help")
             return
-        config = parse(PAGES[command], arguments, command)
-        if isinstance(config, ChatConfig):
-            run(config)
-            return
+        if command not in COMMANDS:
+            raise UserError(f"{command} is not a command of lacuna{did_you_mean(command, COMMANDS)}")
+        if command == "grpo" and "--replay" in arguments[:-1]:
+            arguments = [*run_config(arguments[arguments.index("--replay") + 1]), *arguments]
+        config = parse(COMMANDS[command], arguments, command)
         prepare_process()
-        if isinstance(config, ServeConfig):
+        if isinstance(config, PlanKeys | ChatConfig | ServeConfig):
             run(config)
-            return
-        from lacuna.distributed import cluster
+        else:
+            from lacuna.distributed import cluster
 
-        with cluster():
-            run(config)
+            with cluster():
+                run(config)
     except UserError as error:
         stop(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
@@ -324,11 +322,10 @@ def start(command: str, arguments: list[str]) -> None:
 
 
 def run(config: Keys) -> Any:
-    """Do what a command's config asks for; each room is imported only here, for jax is slow to import."""
-    if isinstance(config, PlanKeys):
+    """Do what a config asks for; each room is imported only here, as jax is slow to import."""
+    if isinstance(config, PretrainPlan | SftPlan | GrpoPlan):
         from lacuna.apps.plan import run_plan
 
-        assert isinstance(config, TrainingConfig)
         return run_plan(config)
     if isinstance(config, ChatConfig):
         from lacuna.apps.chat import run_chat
@@ -342,32 +339,36 @@ def run(config: Keys) -> Any:
         from lacuna.eval import run_eval
 
         return run_eval(config, harness_of(config))
-    assert isinstance(config, TrainingConfig)
     if isinstance(config, GrpoConfig) and config.replay:
         from lacuna.apps.replay import replay
 
-        return replay(config, parse(GrpoConfig, ["@", f"{config.replay}/config.toml"], "grpo"))
+        return replay(config, parse(GrpoConfig, run_config(config.replay), "grpo"))
     if isinstance(config, SftConfig) and config.show:
         from lacuna.apps.show import show_rows
 
         return show_rows(config)
-    prepare = tasks_of(config)
     from lacuna.apps.report import write_report
 
+    assert isinstance(config, GrpoConfig | RowsConfig)
+    tasks = tasks_of(config)
     if isinstance(config, GrpoConfig):
         from lacuna.apps.rewards import load_rewards
         from lacuna.grpo import run_grpo
 
-        return run_grpo(config, load_rewards(config.reward), prepare, write_report)
-    assert isinstance(config, RowsConfig)
+        return run_grpo(config, load_rewards(config.reward), tasks, write_report)
     from lacuna.eval import evaluation_of_rows
     from lacuna.trainer import run_training
 
-    return run_training(config, partial(evaluation_of_rows, prepare), write_report)
+    return run_training(config, partial(evaluation_of_rows, tasks), write_report)
+
+
+def run_config(directory: str) -> list[str]:
+    """The arguments that read the config of an earlier run."""
+    return ["@", f"{directory}/config.toml"]
 
 
 def harness_of(config: EvalConfig) -> Any:
-    """What runs the tasks of lm-evaluation-harness, where the config has any; its library is an extra."""
+    """What runs the tasks of lm-evaluation-harness, if the config names any; its library is an extra."""
     if not config.harness_tasks:
         return None
     from lacuna.apps.harness import load_tasks
@@ -376,13 +377,13 @@ def harness_of(config: EvalConfig) -> Any:
 
 
 def tasks_of(config: TrainingConfig) -> Any:
-    """What prepares the tasks of eval_config, as that file is when the run begins, for a model that was opened."""
+    """What prepares the tasks of `eval_config`, read when the run begins, for an opened model."""
     if not config.eval_config:
         return None
     tasks = parse(EvalConfig, ["@", config.eval_config, "--model-name", config.model_name], "eval")
     if "loss" in tasks.tasks:
         raise UserError(
-            f"{config.eval_config}: tasks has loss, which a run measures on [[eval_data]]; take it out, or give "
+            f"{config.eval_config}: tasks has loss, which a run measures on [[eval_data]]; remove it, or set "
             'tasks, as in tasks = ["generate"]'
         )
     from lacuna.eval import prepare_tasks
@@ -390,34 +391,21 @@ def tasks_of(config: TrainingConfig) -> Any:
     return partial(prepare_tasks, tasks, harness_of(tasks))
 
 
-def page_to_plan(arguments: list[str]) -> tuple[type[TrainingConfig], list[str], str]:
-    """The page, arguments and program name of `plan COMMAND …`."""
-    command, *rest = arguments or [""]
-    if command in ("-h", "--help"):
-        print(f"usage: plan COMMAND [@ FILE.toml ...] [--option VALUE ...]\n\nCOMMAND is one of {', '.join(PLANS)}; "
-              "plan COMMAND --help shows its options")  # fmt: skip
-        raise SystemExit(0)
-    if command not in PLANS:
-        asked = " (plan COMMAND --help shows its options)" if not command else ""
-        raise UserError(
-            f"plan needs a command that trains behind it, {', '.join(PLANS)}, as in plan sft @ FILE.toml{asked}"
-        )
-    return PLANS[command], rest, f"plan {command}"
-
-
 def stop(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(code)
 
 
-def share_memory() -> None:
-    """Let XLA have its share of an accelerator's memory, and its compiler for GPUs know of it.
+# The process
 
-    That one counts on 76 % of what the arguments leave otherwise; for what is more it hides no communication and
-    computes matrix products again, where all of it would have room.
+
+def share_memory() -> None:
+    """Give XLA its share of an accelerator's memory, and tell its compiler for GPUs.
+
+    The compiler assumes 76 % of what the arguments leave otherwise; beyond that it hides no communication and
+    recomputes matrix products, although everything would fit.
     """
-    usual = str(DEVICE_MEMORY_SHARE)  # JAX takes three quarters otherwise
-    share = os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", usual)
+    share = os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_MEMORY_SHARE))  # JAX's default is 0.75
     flags, limit = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_memory_limit_slop_factor"
     if limit not in flags and any(find_spec(plugin) for plugin in GPU_PLUGINS):
         try:
@@ -428,7 +416,7 @@ def share_memory() -> None:
 
 
 def prepare_process() -> None:
-    """Start again, once, with huge pages in malloc, as XLA on a CPU faults its temporaries in anew at every step."""
+    """Restart once with huge pages in malloc; without them a CPU faults in XLA's temporaries again at every step."""
     share_memory()
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb=" in tunables or "pytest" in sys.modules:

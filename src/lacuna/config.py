@@ -8,28 +8,19 @@ import re
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # JAX's own, one of which is installed for GPUs
-DEVICE_MEMORY_SHARE = 0.92  # that XLA may take; the rest goes to the driver and to communication
+TABLES = ("data", "eval_data")  # the keys that are written as [[tables]], each a DataSource
 
 
 class UserError(ValueError):
-    """A refusal that the user can mend: the commands print it without a traceback and exit with 2."""
+    """An error that the user can fix: the commands print it without a traceback and exit with 2."""
 
 
 class Keys(BaseModel):
-    """Keys and their checks; a command's page inherits its sections, the first of them as its last base."""
+    """Keys and their checks; the config of a command inherits its sections, the first section being its last base."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -42,15 +33,15 @@ class Keys(BaseModel):
 
     @property
     def cache_dir(self) -> Path:
-        """The directory of what is kept between runs: packing plans, compiled programs."""
+        """The directory of what is reused between runs: packing plans, compiled programs."""
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacuna"
 
 
 def to_toml(config: Keys, without: Iterable[str] = ()) -> str:
-    """The page as TOML that reads back as an equal page, but for the keys left out."""
+    """The config as TOML that reads back as an equal config, except for the keys in `without`."""
     plain, tables = [], []
     for key, value in config.model_dump(exclude=set(without)).items():
-        if table_of(type(config).model_fields[key]):
+        if key in TABLES:
             for entry in value:
                 tables += ["", f"[[{key}]]", *(f"{name} = {toml_value(entry[name])}" for name in entry)]
         else:
@@ -59,20 +50,13 @@ def to_toml(config: Keys, without: Iterable[str] = ()) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """The value as TOML: JSON, but for the delete character, and `${NAME}` for a secret that the environment holds."""
+    """The value as TOML, that is JSON but for the delete character; a secret of the environment becomes `${NAME}`."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(toml_value, value))}]"
     for name, secret in os.environ.items() if isinstance(value, str) else ():
         if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(secret) >= 8:
             value = value.replace(secret, f"${{{name}}}")
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
-
-
-def table_of(field: FieldInfo) -> type[Keys] | None:
-    """The page of each entry, where a key takes tables."""
-    return next(
-        (kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Keys)), None
-    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -97,7 +81,7 @@ class ModelKeys(Keys):
     model_name: str = Field(min_length=1, description="Directory in Hugging Face layout, run directory, or hub id")
     compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type that matmuls compute in")
     attention: Literal["auto", "cudnn", "splash", "xla"] = Field(
-        "auto", description="Kernel of attention; auto: the fastest that the devices have"
+        "auto", description="Attention kernel; auto: the fastest that the devices support"
     )
 
 
@@ -116,45 +100,45 @@ class DataKeys(Keys):
         return value
 
 
-def day(value: Any) -> str:
-    try:
-        return date.fromisoformat(str(value)).isoformat()
-    except ValueError as error:
-        raise ValueError("should be a day such as 2024-07-26") from error
+class TemplateKeys(Keys):
+    """Chat template"""
+
+    chat_template: str = Field("", description="Jinja file to use instead of the model's chat template")
+    template_date: str = Field("2024-07-26", description="Day that templates see, fixed so that data never changes")
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def template_date_is_a_day(cls, value: Any) -> str:
+        try:
+            return date.fromisoformat(str(value)).isoformat()
+        except ValueError as error:
+            raise ValueError("should be a day such as 2024-07-26") from error
 
 
-TemplateDate = Annotated[
-    str, BeforeValidator(day), Field(description="Day that templates see, so that data never changes")
-]
-DAY = "2024-07-26"
-
-
-class ChatKeys(Keys):
+class ChatKeys(TemplateKeys):
     """Chats"""
 
     packing: bool = Field(True, description="Pack several chats into a row; otherwise one row each")
     train_on: Literal["assistant", "all", "last"] = Field("assistant", description="Messages that the loss counts")
-    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
-    template_date: TemplateDate = DAY
 
 
 LearningRate = Annotated[float, Field(gt=0, description="Highest learning rate, reached after the warm-up")]
+WeightDecay = Annotated[float, Field(ge=0, description="Decay of matrices and embeddings, times the learning rate")]
 
 
 class OptimizationKeys(Keys):
     """Optimization"""
 
-    from_scratch: bool = Field(False, description="Take only config and tokenizer from model_name, no weights")
+    from_scratch: bool = Field(False, description="Take only the config and tokenizer from model_name, not the weights")
     micro_batch_size: int = Field(1, ge=1, description="Packed rows per device per forward pass")
     steps: int = Field(0, ge=0, description="Optimizer steps; 0: as many as the epochs give")
     epochs: int = Field(1, ge=0, description="Passes over the data when steps is 0")
     learning_rate: LearningRate = 2e-5
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0")
-    weight_decay: float = Field(0.1, ge=0, description="Decay of matrices and embeddings, times the learning rate")
-    clip_norm: float = Field(1.0, gt=0, description="Longest global gradient norm; a longer gradient is scaled to it")
+    weight_decay: WeightDecay = 0.1
+    clip_norm: float = Field(1.0, gt=0, description="Largest global gradient norm; larger ones are scaled down to it")
     rematerialisation: Literal["none", "matmuls", "layer"] = Field(
-        "matmuls",
-        description="What the backward pass computes again: nothing, all but matmuls and attention, or layers",
+        "matmuls", description="What the backward pass recomputes: nothing, all but matmuls and attention, or layers"
     )
 
 
@@ -162,8 +146,8 @@ class DeviceKeys(Keys):
     """Devices"""
 
     data_parallel: int = Field(1, ge=1, description="Devices along the data axis of the mesh")
-    fsdp: int = Field(0, ge=0, description="Devices that share out the parameters; 0: all that are left over")
-    tensor: int = Field(1, ge=1, description="Devices that share out each matrix product")
+    fsdp: int = Field(0, ge=0, description="Devices that the parameters are sharded over; 0: all that remain")
+    tensor: int = Field(1, ge=1, description="Devices that each matrix product is sharded over")
     compilation_cache: bool = Field(True, description="Keep compiled programs between runs")
 
 
@@ -179,7 +163,7 @@ class RunKeys(Keys):
     @classmethod
     def run_name_is_a_folder_name(cls, value: str) -> str:
         if value and (value == ".." or Path(value).name != value or not value.isprintable()):
-            raise ValueError("should be a plain folder name; what stands above it is output_dir")
+            raise ValueError("should be a plain folder name; the folder that contains it is output_dir")
         return value
 
     @property
@@ -192,61 +176,60 @@ class RecordKeys(Keys):
 
     eval_data: tuple[DataSource, ...] = Field((), description="Held-out data")
     log_every: int = Field(1, ge=1, description="Steps between log lines")
-    eval_config: str = Field("", description="TOML file of eval, whose tasks are measured at every evaluation")
+    eval_config: str = Field("", description="TOML file of eval, whose tasks run at every evaluation")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: only at the end")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="Newest checkpoints kept, besides the best")
+    keep: int = Field(2, ge=1, description="Newest checkpoints to keep, besides the best")
     resume: bool = Field(False, description="Continue the run of this name from its newest checkpoint")
     resume_from: str = Field("", description="Checkpoint directory to continue from instead")
-    wandb: Literal["off", "online", "offline"] = Field("off", description="Report to Weights & Biases")
-    wandb_project: str = Field("lacuna", min_length=1, description="Project there")
+    wandb: Literal["off", "online", "offline"] = Field("off", description="Log to W&B, project WANDB_PROJECT or lacuna")
 
 
-class SamplingKeys(Keys):
+class ChoiceKeys(Keys):
     """Sampling"""
 
     temperature: float = Field(1.0, ge=0, description="Divides the logits; 0: always the likeliest token")
-    top_k: int = Field(0, ge=0, description="Sample among that many likeliest tokens; 0: all")
+    top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0: all")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this probability")
     min_p: float = Field(0.0, ge=0, le=1, description="Least probability of a token, as a share of the likeliest one's")
-    repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens met before; 1: none")
-    frequency_penalty: float = Field(0.0, description="Taken from a token's logit each time it was generated")
-    presence_penalty: float = Field(0.0, description="Taken from a token's logit once it was generated")
+
+
+class SamplingKeys(ChoiceKeys):
+    """Penalties and length"""
+
+    repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of tokens seen before; 1: none")
+    frequency_penalty: float = Field(0.0, description="Subtracted from a token's logit each time it was generated")
+    presence_penalty: float = Field(0.0, description="Subtracted from a token's logit once it was generated")
     max_tokens: int = Field(512, ge=1, description="Most tokens of a completion")
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: int) -> int:
-    """Forward passes per optimizer step; `device_shards` is data_parallel × fsdp, the devices that share out the batch.
+    """Forward passes per optimizer step; `device_shards` is data_parallel × fsdp, the devices the batch is split over.
 
     Raises:
-        UserError: the batch does not divide; names the nearest that do.
+        UserError: the batch does not divide; names the nearest sizes that do.
     """
     rows = micro_batch_size * device_shards
     if rest := batch_size % rows:
         nearest = [str(size) for size in (batch_size - rest, batch_size - rest + rows) if size]
         raise UserError(
-            f"batch_size = {batch_size} is no multiple of the {rows} rows of one forward pass (micro_batch_size = "
+            f"batch_size = {batch_size} is not a multiple of the {rows} rows of one forward pass (micro_batch_size = "
             f"{micro_batch_size}, data_parallel × fsdp = {device_shards}); set batch_size to {' or '.join(nearest)}"
         )
     return batch_size // rows
 
 
 class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys, ModelKeys):
-    """What all commands that train have in common."""
+    """The keys that all training commands share."""
 
     @property
     def has_evaluation(self) -> bool:
         """Whether there is anything to do at an evaluation."""
         return bool(self.eval_config or self.eval_data)
 
-    @property
-    def leaves_a_run(self) -> bool:
-        """Whether anything is written to the run directory."""
-        return True
-
     @model_validator(mode="after")
     def keys_agree(self) -> "TrainingConfig":
-        if self.leaves_a_run and not self.run_name:
+        if not any(getattr(self, key, None) for key in ("run_name", "show", "replay")):  # the last two write no run
             raise ValueError("run_name is required: name the run, as in --run-name first_try")
         if not self.steps and not self.epochs:
             raise ValueError("steps = 0 and epochs = 0 leave nothing to do; set one of them")
@@ -259,21 +242,17 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
         if self.eval_every and not self.has_evaluation:
             raise ValueError(
-                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or eval_config, or drop it"
+                f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or eval_config, or remove it"
             )
         return self
 
 
-class BatchKeys(Keys):
+class RowsConfig(TrainingConfig):
     """Batch and samples"""
 
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
-    sample_prompts: tuple[str, ...] = Field((), description="What to answer, or to continue, at every evaluation")
+    sample_prompts: tuple[str, ...] = Field((), description="Prompts to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
-
-
-class RowsConfig(BatchKeys, TrainingConfig):
-    """Training on rows of data, as pretrain and sft do."""
 
     @property
     def has_evaluation(self) -> bool:
@@ -296,88 +275,71 @@ class SftConfig(ChatKeys, RowsConfig):
     """Fine-tune a language model on chats."""
 
     neftune_alpha: float = Field(0.0, ge=0, description="Noise on embeddings (NEFTune, Jain et al. 2023); 0: none")
-    show: int = Field(0, ge=0, description="Print that many packed rows, supervised text in colour, and leave")
-
-    @property
-    def leaves_a_run(self) -> bool:
-        """Whether anything is written to the run directory."""
-        return not self.show
+    show: int = Field(0, ge=0, description="Print this many packed rows, trained text in colour, and exit")
 
 
-class ProblemKeys(Keys):
+class ProblemKeys(TemplateKeys):
     """Problems"""
 
     system_prompt: str = Field("", description="System message before each problem")
-    prompt_template: str = Field("{prompt}", description="What is asked, {prompt} being the row's prompt")
-    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
-    template_date: TemplateDate = DAY
+    prompt_template: str = Field("{prompt}", description="Text of each problem, with the row's prompt as {prompt}")
 
     @field_validator("prompt_template")
     @classmethod
-    def prompt_template_has_its_place(cls, value: str) -> str:
+    def prompt_template_has_a_placeholder(cls, value: str) -> str:
         if "{prompt}" not in value:
-            raise ValueError("has no {prompt}, the place of the row's prompt")
+            raise ValueError("has no {prompt}, which the row's prompt replaces")
         return value
 
 
-class RolloutKeys(Keys):
+class RolloutKeys(ChoiceKeys):
     """Rollouts"""
 
     prompts_per_step: int = Field(16, ge=1, description="Problems per step")
-    completions_per_prompt: int = Field(8, ge=2, description="Completions of each, which are its group")
+    completions_per_prompt: int = Field(8, ge=2, description="Completions of each problem, which form its group")
     max_completion_tokens: int = Field(512, ge=1, description="Most tokens of a completion")
-    temperature: float = Field(1.0, gt=0, description="Divides the logits, in rollout and in update alike")
-    top_k: int = Field(0, ge=0, description="Sample among that many likeliest tokens; 0: all")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this probability")
-    min_p: float = Field(0.0, ge=0, le=1, description="Least probability of a token, as a share of the likeliest one's")
+    temperature: float = Field(1.0, gt=0, description="Divides the logits, in rollout and update alike")
     slots: int = Field(64, ge=1, description="Completions that are generated at once")
-    updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps that share out the groups of a rollout")
+    updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout, each on its share of groups")
 
     @property
     def rules(self) -> SamplingKeys:
-        """The rules of sampling for rollouts."""
-        shared = {key: getattr(self, key) for key in ("temperature", "top_k", "top_p", "min_p")}
-        return SamplingKeys(max_tokens=self.max_completion_tokens, **shared)
+        """The sampling rules of rollouts."""
+        chosen = {key: getattr(self, key) for key in ChoiceKeys.model_fields}
+        return SamplingKeys(max_tokens=self.max_completion_tokens, **chosen)
 
 
 class ObjectiveKeys(Keys):
     """Objective"""
 
     reward: tuple[str, ...] = Field(
-        ("correct:1.0",), description="NAME:WEIGHT of each reward, NAME being correct, format or FILE.py:FUNCTION"
+        ("correct:1.0",), description="NAME:WEIGHT of each reward, where NAME is correct, format or FILE.py:FUNCTION"
     )
     scale_by_std: bool = Field(False, description="Divide advantages by the standard deviation of their group")
     loss_normalisation: Literal["token", "sequence", "constant"] = Field(
-        "token", description="Each token, each completion, or each slot of max_completion_tokens counts the same"
+        "token", description="What counts the same: each token, each completion, or each max_completion_tokens"
     )
     clip_low: float = Field(0.2, ge=0, lt=1, description="How far below 1 the ratio of policies has an effect")
-    clip_high: float = Field(0.28, ge=0, description="How far above 1 it has")
+    clip_high: float = Field(0.28, ge=0, description="How far above 1 it has an effect")
     kl_weight: float = Field(0.0, ge=0, description="Weight of the divergence from the starting policy; 0: none")
-    importance_limit: float = Field(
-        2.0, ge=0, description="Most that a token weighs for sampler and trainer disagreeing; 0: they are not compared"
-    )
-    mask_truncated: bool = Field(True, description="Leave completions that met max_completion_tokens out of the loss")
+    importance_limit: float = Field(2.0, ge=0, description="Largest weight of a token, as trainer/sampler; 0: all 1")
+    mask_truncated: bool = Field(True, description="Leave completions cut off at max_completion_tokens out of the loss")
 
 
 class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
-    """Improve a model by reinforcement with verifiable rewards."""
+    """Improve a model by reinforcement learning with verifiable rewards."""
 
     learning_rate: LearningRate = 1e-6
-    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and embeddings, times the learning rate")
-    replay: str = Field("", description="Run of which one step is computed again from its rollouts.jsonl")
-    step: int = Field(0, ge=0, description="That step")
-
-    @property
-    def leaves_a_run(self) -> bool:
-        """Whether anything is written to the run directory."""
-        return not self.replay
+    weight_decay: WeightDecay = 0.0
+    replay: str = Field("", description="Run directory of which one step is computed again from rollouts.jsonl")
+    step: int = Field(0, ge=0, description="The step to replay")
 
     @model_validator(mode="after")
     def rollouts_fit(self) -> "GrpoConfig":
         if self.updates_per_rollout > self.prompts_per_step:
             raise ValueError(
                 f"updates_per_rollout = {self.updates_per_rollout} is more than prompts_per_step = "
-                f"{self.prompts_per_step}, so an update would have no group; lower it"
+                f"{self.prompts_per_step}, so an update would have no group; lower updates_per_rollout"
             )
         if self.max_completion_tokens >= self.sequence_length:
             raise ValueError(
@@ -391,27 +353,31 @@ class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
         return self
 
 
+Capacity = Annotated[int, Field(ge=2, description="Most tokens of prompt and answer, unless the model allows fewer")]
+
+
 OWN_TASKS = ("loss", "generate", "choices")
 
 
-class TaskKeys(Keys):
-    """Tasks"""
+class EvalConfig(SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataKeys, ModelKeys):
+    """Measure a model: its loss on held-out data, and its results on tasks."""
 
-    tasks: tuple[str, ...] = Field(
-        ("loss",), min_length=1, description="loss, generate, choices, or names of EleutherAI's tasks"
-    )
-    task_path: str = Field("", description="Directory of such tasks of your own, as YAML files")
-    harness_chat: bool = Field(False, description="Ask EleutherAI's tasks by the chat template")
+    tasks: tuple[str, ...] = Field(("loss",), min_length=1, description="loss, generate, choices, or lm-eval tasks")
+    task_path: str = Field("", description="Directory of your own tasks of lm-evaluation-harness, as YAML files")
+    harness_chat: bool = Field(False, description="Use the chat template in tasks of lm-evaluation-harness")
     samples: int = Field(1, ge=1, description="Completions of each problem")
     stop: tuple[str, ...] = Field((), description="Texts that end a completion")
     slots: int = Field(64, ge=1, description="Completions that are generated at once")
-    capacity: int = Field(4096, ge=2, description="Most tokens of prompt and answer together, where the model has more")
-    choices_column: str = Field("choices", description="Column of what to choose from")
-    labels: tuple[str, ...] = Field((), description="What to choose from where rows do not say, as in classification")
+    capacity: Capacity = 4096
+    labels: tuple[str, ...] = Field((), description="Choices for rows without a column choices, as in classification")
+    data: tuple[DataSource, ...] = Field((), description="What to read")
+    batch_size: int = Field(8, ge=1, description="Rows per device per forward pass")
+    temperature: float = Field(0.0, ge=0, description="Divides the logits; 0: always the likeliest token")
+    run_name: str = Field("", max_length=200, description="Name of the folder in output_dir; empty: eval_<model>")
 
     @property
     def harness_tasks(self) -> tuple[str, ...]:
-        """The tasks that lm-evaluation-harness knows how to run."""
+        """The tasks that lm-evaluation-harness runs."""
         return tuple(task for task in self.tasks if task not in OWN_TASKS)
 
     @field_validator("tasks")
@@ -421,25 +387,18 @@ class TaskKeys(Keys):
         if others and not importlib.util.find_spec("lm_eval"):
             raise ValueError(
                 f"names {others[0]}, which is none of {', '.join(OWN_TASKS)}{did_you_mean(others[0], OWN_TASKS)}; for "
-                "tasks of lm-evaluation-harness start it as uv run --extra eval eval"
+                "tasks of lm-evaluation-harness run uv run --extra eval eval"
             )
         return value
-
-
-class EvalConfig(TaskKeys, SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataKeys, ModelKeys):
-    """Measure a model: its loss on held-out data, and how it does at tasks."""
-
-    data: tuple[DataSource, ...] = Field((), description="What to read")
-    batch_size: int = Field(8, ge=1, description="Rows per device per forward pass")
-    temperature: float = Field(0.0, ge=0, description="Divides the logits; 0: always the likeliest token")
-    run_name: str = Field("", max_length=200, description="Name of the folder in output_dir; empty: eval_<model>")
 
     @model_validator(mode="after")
     def tasks_have_what_they_need(self) -> "EvalConfig":
         if own := [task for task in self.tasks if task in OWN_TASKS and not self.data]:
             raise ValueError(f"data is required for {own[0]}; give it as --data.0.path")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"samples = {self.samples} at temperature = 0 are all alike; set temperature, say to 1.0")
+            raise ValueError(
+                f"samples = {self.samples} at temperature = 0 are all the same; set temperature, say to 1.0"
+            )
         return self
 
     @property

@@ -241,14 +241,12 @@ def question_and_answer(row: dict[str, Any], source: DataSource, prompt_template
 def choices_of(row: dict[str, Any], answer: Any, config: EvalConfig) -> tuple[tuple[str, ...], int]:
     """What a row lets one choose from, and the place of the right text, which its answer names by text, label or number
     from 0."""
-    given, names = row.get(config.choices_column, config.labels), ()
+    given, names = row.get("choices", config.labels), ()
     if isinstance(given, dict):  # texts and their labels, as in ARC
         given, names = given.get("text"), given.get("label") or ()
     is_list = isinstance(given, list | tuple)
     if not is_list or len(given) < 2 or not all(isinstance(each, str) and each for each in given):
-        raise ValueError(
-            f"no two texts to choose from in the column {config.choices_column}; set choices_column or labels"
-        )
+        raise ValueError("no two texts to choose from in the column choices; rename the column, or set labels")
     if isinstance(answer, str) and answer in given:
         right = list(given).index(answer)
     elif answer in names:

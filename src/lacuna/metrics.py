@@ -206,7 +206,11 @@ def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dic
         raise UserError("no W&B key on this machine; run `wandb login` once, or set wandb to offline")
     kept = directory / "wandb" / "id"
     earlier = kept.read_text() if is_resumed and mode == "online" and kept.exists() else None
-    names = {"project": config.get("wandb_project", "lacuna"), "name": directory.name, "dir": str(directory)}
+    names: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", "lacuna"),
+        "name": directory.name,
+        "dir": str(directory),
+    }
     settings = wandb.Settings(console="off", init_timeout=30)
     run = wandb.init(**names, mode=mode, config=config, id=earlier, resume=earlier and "allow", settings=settings)
     kept.parent.mkdir(exist_ok=True)

@@ -1,17 +1,12 @@
-"""The configs of the commands in this folder; they never import jax, so a refusal comes at once."""
+"""The configs of the commands in this folder. Never imports jax, so that an error is reported at once."""
 
 import re
 from ipaddress import ip_address
 
-from pydantic import (
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from lacuna.config import (
-    DAY,
+    Capacity,
     DeviceKeys,
     GrpoConfig,
     Keys,
@@ -19,8 +14,7 @@ from lacuna.config import (
     PretrainConfig,
     SamplingKeys,
     SftConfig,
-    TemplateDate,
-    TrainingConfig,
+    TemplateKeys,
 )
 
 
@@ -28,55 +22,51 @@ class PlanKeys(Keys):
     """Plan"""
 
     topology: str = Field(min_length=1, description="Accelerators to plan for, as in h200:8, a100:1, v5e:16, v5p:4x4x4")
-    plan_file: str = Field("plan.json", min_length=1, description="JSON file that the figures are written to")
-    search: bool = Field(True, description="Look for the largest micro-batch that fits, or what would make it fit")
+    plan_file: str = Field("plan.json", min_length=1, description="JSON file to write the figures to")
+    search: bool = Field(True, description="Find the largest micro-batch that fits, or what would make one fit")
 
 
 class PretrainPlan(PlanKeys, PretrainConfig):
-    """What a run of pretrain would take on accelerators that are not here."""
+    """Memory, time and communication of pretrain on accelerators that are not here."""
 
 
 class SftPlan(PlanKeys, SftConfig):
-    """What a run of sft would take on accelerators that are not here."""
+    """Memory, time and communication of sft on accelerators that are not here."""
 
 
 class GrpoPlan(PlanKeys, GrpoConfig):
-    """What a run of grpo would take on accelerators that are not here."""
+    """Memory, time and communication of grpo on accelerators that are not here."""
 
 
-PLANS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainPlan, "sft": SftPlan, "grpo": GrpoPlan}
-
-
-class GenerationConfig(SamplingKeys, DeviceKeys, ModelKeys):
+class GenerationConfig(SamplingKeys, TemplateKeys, DeviceKeys, ModelKeys):
     """Generation"""
 
     model_name: str = Field("", description="Run, directory in Hugging Face layout, or hub id; empty: the newest run")
     output_dir: str = Field("runs", min_length=1, description="Folder of all runs")
-    capacity: int = Field(4096, ge=2, description="Most tokens of prompt and answer together, where the model has more")
-    chat_template: str = Field("", description="Jinja file in place of the model's chat template")
-    template_date: TemplateDate = DAY
+    capacity: Capacity = 4096
 
 
 class ChatConfig(GenerationConfig):
-    """Talk to a model in the terminal, to one on this machine or behind a server."""
+    """Talk in the terminal to a model on this machine or on a server."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every answer: the same turns get the same answers")
-    system: str = Field("", description="System message to begin with")
+    system: str = Field("", description="System message of a new conversation")
     instruct: bool = Field(
-        True, description="Use the chat template, or continue plain text; unless given: as the model has a template"
+        True, description="Use the chat template, or continue plain text; if not given: use a template if there is one"
     )
     endpoint: str = Field("", pattern="^(https?://.+)?$", description="URL of an OpenAI-style server to talk to")
-    api_key: SecretStr = Field(SecretStr(""), description="Key for the endpoint; empty: OPENAI_API_KEY's value, if any")
+    api_key: SecretStr = Field(
+        SecretStr(""), description="Key for the endpoint; empty: the value of OPENAI_API_KEY, if set"
+    )
 
     @model_validator(mode="after")
-    def keys_belong_to_one_place(self) -> "ChatConfig":
+    def keys_agree(self) -> "ChatConfig":
         here = (
             "output_dir",
             "capacity",
-            "chat_template",
-            "template_date",
             "compute_dtype",
             "attention",
+            *TemplateKeys.model_fields,
             *DeviceKeys.model_fields,
         )
         if self.endpoint and (given := [key for key in here if key in self.model_fields_set]):
@@ -84,12 +74,12 @@ class ChatConfig(GenerationConfig):
         if self.api_key.get_secret_value() and not self.endpoint:
             raise ValueError("api_key is for a server; add its URL as --endpoint URL, or leave api_key out")
         if self.system and not self.instruct:
-            raise ValueError("system needs a chat template, which instruct = false does without; leave one of them out")
+            raise ValueError("system needs a chat template, which instruct = false turns off; leave one of them out")
         return self
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine alone."""
+    """Whether a host name or address reaches only this machine."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -99,17 +89,18 @@ def is_loopback(host: str) -> bool:
 class ServeConfig(GenerationConfig):
     """Serve a model over HTTP as OpenAI does, with a page to chat with."""
 
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen at; any but this machine needs api_key")
-    port: int = Field(8000, ge=0, lt=2**16, description="Port to listen at; 0: any free one, which is printed")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on; any but this machine's own needs api_key"
+    )
+    port: int = Field(8000, ge=0, lt=2**16, description="Port to listen on; 0: any free one, which is printed")
     api_key: SecretStr = Field(SecretStr(""), description="Key that requests need, as in ${SERVE_KEY}; empty: none")
     served_name: str = Field("", description="The model's name in requests; empty: the last part of model_name")
     slots: int = Field(16, ge=1, description="Completions generated at once")
-    queue_size: int = Field(64, ge=0, description="Completions that may wait for a slot; more are sent away")
-    body_bytes: int = Field(2**20, ge=1024, description="Longest body of a request, in bytes")
-    drain_seconds: int = Field(60, ge=0, description="Time for what has begun to end after SIGTERM or Ctrl-C")
+    queue_size: int = Field(64, ge=0, description="Completions that may wait for a slot; more are rejected")
+    drain_seconds: int = Field(60, ge=0, description="Time for running completions to end after SIGTERM or Ctrl-C")
 
     @model_validator(mode="after")
-    def others_need_a_key(self) -> "ServeConfig":
+    def other_machines_need_a_key(self) -> "ServeConfig":
         if not is_loopback(self.host) and not self.api_key.get_secret_value():
             raise ValueError(f"host = {self.host} opens this server to others; set api_key, or leave host out")
         return self
@@ -118,5 +109,5 @@ class ServeConfig(GenerationConfig):
     @classmethod
     def api_key_fits_a_header(cls, value: SecretStr) -> SecretStr:
         if not re.fullmatch(r"[!-~]*", value.get_secret_value()):
-            raise ValueError("should be ASCII without spaces, as a header carries it")
+            raise ValueError("should be ASCII without spaces, as it is sent in a header")
         return value

@@ -27,9 +27,8 @@ from lacuna import checkpoint, trainer
 from lacuna.apps.configs import PlanKeys
 from lacuna.apps.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
 from lacuna.attention import fused_attention
+from lacuna.cli import DEVICE_MEMORY_SHARE, GPU_PLUGINS
 from lacuna.config import (
-    DEVICE_MEMORY_SHARE,
-    GPU_PLUGINS,
     GrpoConfig,
     RowsConfig,
     SftConfig,

@@ -40,6 +40,7 @@ from lacuna.sampler import Completion, Sampler
 
 STEPS = 8  # tokens between two looks at the batch: the granularity of a stream
 BODY_SECONDS = 30  # for a client to send its request's body
+BODY_BYTES = 2**20  # of the longest body of a request
 BACKLOG = 2048  # connections that wait to be accepted
 RETRY_SECONDS = 1
 FAILED = 500, "the model failed on this server; its log says why", None, "internal_error"
@@ -230,7 +231,7 @@ def event(value: dict[str, Any]) -> str:
 
 async def read_body(request: Request) -> bytes:
     """The JSON body of a request, no longer than the config allows."""
-    limit = service_of(request).config.body_bytes
+    limit = BODY_BYTES
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json")
     body = bytearray()
