@@ -206,13 +206,11 @@ def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dic
         raise UserError("no W&B key on this machine; run `wandb login` once, or set wandb to offline")
     kept = directory / "wandb" / "id"
     earlier = kept.read_text() if is_resumed and mode == "online" and kept.exists() else None
-    names: dict[str, Any] = {
-        "project": os.environ.get("WANDB_PROJECT", "lacuna"),
-        "name": directory.name,
-        "dir": str(directory),
-    }
-    settings = wandb.Settings(console="off", init_timeout=30)
-    run = wandb.init(**names, mode=mode, config=config, id=earlier, resume=earlier and "allow", settings=settings)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "lacuna"), name=directory.name, dir=str(directory), mode=mode,
+        config=config, id=earlier, resume="allow" if earlier else None,
+        settings=wandb.Settings(console="off", init_timeout=30),
+    )  # fmt: skip
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(run.id)
     return run
