@@ -60,7 +60,7 @@ from lacuna.sampler import Completion, Request, Sampler, generation_defaults, po
 from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
 from lacuna.trainer import Evaluation
 
-Report = Callable[[int, int], None]  # called with how much is done, and of how much
+ReportProgress = Callable[[int, int], None]  # called with how much is done, and of how much
 Key = tuple[str, int | str, int]  # task, row and sample
 Line = dict[str, Any]
 Figures = dict[str, Any]
@@ -92,7 +92,7 @@ def score(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str) -
 
 
 def held_out_loss(
-    params: PyTree[Array], dataset: Dataset, batch_size: int, opened: OpenedModel, dtype: str, report: Report
+    params: PyTree[Array], dataset: Dataset, batch_size: int, opened: OpenedModel, dtype: str, report: ReportProgress
 ) -> Figures:
     """Mean loss (nats) and its perplexity, share of targets that were the likeliest token, and count over all targets
     of a data set, of which each device gets `batch_size` rows at a time."""
@@ -356,7 +356,7 @@ class Predictions:
     """Answers by task, row and sample. Each is appended to a file, if there is one, as soon as it is known; those of an
     earlier start are read from it."""
 
-    def __init__(self, path: Path | None = None, report: Report = lambda done, total: None) -> None:
+    def __init__(self, path: Path | None = None, report: ReportProgress = lambda done, total: None) -> None:
         earlier = metrics.read_json_lines(path) if path else []
         self.lines: dict[Key, Line] = {(line["task"], line["row"], line["sample"]): line for line in earlier}
         self.path, self.report = path if is_first() else None, report
@@ -425,7 +425,7 @@ def run_tasks(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> 
     figures: dict[str, Figures] = {}
     for task in dict.fromkeys(tasks.config.tasks):
         if task == "generate":
-            figures[task] = generate(tasks, params, predictions)
+            figures[task] = answer_problems(tasks, params, predictions)
         elif task == "choices":
             figures[task] = choose(tasks, params, predictions)
     return figures | (tasks.run_harness(tasks, params, predictions) if tasks.run_harness else {})
@@ -465,7 +465,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 # Generated answers
 
 
-def generate(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> Figures:
+def answer_problems(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> Figures:
     """Generate and judge the answers that are missing; the figures of all."""
     config, problems = tasks.config, tasks.problems.problems
     keys: list[Key] = [("generate", row, sample) for row in range(len(problems)) for sample in range(config.samples)]
@@ -755,7 +755,7 @@ def begin_evaluation(tasks: Tasks) -> None:
 
 
 @contextmanager
-def progress_bar() -> Generator[Report]:
+def progress_bar() -> Generator[ReportProgress]:
     """A bar, on a terminal only."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
