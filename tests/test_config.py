@@ -383,6 +383,12 @@ def test_configs_are_frozen_and_hash() -> None:
         config.steps = 5  # ty: ignore[invalid-assignment]
 
 
+def test_a_value_may_begin_with_a_dash_where_it_is_a_number_or_has_a_space() -> None:
+    flags = ["--model-name", "m", "--data.0.path", "x", "--frequency-penalty", "-1e-3", "--system-prompt", "- be brief"]
+    config = parse(EvalConfig, flags, "eval")
+    assert (config.frequency_penalty, config.system_prompt) == (-1e-3, "- be brief")
+
+
 def test_an_evaluation_is_named_after_its_model_unless_named() -> None:
     flags = ["--model-name", "runs/sft_tiny/", "--data.0.path", "x"]
     assert parse(EvalConfig, flags, "eval").run_directory == Path("runs/eval_sft_tiny")

@@ -400,7 +400,7 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def share_memory() -> None:
-    """Give XLA its share of an accelerator's memory, and tell its compiler for GPUs.
+    """Give XLA its share of an accelerator's memory, and pass the limit to its compiler for GPUs.
 
     The compiler assumes 76 % of what the arguments leave otherwise; beyond that it hides no communication and
     recomputes matrix products, although everything would fit.
