@@ -632,6 +632,8 @@ class RolloutSteps:
     def take(self, state: TrainState) -> Step:
         """One rollout, its rewards and its updates."""
         config, run, began = self.config, self.run, time.perf_counter()
+        if run.first_step_seconds is None:
+            run.watchdog.pause()  # the first step compiles
         self.sampler.load(state.params)
         asked = problems_of_step(self.inputs, config, run.step)
         groups, record = rollout(self.sampler, self.inputs, config, run.step, self.report_completion)

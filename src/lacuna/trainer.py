@@ -543,10 +543,11 @@ class Run:
 
     @contextmanager
     def off_the_clock(self) -> Generator[None]:
-        """For work that is no part of a step: `step_seconds` leaves it out, and the watchdog waits until it reports."""
+        """For work that is no part of a step: `step_seconds` leaves it out, and the watchdog pauses."""
         began = time.perf_counter()
         self.watchdog.pause()
         yield
+        self.watchdog.report_progress()
         self.clock += time.perf_counter() - began
 
     def log_step(self, record: dict[str, Any], figures: dict[str, Array], describe_step: Callable[[int], str]) -> None:
