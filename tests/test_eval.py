@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from lacuna import checkpoint, cli, trainer
 from lacuna import eval as evaluation
+from lacuna.apps import evaluate
 from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, to_toml
 from lacuna.eval import Predictions, Problem, Problems, Tasks, log_likelihoods
 from lacuna.model import ModelConfig, embed, forward, head_of, initial_params, logits_of, read_model_config
@@ -333,7 +334,7 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
 def test_a_run_measures_tasks_as_eval_does_on_its_model(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in (evaluation, trainer):
+    for room in (evaluate, trainer):
         monkeypatch.setattr(room, "make_mesh", lambda *_: mesh_of(1, 1, 1))
     asked = (("more", LABELS[0]), ("seven", LABELS[2]), ("less than nine", LABELS[2]))
     rows = [{"prompt": f"Is it {word}?", "completion": answer} for word, answer in asked]

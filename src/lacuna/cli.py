@@ -336,7 +336,7 @@ def run(config: Keys) -> Any:
 
         return run_serve(config)
     if isinstance(config, EvalConfig):
-        from lacuna.eval import run_eval
+        from lacuna.apps.evaluate import run_eval
 
         return run_eval(config, harness_of(config))
     if isinstance(config, GrpoConfig) and config.replay:

@@ -1,14 +1,11 @@
-"""Evaluation: held-out loss, problems answered by generated text or by choice, and the command eval."""
+"""Evaluation: held-out loss, problems answered by generated text or by choice, and what training measures."""
 
 import hashlib
 import json
 import math
 import re
 import statistics
-import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -20,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from lacuna import checkpoint, metrics, trainer
+from lacuna import metrics, trainer
 from lacuna.checkpoint import OpenedModel
-from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError, to_toml
+from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError
 from lacuna.data import (
     Batch,
     Dataset,
@@ -38,11 +34,7 @@ from lacuna.data import (
 )
 from lacuna.distributed import (
     Watchdog,
-    check_same,
-    enable_compilation_cache,
-    from_first,
     is_first,
-    make_mesh,
     put_batch,
     row_shards,
 )
@@ -53,7 +45,6 @@ from lacuna.model import (
     embed,
     forward,
     head_of,
-    parameter_counts,
     token_statistics,
 )
 from lacuna.sampler import Completion, Request, Sampler, generation_defaults, power_of_two, slots_for
@@ -646,130 +637,3 @@ def sample_requests(config: RowsConfig, opened: OpenedModel) -> list[Request]:
         check_sequence_length(opened.model, len(token) + config.sample_tokens)
         requests.append(Request(token, rules, stop_ids))
     return requests
-
-
-# The command
-
-FREE_ON_RESUME = {"run_name", "output_dir", "overwrite", "batch_size", "slots", "data_parallel", "fsdp", "tensor",
-                  "compilation_cache"}  # fmt: skip
-
-
-def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
-    """The command eval: figures of each task into summary.json, each answer into predictions.jsonl.
-
-    Raises:
-        UserError: whatever about config, model, data or devices can't be evaluated.
-    """
-    started, directory = time.perf_counter(), config.run_directory
-    with trainer.held_directory(directory) if is_first() else nullcontext():
-        if is_first() and (directory / "summary.json").exists() and not config.overwrite:
-            raise UserError(
-                f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
-            )
-        mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
-        opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
-        dataset = None
-        if "loss" in config.tasks:
-            check_sequence_length(opened.model, config.sequence_length)
-            dataset = load_dataset(config.data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
-        tasks = prepare_tasks(config, run_harness, opened)
-        enable_compilation_cache(config)
-        print_inputs(tasks, dataset)
-        if is_first():
-            begin_evaluation(tasks)
-        from_first("evaluation begun", "")
-        with progress_bar() as report, jax.set_mesh(mesh):
-            predictions = Predictions(directory / "predictions.jsonl", report)
-            known = hashlib.sha256(repr(sorted(predictions.lines, key=repr)).encode()).hexdigest()
-            check_same("earlier predictions", known)  # nobody adds to them before all have read them
-            if predictions.lines:
-                print(f"resuming with {len(predictions.lines):,} answers of {predictions.path}")
-            summary: Figures = {"command": "eval"}
-            try:
-                params = checkpoint.load_params(opened.source, opened.model, mesh)
-                if dataset:
-                    settings = config.batch_size, opened, config.compute_dtype
-                    summary |= held_out_loss(params, dataset, *settings, report)
-                    summary |= {"tokens": dataset.facts["tokens"], "data": dict(dataset.facts)}
-                summary |= run_tasks(tasks, params, predictions)
-            except KeyboardInterrupt:
-                again = "without --overwrite" if config.overwrite else "again"
-                raise KeyboardInterrupt(
-                    f"; {len(predictions.lines):,} answers are kept in {directory}, and the same command {again} "
-                    "resumes"
-                ) from None
-        summary |= {
-            "parameters": parameter_counts(opened.model)["all"],
-            "wall_seconds": time.perf_counter() - started,
-            "device_kind": jax.devices()[0].device_kind,
-            "device_count": jax.device_count(),
-            "versions": metrics.versions(),
-        }
-        if is_first():
-            metrics.write_summary(directory, summary)
-            show_summary(summary, directory)
-        from_first("evaluation ended", "")  # the others wait here for what the first process writes
-
-
-def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
-    """Print what is measured, and on what."""
-    config, model, problems = tasks.config, tasks.opened.model, tasks.problems
-    print(f"model: {config.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
-    print(tasks.opened.attention_line)
-    bad = list(problems.bad)
-    if dataset:
-        print(f"data: {describe(dataset.facts)}")
-        bad += dataset.bad_examples
-    if problems.problems:
-        print(f"problems: {len(problems.problems):,}, the first asked as {problems.problems[0].prompt!r}")
-    for example in dict.fromkeys(bad):
-        print(f"left out: {example}")
-
-
-def begin_evaluation(tasks: Tasks) -> None:
-    """Write down what makes this evaluation the one it is, or compare it with what an earlier start wrote.
-
-    Raises:
-        UserError: the earlier start was another evaluation.
-    """
-    config, directory = tasks.config, tasks.config.run_directory
-    files = sorted(tasks.opened.source.glob("*.safetensors"))
-    now = json.loads(config.model_dump_json(exclude=FREE_ON_RESUME)) | {
-        "content of data": list(tasks.problems.digests),
-        "weights of model_name": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-    }
-    identity = directory / "identity.json"
-    with trainer.writing_to(directory):
-        if config.overwrite:
-            for name in ("summary.json", "predictions.jsonl", "identity.json"):
-                (directory / name).unlink(missing_ok=True)
-        earlier = json.loads(identity.read_text()) if identity.exists() else now
-        if changed := [key for key in now if earlier.get(key) != now[key]]:
-            differences = "; ".join(f"{key} was {earlier.get(key)!r} and is {now[key]!r}" for key in changed)
-            raise UserError(
-                f"{directory} holds a part of another evaluation: {differences}; add --overwrite to start over, or "
-                "another --run-name"
-            )
-        metrics.write_atomically(identity, json.dumps(now))
-        metrics.write_atomically(directory / "config.toml", to_toml(config))
-
-
-@contextmanager
-def progress_bar() -> Generator[ReportProgress]:
-    """A bar, on a terminal only."""
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def show_summary(summary: dict[str, Any], directory: Path) -> None:
-    """Print the figures."""
-    shown = ("eval_loss", "perplexity", "eval_accuracy", "target_tokens")
-    if "eval_loss" in summary:
-        print("  ".join(f"{key} {summary[key]:,.6g}" for key in shown))
-    for task, figures in summary.items():
-        if isinstance(figures, dict) and task not in ("data", "versions"):
-            numbers = [f"{key} {value:,.6g}" for key, value in figures.items() if isinstance(value, int | float)]
-            print(f"{task}: {'  '.join(numbers)}")
-    print(f"summary: {directory / 'summary.json'}")
