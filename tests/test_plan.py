@@ -1,20 +1,23 @@
-"""Plans: what is read from compiled programs against known ones, and a whole plan on virtual devices."""
+"""Plans: what is read from compiled programs against known ones, and whole plans on virtual devices."""
 
+import io
 import json
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY, mesh_of
+from conftest import SIZES, TINY, make_small, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lacuna import cli
 from lacuna.apps import plan
 from lacuna.apps.configs import GrpoPlan, PretrainPlan
-from lacuna.apps.plan import CHIPS, Program, TooLarge, Topology, heard_of, read_topology
+from lacuna.apps.plan import CHIPS, Program, TooLarge, Topology, read_topology, tracing_for
 from lacuna.apps.programs import (
     Collective,
     collectives,
@@ -26,11 +29,15 @@ from lacuna.apps.programs import (
     runs_of,
     shape_bytes,
 )
+from lacuna.attention import fused_attention
 from lacuna.checkpoint import model_on
 from lacuna.cli import DEVICE_MEMORY_SHARE
 from lacuna.config import TrainingConfig, UserError
+from lacuna.metrics import byte_size
+from lacuna.model import PAGE
 
-ROWS = ["--model-name", str(TINY), "--from-scratch", "--run-name", "planned", "--data.0.path", "unread.jsonl"]
+RUN = ["--from-scratch", "--run-name", "planned", "--data.0.path", "unread.jsonl", "--topology", "h100:8"]
+H100 = 989e12, 3.35e12, 450e9  # FLOP/s, bytes/s of its memory and of its links, as NVIDIA publishes them
 
 
 def text_of(function: Any, *arguments: Any, **options: Any) -> str:
@@ -39,6 +46,13 @@ def text_of(function: Any, *arguments: Any, **options: Any) -> str:
 
 def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.mark.parametrize(("is_donated", "size"), [(False, 8010), (True, 4010)])
+def test_a_program_holds_arguments_results_and_what_lies_beside_it(is_donated: bool, size: int) -> None:
+    doubled = jax.jit(lambda x: x * 2, donate_argnums=(0,) if is_donated else ())
+    program = plan.compiled("double", "", doubled, shape(1000), beside=10.0)
+    assert program.bytes == size
 
 
 def test_sizes_of_arrays_and_tuples() -> None:
@@ -56,6 +70,19 @@ def test_flops_count_every_round_of_a_scan_and_what_is_recomputed() -> None:
     assert matmul_flops(jax.make_jaxpr(chain)(shape(5, 16, 16), shape(4, 16)).jaxpr) == 5 * one
     assert backward(chain) == 3 * 5 * one
     assert backward(jax.checkpoint(chain)) == 4 * 5 * one
+
+
+def test_a_loop_of_unknown_length_counts_once_and_one_inside_it_as_often_as_asked() -> None:
+    def product(_: Any, x: jax.Array) -> jax.Array:
+        return jnp.sin(x @ x)
+
+    def looped(x: jax.Array, count: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, x: jax.lax.fori_loop(0, count, product, product(0, x)), x)
+
+    traced, one = jax.jit(looped).trace(shape(16, 16), shape(dtype=jnp.int32)), 2 * 16**3
+    assert matmul_flops(traced.jaxpr.jaxpr) == 2 * one
+    assert matmul_flops(traced.jaxpr.jaxpr, nested_rounds=0) == one
+    assert set(runs_of(read_program(str(traced.lower().compile().as_text()))).values()) == {1}
 
 
 def test_loops_run_as_often_as_their_condition_says() -> None:
@@ -210,51 +237,150 @@ def test_a_group_sends_through_the_network_cards_of_its_devices(group: int, reac
     assert plan.reached_bandwidth(talk, CHIPS["h100"]) == bandwidth
 
 
-@pytest.fixture
-def virtual(monkeypatch: pytest.MonkeyPatch) -> None:
+class Planned(NamedTuple):
+    """What a plan wrote and printed."""
+
+    facts: dict[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def virtual() -> Iterator[None]:
     """Eight devices of this machine as if they were H100s."""
-    topology = Topology("h100:8", CHIPS["h100"], jax.devices())
-    monkeypatch.setattr(plan, "read_topology", lambda _: topology)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "read_topology", lambda _: Topology("h100:8", CHIPS["h100"], jax.devices()))
+        yield
 
 
-def test_a_plan_of_sft_adds_up(virtual: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "plan.json"
-    sizes = ["--sequence-length", "128", "--batch-size", "16", "--micro-batch-size", "1"]
-    cli.start("plan", ["sft", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
-    facts, told = json.loads(file.read_text()), capsys.readouterr().out
-    step = facts["programs"][0]
-    assert facts["fits"] and "fits: step needs" in told and "largest micro_batch_size that fits: 2" in told
-    assert facts["parameter_bytes"] * 8 == pytest.approx(facts["parameters"] * 4, rel=0.02)
-    assert facts["optimizer_bytes"] == pytest.approx(2 * facts["parameter_bytes"], rel=1e-4)
-    assert step["argument_bytes"] >= 3 * facts["parameter_bytes"]
-    assert {each["kind"] for each in step["collectives"]} >= {"all-gather"}
-    assert 0 <= facts["recomputed_share"] < 0.1
-    assert step["seconds"] >= max(step["compute_seconds"], step["memory_seconds"])
+def planned(command: str, model: Path, *options: str) -> Planned:
+    file, printed = model / "plan.json", io.StringIO()
+    with redirect_stdout(printed):
+        cli.start("plan", [command, "--model-name", str(model), *RUN, "--plan-file", str(file), *options])
+    return Planned(json.loads(file.read_text()), printed.getvalue())
 
 
-def test_recomputation_shows(virtual: None, tmp_path: Path) -> None:
-    share = {}
-    for kind in ("none", "layer"):
-        file = tmp_path / f"{kind}.json"
-        sizes = ["--sequence-length", "64", "--batch-size", "8", "--rematerialisation", kind, "--no-search"]
-        cli.start("plan", ["pretrain", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
-        share[kind] = json.loads(file.read_text())["recomputed_share"]
-    assert share["layer"] > share["none"] + 0.2
+SFT_SIZES = ["--sequence-length", "64", "--batch-size", "16", "--micro-batch-size", "1"]
 
 
-def test_what_does_not_fit_says_what_would(
-    virtual: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["pretrain", *ROWS, "--sequence-length", "128", "--batch-size", "32", "--micro-batch-size", "4",
-                 "--topology", "h100:8", "--plan-file", str(tmp_path / "plan.json")]  # fmt: skip
-    cli.start("plan", arguments)
-    needed = json.loads((tmp_path / "plan.json").read_text())["programs"][0]["bytes"]
-    small = Topology("h100:8", CHIPS["h100"]._replace(memory=0.9 * needed / DEVICE_MEMORY_SHARE), jax.devices())
-    monkeypatch.setattr(plan, "read_topology", lambda _: small)
-    capsys.readouterr()
-    cli.start("plan", arguments)
-    told = capsys.readouterr().out
-    assert "DOES NOT FIT" in told and "it fits with micro_batch_size = 2" in told
+@pytest.fixture(scope="module")
+def sft_plan(virtual: None, small_model: Path) -> Planned:
+    return planned("sft", small_model, *SFT_SIZES)
+
+
+@pytest.fixture(scope="module")
+def grpo_plan(virtual: None, small_model: Path) -> Planned:
+    return planned(
+        "grpo", small_model, "--sequence-length", "128", "--max-completion-tokens", "64", "--slots", "8",
+        "--prompts-per-step", "4", "--updates-per-rollout", "2", "--kl-weight", "0.1", "--no-search",
+    )  # fmt: skip
+
+
+def matmul_parameters(model: Path) -> int:
+    """Weights that a token is multiplied with, the tied embedding once, as the head."""
+    raw = json.loads((model / "config.json").read_text())
+    embed, head = raw["hidden_size"], raw["head_dim"]
+    attention = embed * head * (2 * raw["num_attention_heads"] + 2 * raw["num_key_value_heads"])
+    layer = attention + 3 * embed * raw["intermediate_size"]
+    return raw["num_hidden_layers"] * layer + raw["vocab_size"] * embed
+
+
+def model_flops(model: Path, rows: int, length: int) -> float:
+    raw = json.loads((model / "config.json").read_text())
+    width = raw["num_attention_heads"] * raw["head_dim"]
+    return rows * (6 * matmul_parameters(model) * length + 6 * raw["num_hidden_layers"] * width * length**2)
+
+
+def test_a_plan_of_sft_adds_up(sft_plan: Planned, small_model: Path) -> None:
+    facts, step = sft_plan.facts, sft_plan.facts["programs"][0]
+    layers, embed, head = SIZES["num_hidden_layers"], SIZES["hidden_size"], SIZES["head_dim"]
+    sharded, whole = matmul_parameters(small_model) + (2 * layers + 1) * embed, 2 * layers * head  # whole: of heads
+    assert facts["parameters"] == sharded + whole
+    assert facts["parameter_bytes"] == 4 * (sharded / 8 + whole)
+    assert facts["optimizer_bytes"] == pytest.approx(2 * facts["parameter_bytes"], rel=1e-3)
+    assert facts["gradient_bytes"] == facts["parameter_bytes"]
+    batch = 5 * 4 * 16 * 64 / 8
+    assert step["argument_bytes"] == pytest.approx(3 * facts["parameter_bytes"] + batch, rel=0.01)
+    assert step["bytes"] == pytest.approx(step["argument_bytes"] + step["temporary_bytes"], rel=0.01)
+    assert facts["model_flops"] == model_flops(small_model, 16, 64)
+    assert 0 <= facts["recomputed_share"] < 0.1 and step["compiler_recomputed_flops"] == 0
+    assert step["flops"] == pytest.approx((1 + facts["recomputed_share"]) * facts["model_flops"] / 8)
+
+
+def test_the_least_step_is_that_of_the_published_figures(sft_plan: Planned) -> None:
+    facts, step = sft_plan.facts, sft_plan.facts["programs"][0]
+    flops, memory, link = H100
+    sent = {
+        is_overlapped: sum(
+            each["bytes"] for each in step["collectives"] if each["is_overlapped"] == is_overlapped
+        ) / link
+        for is_overlapped in (False, True)
+    }  # fmt: skip
+    assert sent[False] > 0 and {each["kind"] for each in step["collectives"]} >= {"all-gather"}
+    least = max(step["flops"] / flops, step["moved_bytes"] / memory, sent[True]) + sent[False]
+    assert step["seconds"] == pytest.approx(least)
+    assert facts["tokens_per_second"] == pytest.approx(16 * 64 / least)
+    assert facts["mfu"] == pytest.approx(facts["model_flops"] / (least * 8 * flops))
+    assert step["compute_seconds"] == pytest.approx(step["flops"] / flops)
+    assert step["memory_seconds"] == pytest.approx(step["moved_bytes"] / memory)
+
+
+def test_a_plan_prints_what_it_writes(sft_plan: Planned) -> None:
+    facts, step = sft_plan.facts, sft_plan.facts["programs"][0]
+    assert facts["fits"] and facts["advice"] == [
+        "largest micro_batch_size that fits: 2, the largest that divides the batch"
+    ]
+    for line in (
+        "8 × NVIDIA H100 80GB HBM3, mesh data 1 × fsdp 8 × tensor 1",
+        f"{facts['parameters']:,} parameters",
+        f"{byte_size(facts['parameter_bytes'])} of parameters, {byte_size(facts['optimizer_bytes'])} of optimizer",
+        f"step: {byte_size(step['bytes'])} ({byte_size(step['argument_bytes'])} of arguments",
+        "16 rows in 2 micro-batches, and the optimizer: compute",
+        f"({byte_size(step['moved_bytes'])} moved)",
+        f"no faster than {step['seconds']:.3g} s",
+        f"{100 * facts['mfu']:.3g}% MFU",
+        f"fits: step needs {byte_size(step['bytes'])} of the 79 GB that programs can have of 85.9 GB",
+        facts["advice"][0],
+    ):
+        assert line in sft_plan.printed
+
+
+def test_recomputation_shows(virtual: None, sft_plan: Planned, small_model: Path) -> None:
+    layer = planned("sft", small_model, *SFT_SIZES, "--rematerialisation", "layer", "--no-search")
+    again = layer.facts["recomputed_share"] - sft_plan.facts["recomputed_share"]
+    down = SIZES["num_hidden_layers"] * SIZES["hidden_size"] * SIZES["intermediate_size"]  # whose result nobody needs
+    head = json.loads((small_model / "config.json").read_text())["vocab_size"] * SIZES["hidden_size"]
+    forward = model_flops(small_model, 16, 64) / 3 - 2 * 16 * 64 * (head + down)
+    assert again == pytest.approx(forward / model_flops(small_model, 16, 64))
+
+
+def test_a_plan_of_grpo_counts_what_lies_beside_each_program(grpo_plan: Planned, small_model: Path) -> None:
+    facts = grpo_plan.facts
+    prefill, decode, update = facts["programs"]
+    assert [each["name"] for each in facts["programs"]] == ["prefill", "decode", "update"]
+    pages = -(-128 // PAGE)
+    cache = 2 * 2 * SIZES["num_hidden_layers"] * pages * PAGE * SIZES["num_key_value_heads"] * SIZES["head_dim"]
+    assert facts["cache_bytes"] == cache  # a slot for each of eight devices, keys and values in bfloat16
+    state, weights = facts["parameter_bytes"] + facts["optimizer_bytes"], 2 * matmul_parameters(small_model) / 8
+    vocabulary = 5 * 512  # of a slot: whether each token was seen, and how often
+    assert decode["beside_bytes"] == pytest.approx(state + weights, rel=0.02)
+    assert prefill["beside_bytes"] == pytest.approx(state + weights + cache + vocabulary, rel=0.02)
+    assert update["beside_bytes"] == pytest.approx(3 * weights + cache + vocabulary, rel=0.02)
+    assert f"{byte_size(cache)} for 8 completions at once" in grpo_plan.printed
+
+
+def test_the_update_of_grpo_is_counted_for_one_of_its_micro_batches(grpo_plan: Planned, small_model: Path) -> None:
+    update = grpo_plan.facts["programs"][-1]
+    assert update["scope"] == "one micro-batch of 8 rows, of up to 2, and the optimizer"
+    assert update["scope"] in grpo_plan.printed
+    assert 1 <= 8 * update["flops"] / model_flops(small_model, 8, 128) < 1.1
+    batch = 10 * 4 * 2 * 128  # both micro-batches of one device
+    state = grpo_plan.facts["parameter_bytes"] + grpo_plan.facts["optimizer_bytes"]
+    assert update["argument_bytes"] == pytest.approx(state + batch, rel=0.01)
 
 
 class Nothing:
@@ -266,83 +392,84 @@ class Nothing:
         return self
 
 
-def advice_for(gigabytes: float, page: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def advice_for(gigabytes: float, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is advised on one device, where a row takes 4, 2 or 1 GB by what is kept, a completion 0.1 GB."""
 
-    def programs_of(page: TrainingConfig, *_: object) -> list[Program]:
-        update = page.micro_batch_size * {"none": 4e9, "matmuls": 2e9, "layer": 1e9}[page.rematerialisation]
-        rows = page.micro_batch_size if isinstance(page, GrpoPlan) else 8
-        flops = rows * (4.0 if page.rematerialisation == "layer" else 3.0)
-        if not isinstance(page, GrpoPlan):
-            return [Program("step", Nothing(), flops, 0, update)]
-        cache = 0.1e9 * min(page.slots, page.prompts_per_step * page.completions_per_prompt)
-        return [Program("decode", Nothing(), 1, 0, cache), Program("update", Nothing(), flops, 0, cache + update)]
+    def programs_of(config: TrainingConfig, *_: object) -> list[Program]:
+        update = config.micro_batch_size * {"none": 4e9, "matmuls": 2e9, "layer": 1e9}[config.rematerialisation]
+        rows = config.micro_batch_size if isinstance(config, GrpoPlan) else 8
+        flops = rows * (4.0 if config.rematerialisation == "layer" else 3.0)
+        if not isinstance(config, GrpoPlan):
+            return [Program("step", "", Nothing(), flops, 0, update)]
+        cache = 0.1e9 * min(config.slots, config.prompts_per_step * config.completions_per_prompt)
+        return [
+            Program("decode", "", Nothing(), 1, 0, cache),
+            Program("update", "", Nothing(), flops, 0, cache + update),
+        ]
 
-    chip = CHIPS["h100"]._replace(memory=gigabytes * 1e9 / DEVICE_MEMORY_SHARE)
+    chip, mesh = CHIPS["h100"]._replace(memory=gigabytes * 1e9 / DEVICE_MEMORY_SHARE), mesh_of(1, 1, 1)
     monkeypatch.setattr(plan, "programs_of", programs_of)
-    topology, model = Topology("h100:1", chip, jax.devices()[:1]), model_on(TINY, page, mesh_of(1, 1, 1))[0]
-    return list(plan.advice(page, model, topology, programs_of(page)))
+    topology, model = Topology("h100:1", chip, jax.devices()[:1]), model_on(TINY, config, mesh)[0]
+    return list(plan.advice(config, model, topology, mesh, programs_of(config)))
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "told"),
+    ("gigabytes", "expected"),
     [(17, "it fits with micro_batch_size = 4"), (5, "it fits with micro_batch_size = 1"),
      (3, "it fits with micro_batch_size = 1, rematerialisation = matmuls"),
      (1.5, "it fits with micro_batch_size = 1, rematerialisation = layer, which computes 33.3% more"),
      (0.5, "nothing that plan tries makes it fit on h100:1; try more devices, or a smaller model")],
 )  # fmt: skip
 def test_the_cheapest_change_is_named_with_its_cost(
-    gigabytes: float, told: str, monkeypatch: pytest.MonkeyPatch
+    gigabytes: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = PretrainPlan(model_name="x", run_name="x", data=({"path": "x"},), topology="h100:1", batch_size=8,
+    config = PretrainPlan(model_name="x", run_name="x", data=({"path": "x"},), topology="h100:1", batch_size=8,
                         micro_batch_size=8, rematerialisation="none")  # fmt: skip
-    assert advice_for(gigabytes, page, monkeypatch) == [told]
+    assert advice_for(gigabytes, config, monkeypatch) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "told"),
+    ("gigabytes", "expected"),
     [(9, "micro_batch_size = 1"), (7.5, "micro_batch_size = 2, slots = 32, whose decoding"),
      (6, "micro_batch_size = 1, slots = 32, whose decoding"),
      (4.5, "micro_batch_size = 1, rematerialisation = layer, slots = 32, which computes 33.3% more, whose decoding"),
      (3.7, "micro_batch_size = 2, rematerialisation = layer, slots = 16, which computes 33.3% more, whose decoding")],
 )  # fmt: skip
 def test_grpo_has_fewer_completions_at_once_before_it_computes_more(
-    gigabytes: float, told: str, monkeypatch: pytest.MonkeyPatch
+    gigabytes: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = GrpoPlan(model_name="x", run_name="x", data=({"path": "x"},), topology="h100:1", reward=("length:1.0",),
+    config = GrpoPlan(model_name="x", run_name="x", data=({"path": "x"},), topology="h100:1", reward=("length:1.0",),
                     micro_batch_size=2, slots=512, prompts_per_step=8, completions_per_prompt=8)  # fmt: skip
-    (advice,) = advice_for(gigabytes, page, monkeypatch)
-    assert advice.startswith(f"it fits with {told}")
+    (advice,) = advice_for(gigabytes, config, monkeypatch)
+    assert advice.startswith(f"it fits with {expected}")
 
 
-def test_what_a_compiler_has_no_room_for_does_not_fit(
-    virtual: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_what_does_not_fit_says_what_would(
+    is_refused: bool, virtual: None, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(page: TrainingConfig, *_: object) -> list[Program]:
-        if page.micro_batch_size > 1:
+    def programs_of(config: TrainingConfig, *_: object) -> list[Program]:
+        if config.micro_batch_size > 1 and is_refused:
             raise TooLarge("step: RESOURCE_EXHAUSTED: out of memory")
-        return [Program("step", Nothing(), 1, 0, 1e9)]
+        return [Program("step", "", Nothing(), 1, 0, 70e9 * config.micro_batch_size)]
 
-    monkeypatch.setattr(plan, "programs_of", refused)
-    sizes = ["--batch-size", "32", "--micro-batch-size", "4", "--sequence-length", "128"]
-    sizes += ["--plan-file", str(tmp_path / "plan.json")]
-    cli.start("plan", ["pretrain", *ROWS, *sizes, "--topology", "h100:8"])
-    told = capsys.readouterr().out
-    assert "DOES NOT FIT: step: RESOURCE_EXHAUSTED" in told and "it fits with micro_batch_size = 1" in told
-    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
+    monkeypatch.setattr(plan, "programs_of", programs_of)
+    monkeypatch.setattr(plan, "program_facts", lambda *_: {"seconds": 1.0, "flops": 1.0})
+    monkeypatch.setattr(plan, "program_lines", lambda _: iter(()))
+    sizes = "--sequence-length", "64", "--batch-size", "16", "--micro-batch-size", "2"
+    facts, printed = planned("pretrain", small_model, *sizes)
+    needs = "step: RESOURCE_EXHAUSTED" if is_refused else "step needs 140 GB of the 79 GB that programs can have"
+    assert f"DOES NOT FIT: {needs}" in printed and "it fits with micro_batch_size = 1" in printed
+    assert facts["fits"] is False and facts["advice"] == ["it fits with micro_batch_size = 1"]
 
 
-def test_a_plan_of_grpo_counts_what_lies_beside_each_program(virtual: None, tmp_path: Path) -> None:
-    file = tmp_path / "plan.json"
-    sizes = ["--sequence-length", "128", "--max-completion-tokens", "64", "--slots", "8", "--prompts-per-step", "2",
-             "--no-search"]  # fmt: skip
-    cli.start("plan", ["grpo", *ROWS, *sizes, "--topology", "h100:8", "--plan-file", str(file)])
-    facts = json.loads(file.read_text())
-    programs = {each["name"]: each for each in facts["programs"]}
-    assert programs.keys() == {"prefill", "decode", "update", "optimizer"}
-    state = facts["parameter_bytes"] + facts["optimizer_bytes"]
-    assert programs["decode"]["beside_bytes"] == pytest.approx(state, rel=1e-3)
-    assert programs["update"]["beside_bytes"] > state
+def test_cudnn_is_traced_for_the_planned_gpu() -> None:
+    before = fused_attention.check_compute_capability
+    with tracing_for(Topology("rtx4090:1", CHIPS["rtx4090"], [])):
+        assert fused_attention.check_compute_capability("8.9")
+        assert not fused_attention.check_compute_capability("9.0")
+        assert fused_attention.is_cuda_compute_capability_equal("8.9")
+    assert fused_attention.check_compute_capability is before
 
 
 @pytest.mark.parametrize(
@@ -361,18 +488,18 @@ def test_plan_needs_a_command_that_trains(capsys: pytest.CaptureFixture[str]) ->
     assert "plan eval is not a command of lacuna; did you mean plan" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["h200:8", "v5e:4"])
-def test_real_compilers_are_asked_where_they_are_installed(name: str) -> None:
+@pytest.mark.parametrize(("name", "kernel"), [("h200:8", "fmha"), ("v5e:4", "tpu_custom_call")])
+def test_real_compilers_are_asked_where_they_are_installed(name: str, kernel: str, small_model: Path) -> None:
     try:
         topology = read_topology(name)
     except UserError as error:
         pytest.skip(str(error))
     mesh = plan.make_mesh(1, 0, 1, topology.devices)
-    page = PretrainPlan(
+    config = PretrainPlan(
         model_name="x", run_name="x", data=({"path": "x"},), topology=name, sequence_length=256, batch_size=8
     )
-    config = replace(model_on(TINY, page, mesh)[0], layers=1)
-    with heard_of(topology):
-        programs = plan.programs_of(page, config, mesh)
-    facts = plan.program_plan(programs[0], topology.chip, mesh.size)
-    assert facts.bytes > 0 and facts.collectives and facts.flops > 0 and facts.kernels
+    model = replace(model_on(TINY, config, mesh)[0], layers=1)
+    with tracing_for(topology):
+        (step,) = plan.programs_of(config, model, mesh)
+    facts = plan.program_facts(step, topology.chip, mesh.size)
+    assert facts["bytes"] > 0 and facts["collectives"] and facts["flops"] > 0 and kernel in step.compiled.as_text()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from lacuna import metrics
@@ -362,6 +363,13 @@ def log_probabilities(
     return jax.lax.fori_loop(0, count, fill, jnp.zeros(batch.token.shape))
 
 
+def update_shape(config: GrpoConfig, mesh: Mesh) -> tuple[int, int, int]:
+    """The shape [micro_batch, row, token] of every update of a run, with room for all samples: one compilation."""
+    rows_at_once = config.micro_batch_size * row_shards(mesh)
+    most_rows = math.ceil(config.prompts_per_step / config.updates_per_rollout) * config.completions_per_prompt
+    return math.ceil(most_rows / rows_at_once), rows_at_once, config.sequence_length
+
+
 cast_weights = jax.jit(cast, static_argnames=("model", "dtype"))
 
 
@@ -376,10 +384,7 @@ def update(
     """The optimizer steps of one rollout, its groups shared out evenly over them, and what is logged of them: means
     over counted tokens, the loss of the first, the gradient norm of the last."""
     model, mesh, loss = opened.model, opened.mesh, policy_loss(config)
-    rows_at_once = config.micro_batch_size * row_shards(mesh)
-    most_rows = math.ceil(config.prompts_per_step / config.updates_per_rollout) * config.completions_per_prompt
-    shape = math.ceil(most_rows / rows_at_once), rows_at_once, config.sequence_length  # one for all: one compilation
-    parts = []
+    shape, parts = update_shape(config, mesh), []
     for share in np.array_split(np.arange(len(groups)), config.updates_per_rollout):
         kept = kept_samples([groups[number] for number in share], config)
         parts.append(packed_rows(kept, config, shape, shares_prompts(model)) if kept else None)
@@ -587,6 +592,11 @@ def run_grpo(
                 run.finish(rollouts.facts())
 
 
+def slot_count(config: GrpoConfig, mesh: Mesh) -> int:
+    """Completions generated at once: no more than a rollout has, and so many that they divide over the devices."""
+    return slots_for(min(config.slots, config.prompts_per_step * config.completions_per_prompt), mesh)
+
+
 def step_count(config: GrpoConfig, inputs: Inputs) -> int:
     """Rollouts of the whole run."""
     return config.steps or math.ceil(config.epochs * len(inputs.problems.problems) / config.prompts_per_step)
@@ -625,9 +635,9 @@ class RolloutSteps:
         mesh = inputs.opened.mesh
         recipe = recipe_of(config, run.steps * config.updates_per_rollout)
         self.recipe = jax.device_put(recipe, everywhere(mesh))
-        completions = config.prompts_per_step * config.completions_per_prompt
-        slots = slots_for(min(config.slots, completions), mesh)
-        self.sampler = Sampler(params, inputs.opened, slots, config.sequence_length, config.compute_dtype)
+        self.sampler = Sampler(
+            params, inputs.opened, slot_count(config, mesh), config.sequence_length, config.compute_dtype
+        )
 
     def take(self, state: TrainState) -> Step:
         """One rollout, its rewards and its updates."""
