@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lacuna.checkpoint import checkpoint_directory, content_hash, read_manifest, saved_steps
+from lacuna.checkpoint import checked_manifest, checkpoint_directory, content_hash, saved_steps
 from lacuna.config import UserError
 from lacuna.metrics import read_json_lines
 
@@ -323,7 +323,7 @@ def compared(whole: Path, run: Path, steps: int, is_same: bool) -> tuple[float |
     problems = [f"left over: {path}" for pattern in ("*.tmp", "*.old", "lock") for path in run.rglob(pattern)]
     for step in saved_steps(run):
         try:
-            read_manifest(checkpoint_directory(run, step))
+            checked_manifest(checkpoint_directory(run, step))
         except UserError as error:
             problems.append(f"damaged in the end: {error}")
     if [record["step"] for record in found] != list(range(1, steps + 1)):

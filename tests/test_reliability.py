@@ -136,7 +136,7 @@ def test_a_run_killed_within_two_saves_is_the_uninterrupted_run_and_leaves_nothi
             assert job.end()[0] == [-signal.SIGKILL]
         newest = checkpoint.checkpoint_directory(cut.run_directory, saved)
         said: list[str] = []
-        assert checkpoint.newest_good(cut.run_directory, said.append) == (newest, checkpoint.read_manifest(newest))
+        assert checkpoint.newest_good(cut.run_directory, said.append) == (newest, checkpoint.checked_manifest(newest))
         assert not said
     assert f"resuming from {newest}" in finished(cut, more=("--resume",))
     assert [path.name for path in (cut.run_directory / "checkpoints").iterdir()] == ["step_00000008"]
@@ -199,7 +199,7 @@ def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(
     assert len(records(together)) == 12
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
     saved = checkpoint.checkpoint_directory(together.run_directory, 12)
-    assert len(checkpoint.read_manifest(saved).files) == 2
+    assert len(checkpoint.checked_manifest(saved).shards) == 2
     assert all((saved / f"shard-0000{process}.safetensors").stat().st_size > 10_000 for process in range(2))
     first = checkpoint.checkpoint_directory(alone.run_directory, 8)
     for name, processes, devices in (("one", 1, 1), ("two of two", 2, 2)):
@@ -238,7 +238,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_saved_step(smal
     assert codes == [0, 0], output
     step = checkpoint.saved_steps(page.run_directory)[-1]
     assert records(page)[-1]["step"] == step and f"stopped after step {step}" in output
-    assert len(checkpoint.read_manifest(checkpoint.checkpoint_directory(page.run_directory, step)).files) == 2
+    assert len(checkpoint.checked_manifest(checkpoint.checkpoint_directory(page.run_directory, step)).shards) == 2
 
 
 @pytest.mark.parametrize(

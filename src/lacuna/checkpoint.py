@@ -1,8 +1,8 @@
 """Files of models and runs: Hugging Face layout in and out, and run states saved beside training and loaded anywhere.
 
-A checkpoint is a directory of safetensors files, one for each process, and a manifest that names every piece of every
-tensor and hashes every file, itself included. Directories are written under another name, synced and renamed, so one
-with its final name is complete. Nothing is unpickled.
+A checkpoint is a directory of safetensors files, one for each process, which hold the pieces of all tensors, and a
+manifest that hashes every file, itself included. Directories are written under another name, synced and renamed, so
+one with its final name is complete. Nothing is unpickled.
 """
 
 import errno
@@ -19,16 +19,18 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import keystr
 from jaxtyping import Array, PyTree
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from lacuna.attention import choose_backend
@@ -84,20 +86,18 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=wanted, ignore_patterns="*/*"))
     except Exception as error:  # its HTTP and storage clients raise their own kinds
-        match error:
-            case errors.HFValidationError():
-                reason = "no such directory, and not a hub id such as Qwen/Qwen2.5-0.5B"
-            case errors.GatedRepoError():
-                reason = (
-                    "access is restricted; accept its terms on its page on the hub, then log in with `hf auth login`"
-                )
-            case errors.RepositoryNotFoundError():
-                reason = "no such directory, and no such model on the hub (a private one needs `hf auth login`)"
-            case errors.LocalEntryNotFoundError():
-                cause = error.__cause__ or error
-                reason = f"no such directory, not complete in the hub's cache, and the hub can't be reached ({cause})"
-            case _:
-                reason = f"the download failed ({error}); once that is fixed, the same command fetches the rest"
+        if isinstance(error, errors.GatedRepoError):
+            reason = "access is restricted; accept its terms on its page on the hub, then log in with `hf auth login`"
+        elif isinstance(error, errors.HFValidationError | errors.RepositoryNotFoundError):
+            reason = (
+                "no such directory, and no such model on the hub, whose ids are like Qwen/Qwen2.5-0.5B "
+                "(a private one needs `hf auth login`)"
+            )
+        else:
+            reason = (
+                "no such directory, not complete in the hub's cache, and the download failed "
+                f"({error.__cause__ or error}); once that is fixed, the same command fetches the rest"
+            )
         raise UserError(f"model_name {model_name!r}: {' '.join(reason.split())}") from error
 
 
@@ -151,7 +151,7 @@ def model_on(source: Path, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, 
     return model, line
 
 
-# Boxes and stored tensors
+# Tensors in files, whole or in pieces
 
 Box = tuple[tuple[int, int], ...]  # of each axis the first index and the one after the last
 
@@ -161,7 +161,7 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, size) for size in shape)
 
 
-def shard_box(index: tuple[slice, ...], shape: Sequence[int]) -> Box:
+def shard_box(index: Any, shape: Sequence[int]) -> Box:
     """The box of a shard, from JAX's slices."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
@@ -181,9 +181,20 @@ def within(box: Box, outer: Box) -> tuple[slice, ...]:
 class StoredTensor:
     """A tensor that lies in files in one or more pieces, read box by box when needed."""
 
-    shape: tuple[int, ...]
     dtype: np.dtype
     pieces: list[tuple[Box, Any]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Where the last of the pieces end."""
+        return tuple(max(end for _, end in spans) for spans in zip(*(box for box, _ in self.pieces), strict=True))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pieces cover every index exactly once."""
+        boxes = [box for box, _ in self.pieces]
+        is_apart = not any(overlap(*pair) is not None for pair in combinations(boxes, 2))
+        return is_apart and sum(math.prod(end - begin for begin, end in box) for box in boxes) == math.prod(self.shape)
 
     def read(self, box: Box) -> np.ndarray:
         """The values within a box, zeros beyond the tensor."""
@@ -200,14 +211,43 @@ class StoredTensor:
         return self.read(whole(self.shape))
 
 
+def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of safetensors files by name; a key such as `name@64,0` is of a piece that begins at that index.
+
+    Floats are read as float32.
+
+    Raises:
+        UserError: a file is missing or damaged, or the pieces of a tensor do not make it up.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        try:
+            file = safe_open(path, "numpy")
+            for key in file.keys():
+                name, _, begin = key.partition("@")
+                piece = file.get_slice(key)
+                shape = piece.get_shape()
+                first = map(int, begin.split(",")) if begin else [0] * len(shape)
+                box = tuple((start, start + size) for start, size in zip(first, shape, strict=True))
+                dtype = np.dtype(np.int32 if piece.get_dtype() == "I32" else np.float32)
+                tensors.setdefault(name, StoredTensor(dtype, [])).pieces.append((box, piece))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: damaged or not safetensors ({error}); copy or fetch the file again") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_whole:
+            where = sorted(box for box, _ in tensor.pieces)
+            raise UserError(f"{path.parent}: the pieces of {name}, at {where}, do not make it up exactly once")
+    return tensors
+
+
 # Weights in Hugging Face layout
 
 
-def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model's safetensors files, single or with an index, by name; values are read as float32.
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, single or with an index.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: there are none, or the index is damaged.
     """
     index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
@@ -217,27 +257,14 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{index}: no index of safetensors files ({error!r}); fetch the file again") from error
         if outside := [name for name in names if Path(name).name != name]:
             raise UserError(f"{index}: names the file {outside[0]!r}, which is not in the same directory")
-    tensors: dict[str, StoredTensor] = {}
-    for path in (directory / name for name in names):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; {missing_weights(directory)}")
-        try:
-            file = safe_open(path, "numpy")
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or not safetensors ({error}); fetch the file again") from error
-        for name in file.keys():
-            piece = file.get_slice(name)
-            shape = tuple(piece.get_shape())
-            tensors[name] = StoredTensor(shape, np.dtype(np.float32), [(whole(shape), piece)])
-    return tensors
-
-
-def missing_weights(directory: Path) -> str:
-    """What to do where there are no safetensors files."""
-    if any(path.suffix in PICKLED for path in directory.iterdir()):
-        loader = f"transformers' AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(…)"
-        return f"pickled weights are never read; convert them with {loader}"
-    return "to train from random weights, add --from-scratch"
+    paths = [directory / name for name in names]
+    if missing := [path for path in paths if not path.is_file()]:
+        what_to_do = "to train from random weights, add --from-scratch"
+        if any(path.suffix in PICKLED for path in directory.iterdir()):
+            loader = f"transformers' AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(…)"
+            what_to_do = f"pickled weights are never read; convert them with {loader}"
+        raise UserError(f"{missing[0]}: no such file; {what_to_do}")
+    return paths
 
 
 def load_params(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array]:
@@ -246,7 +273,7 @@ def load_params(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array
     Raises:
         UserError: no weights, or tensors that are missing, unknown or of another shape (the first ten are listed).
     """
-    tensors = open_tensors(directory)
+    tensors = open_tensors(weight_files(directory))
     check_tensors(directory, model, tensors)
     return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh), parameter_table(model))
 
@@ -261,12 +288,11 @@ def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, Sto
         for row in jax.tree.leaves(parameter_table(model))
         for name in file_names(row, model)
     }
-    wrong = [f"{name} is missing (the config wants {shape})" for name, shape in wanted.items() if name not in found]
-    for name, shape in found.items():
-        if name not in wanted:
-            wrong.append(f"{name} of shape {shape} is not in the config's model")
-        elif shape != wanted[name]:
-            wrong.append(f"{name} has shape {shape}, the config wants {wanted[name]}")
+    wrong = [
+        f"{name}: {found.get(name, 'missing')} in the files, {wanted.get(name, 'unknown')} by config.json"
+        for name in wanted | found
+        if found.get(name) != wanted.get(name)
+    ]
     if wrong:
         listed = "\n  ".join(wrong[:LISTED] + ([f"… and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []))
         raise UserError(f"{directory}: the weights do not fit config.json; do they belong together?\n  {listed}")
@@ -377,23 +403,20 @@ def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
         (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for file, names in files.items():
         values = (file_tensor(*tensors[name], model, dtype) for name in names)
-        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values, {"format": "pt"})
+        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values)
 
 
 # Writing
 
 
 def write_safetensors(
-    path: Path,
-    shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-    tensors: Iterable[np.ndarray],
-    metadata: Mapping[str, str],
-) -> tuple[int, str]:
-    """Write and sync tensors one by one in the order of `shapes`; the file's size and SHA-256, computed on the way.
+    path: Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]
+) -> str:
+    """Write and sync tensors one by one in the order of `shapes`; the file's SHA-256, computed on the way.
 
     The library's own writer wants a second copy of all tensors in memory and blocks every other thread meanwhile.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
@@ -409,7 +432,7 @@ def write_safetensors(
         assert file.tell() == 8 + len(text) + end
         file.flush()
         os.fsync(file.fileno())
-        return file.tell(), digest.hexdigest()
+    return digest.hexdigest()
 
 
 def replace_directory(scratch: Path, directory: Path) -> None:
@@ -437,54 +460,7 @@ def sync(path: Path) -> None:
 # The manifest of a checkpoint
 
 
-class Record(BaseModel):
-    """A part of a manifest, with exactly these fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Piece(Record):
-    """A box of a tensor: the file and key that hold it, its first index on each axis and its shape."""
-
-    file: str
-    key: str
-    begin: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def box(self) -> Box:
-        """The box itself."""
-        return tuple((begin, begin + size) for begin, size in zip(self.begin, self.shape, strict=True))
-
-
-class TensorRecord(Record):
-    """A tensor and the pieces that make it up."""
-
-    shape: tuple[int, ...]
-    dtype: Literal["float32", "int32"]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the pieces cover every index exactly once."""
-        if any(not len(piece.begin) == len(piece.shape) == len(self.shape) for piece in self.pieces):
-            return False
-        boxes = [piece.box for piece in self.pieces]
-        return (
-            all(overlap(box, whole(self.shape)) == box for box in boxes)
-            and not any(overlap(*pair) is not None for pair in combinations(boxes, 2))
-            and sum(math.prod(piece.shape) for piece in self.pieces) == math.prod(self.shape)
-        )
-
-
-class FileRecord(Record):
-    """A file's size and hash."""
-
-    bytes: int
-    sha256: str
-
-
-class RunFacts(Record):
+class RunFacts(BaseModel, extra="forbid", frozen=True):
     """What a run needs besides its state to resume, and what must not have changed by then.
 
     `best` is the best held-out loss of pretrain and sft so far, or grpo's best held-out reward.
@@ -499,13 +475,17 @@ class RunFacts(Record):
     versions: dict[str, str]
 
 
-class Manifest(Record):
-    """What a checkpoint consists of."""
+class Manifest(BaseModel, extra="forbid", frozen=True):
+    """What a checkpoint is of, and the SHA-256 of each process's file."""
 
     format: int
     run: RunFacts
-    files: dict[str, FileRecord]
-    tensors: dict[str, TensorRecord]
+    shards: tuple[str, ...]
+
+
+def shard_path(directory: Path, process: int) -> Path:
+    """The file that a process writes."""
+    return directory / f"shard-{process:05}.safetensors"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -520,11 +500,11 @@ def content_hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(directory: Path, is_hashed: bool = True) -> Manifest:
-    """The manifest of a checkpoint whose files are all intact; with `is_hashed` each is read and hashed to be sure.
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, itself intact.
 
     Raises:
-        UserError: which file of which step is missing or damaged, and how.
+        UserError: there is none, or it is damaged.
     """
     if directory.suffix in PICKLED:
         raise UserError(
@@ -534,66 +514,48 @@ def read_manifest(directory: Path, is_hashed: bool = True) -> Manifest:
     path = directory / "manifest.json"
     try:
         found = json.loads(path.read_text())
-        if found["manifest"]["format"] != MANIFEST_FORMAT:
-            newest = found["manifest"]["format"]
-            raise UserError(f"{path}: has format {newest!r}, this version of lacuna reads {MANIFEST_FORMAT}")
-        if content_hash(found["manifest"]) != found["sha256"]:
-            raise UserError(f"{path}: its SHA-256 is not the one it states, so it is damaged")
-        manifest = Manifest.model_validate(found["manifest"])
-    except UserError:
-        raise
+        content = found["manifest"]
+        if content["format"] != MANIFEST_FORMAT:
+            raise ValueError(f"it has format {content['format']!r}, this version of lacuna reads {MANIFEST_FORMAT}")
+        if content_hash(content) != found["sha256"]:
+            raise ValueError("its SHA-256 is not the one it states")
+        return Manifest.model_validate(content)
     except OSError as error:
         hint = "; a run: name one of its checkpoints/" if (directory / "checkpoints").is_dir() else ""
         raise UserError(f"{path}: no manifest, so no checkpoint ({error.strerror}){hint}") from error
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path}: no manifest of ours, so damaged ({reason})") from error
-    for name, known in manifest.files.items():
-        file = directory / name
-        if file.parent != directory or not file.is_file():
-            raise UserError(f"{file}: missing")
-        if file.stat().st_size != known.bytes:
-            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {known.bytes}")
-        if is_hashed and file_hash(file) != known.sha256:
-            raise UserError(f"{file}: its SHA-256 is not the manifest's, so it is damaged")
-    for name, tensor in manifest.tensors.items():
-        if not tensor.is_whole or not {piece.file for piece in tensor.pieces} <= manifest.files.keys():
-            raise UserError(f"{path}: the pieces of {name} do not make up its shape {tensor.shape} exactly once")
+
+
+def checked_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint whose files were all read and found intact.
+
+    Raises:
+        UserError: which file of which step is missing or damaged, and how.
+    """
+    manifest = read_manifest(directory)
+    for process, sha256 in enumerate(manifest.shards):
+        path = shard_path(directory, process)
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        if found != sha256:
+            raise UserError(f"{path}: its SHA-256 is not the manifest's, so it is damaged")
+    open_checkpoint(directory, manifest)
     return manifest
-
-
-def file_hash(path: Path) -> str:
-    """Hash of a file's content."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
 
 
 # Run states
 
-
-def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """Leaves with their paths, as params/layers/query."""
-
-    def name(path: tuple[Any, ...]) -> str:
-        return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-
-    return [(name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+leaf_name = partial(keystr, simple=True, separator="/")
 
 
 def open_checkpoint(directory: Path, manifest: Manifest) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by name."""
-    files = {name: safe_open(directory / name, "numpy") for name in manifest.files}
-    return {
-        name: StoredTensor(
-            record.shape,
-            np.dtype(record.dtype),
-            [(piece.box, files[piece.file].get_slice(piece.key)) for piece in record.pieces],
-        )
-        for name, record in manifest.tensors.items()
-    }
+    """Every tensor of a checkpoint by its path in the state, as params/layers/query."""
+    return open_tensors(shard_path(directory, process) for process in range(len(manifest.shards)))
 
 
 def load_checkpoint(directory: Path, manifest: Manifest, abstract: PyTree, shapes: PyTree) -> PyTree[Array]:
@@ -606,97 +568,62 @@ def load_checkpoint(directory: Path, manifest: Manifest, abstract: PyTree, shape
     """
     saved = open_checkpoint(directory, manifest)
 
-    def load(name: str, leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
+    def load(path: Any, leaf: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStruct) -> Array:
+        name = leaf_name(path)
         tensor = saved.get(name)
-        if tensor is None or tensor.shape != shape or tensor.dtype != leaf.dtype:
+        if tensor is None or (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
             found = "missing" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
             raise UserError(
-                f"{directory}: {name} is {found}, this run wants {leaf.dtype} of shape {shape}; is it another model's?"
+                f"{directory}: {name} is {found}, this run wants {wanted.dtype} of shape {wanted.shape}; is it another "
+                "model's?"
             )
         assert leaf.sharding
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: tensor.read(shard_box(index, leaf.shape))
+        )
 
-        def shard(index: Any) -> np.ndarray:
-            return tensor.read(shard_box(index, leaf.shape))
-
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
-
-    leaves = [
-        load(name, leaf, shape.shape)
-        for (name, leaf), shape in zip(named_leaves(abstract), jax.tree.leaves(shapes), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return jax.tree.map_with_path(load, abstract, shapes)
 
 
 def saved_params(directory: Path, model: ModelConfig) -> PyTree[StoredTensor]:
     """The parameters of a checkpoint that this process wrote or checked, each read when needed."""
-    saved = open_checkpoint(directory, read_manifest(directory, is_hashed=False))
-    table = parameter_table(model)
-    return jax.tree.unflatten(jax.tree.structure(table), [saved[f"params/{name}"] for name, _ in named_leaves(table)])
+    saved = open_checkpoint(directory, read_manifest(directory))
+    return jax.tree.map_with_path(lambda path, _: saved[f"params/{leaf_name(path)}"], parameter_table(model))
 
 
-def copied_pieces(state: PyTree[Array], shapes: PyTree) -> tuple[dict[str, TensorRecord], dict[str, np.ndarray]]:
-    """All pieces of the state, by tensor, and copies of those that this process writes, by their keys.
+def copied_pieces(state: PyTree[Array], shapes: PyTree) -> dict[str, np.ndarray]:
+    """Copies of those pieces of the state that this process writes, by the tensor's path and the piece's first index.
 
     Every element is in one piece, written by one process; rows that pad the vocabulary are in none.
     """
-    leaves = named_leaves(state)
-    for _, leaf in leaves:
+    for leaf in jax.tree.leaves(state):
         leaf.copy_to_host_async()
-    tensors, copies = {}, {}
-    for (name, leaf), wanted in zip(leaves, jax.tree.leaves(shapes), strict=True):
-        pieces = []
-        for shard in sorted(leaf.global_shards, key=lambda shard: shard.device.id):
+    copies = {}
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(shapes), strict=True):
+        for shard in leaf.addressable_shards:
             held = shard_box(shard.index, leaf.shape)
-            if shard.replica_id or (box := overlap(held, whole(wanted.shape))) is None:
-                continue
-            begin = tuple(first for first, _ in box)
-            piece = Piece(
-                file=shard_name(shard.device.process_index),
-                key=f"{name}@{','.join(map(str, begin))}",
-                begin=begin,
-                shape=tuple(end - first for first, end in box),
-            )
-            pieces.append(piece)
-            if shard.data is not None:
-                copies[piece.key] = np.array(np.asarray(shard.data)[within(box, held)])
-        tensors[name] = TensorRecord(shape=wanted.shape, dtype=wanted.dtype.name, pieces=tuple(pieces))
-    return tensors, copies
+            if shard.replica_id == 0 and (box := overlap(held, whole(wanted.shape))) is not None:
+                key = f"{leaf_name(path)}@{','.join(str(begin) for begin, _ in box)}"
+                copies[key] = np.array(np.asarray(shard.data)[within(box, held)])
+    return copies
 
 
-class Report(Record):
-    """What one process wrote, or why it could not."""
-
-    file: FileRecord | None = None
-    error: str = ""
-
-
-def write_pieces(scratch: Path, copies: Mapping[str, np.ndarray], needed: int) -> Report:
-    """Write this process's file in `scratch`, if there is room for the `needed` bytes of all processes."""
-    path = scratch / shard_name(jax.process_index())
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(scratch).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"{byte_size(needed)} are needed, {byte_size(free)} are free", str(path))
-        shapes = {key: (values.dtype, values.shape) for key, values in copies.items()}
-        size, sha256 = write_safetensors(path, shapes, copies.values(), {"format": "np"})
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        return Report(error=describe_error(error))
-    return Report(file=FileRecord(bytes=size, sha256=sha256))
+def write_pieces(scratch: Path, copies: Mapping[str, np.ndarray], needed: int) -> str:
+    """Write this process's file in `scratch`, if there is room for the `needed` bytes of all processes; its SHA-256."""
+    path = shard_path(scratch, jax.process_index())
+    scratch.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(scratch).free) < needed:
+        raise OSError(errno.ENOSPC, f"{byte_size(needed)} are needed, {byte_size(free)} are free", str(path))
+    shapes = {key: (values.dtype, values.shape) for key, values in copies.items()}
+    return write_safetensors(path, shapes, copies.values())
 
 
-def shard_name(process: int) -> str:
-    """The file that a process writes."""
-    return f"shard-{process:05}.safetensors"
+# Saving
 
 
 def describe_error(error: OSError) -> str:
     """Where and what, for a message."""
     return f"{error.filename or 'disk'}: {error.strerror or error}"
-
-
-# Saving
 
 
 class Saver:
@@ -718,11 +645,12 @@ class Saver:
         """
         began = time.perf_counter()
         self.wait()
-        (tensors, copies), outcome = copied_pieces(state, shapes), futures.Future[str]()
+        copies, outcome = copied_pieces(state, shapes), futures.Future[str]()
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
         def complete() -> None:
             try:
-                outcome.set_result(self.write(tensors, copies, facts, is_best, began))
+                outcome.set_result(self.write(copies, needed, facts, is_best, began))
             except BaseException as error:
                 outcome.set_exception(error)
 
@@ -730,14 +658,7 @@ class Saver:
         threading.Thread(target=complete, daemon=True).start()
         return time.perf_counter() - began
 
-    def write(
-        self,
-        tensors: dict[str, TensorRecord],
-        copies: Mapping[str, np.ndarray],
-        facts: RunFacts,
-        is_best: bool,
-        began: float,
-    ) -> str:
+    def write(self, copies: Mapping[str, np.ndarray], needed: int, facts: RunFacts, is_best: bool, began: float) -> str:
         """Write this process's file and, once all have theirs, let the first commit; returns a line for the log.
 
         Raises:
@@ -745,14 +666,17 @@ class Saver:
         """
         directory = checkpoint_directory(self.run_directory, facts.step)
         scratch = directory.with_name(f"{directory.name}.{self.session}.tmp")
-        needed = sum(np.dtype(tensor.dtype).itemsize * math.prod(tensor.shape) for tensor in tensors.values())
-        report = write_pieces(scratch, copies, needed).model_dump_json()
-        reports = [Report.model_validate_json(text) for text in to_first(f"save {facts.step}", report)]
-        problem = next((report.error for report in reports if report.error), "")
-        if is_first() and not problem:
-            files = {shard_name(process): report.file for process, report in enumerate(reports) if report.file}
-            manifest = Manifest(format=MANIFEST_FORMAT, run=facts, files=files, tensors=tensors)
-            problem = self.commit(scratch, directory, manifest, is_best)
+        sha256 = problem = ""
+        try:
+            sha256 = write_pieces(scratch, copies, needed)
+        except OSError as error:
+            problem = describe_error(error)
+        reports = [json.loads(text) for text in to_first(f"save {facts.step}", json.dumps([sha256, problem]))]
+        if is_first():
+            problem = next((problem for _, problem in reports if problem), "")
+            if not problem:
+                manifest = Manifest(format=MANIFEST_FORMAT, run=facts, shards=tuple(sha256 for sha256, _ in reports))
+                problem = self.commit(scratch, directory, manifest, is_best)
         problem = from_first(f"commit {facts.step}", problem)
         if not problem:
             self.failures, self.newest = 0, directory
@@ -824,7 +748,7 @@ def newest_good(run_directory: Path, say: Callable[[str], None]) -> tuple[Path, 
     for step in reversed(saved_steps(run_directory)):
         directory = checkpoint_directory(run_directory, step)
         try:
-            return directory, read_manifest(directory)
+            return directory, checked_manifest(directory)
         except UserError as error:
             say(f"checkpoint passed over: {error}")
             damaged.append(str(error))

@@ -346,7 +346,7 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> 
     """The checkpoint that the config asks to resume from, the same for all processes; None for a new run."""
     chosen = config.resume_from
     if is_first() and chosen:
-        checkpoint.read_manifest(Path(chosen))
+        checkpoint.checked_manifest(Path(chosen))
     elif is_first() and config.resume:
         found = checkpoint.newest_good(config.run_directory, say)
         chosen = str(found[0]) if found else ""
@@ -360,7 +360,7 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> 
         if config.resume:
             say("no checkpoint to resume from yet, so this run starts from step 0")
         return None
-    manifest = checkpoint.read_manifest(Path(chosen), is_hashed=False)
+    manifest = checkpoint.read_manifest(Path(chosen))
     saved, now = manifest.run.config, masked_config(config)
     if changed := [key for key in FIXED_ON_RESUME if saved.get(key) != now.get(key)]:
         differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in changed)

@@ -46,7 +46,7 @@ def replay(config: GrpoConfig, original: GrpoConfig) -> None:
         reference = cast_weights(state.params, opened.model, config.compute_dtype) if config.kl_weight else None
         if saved := [step for step in checkpoint.saved_steps(directory) if step < config.step]:
             place = checkpoint.checkpoint_directory(directory, max(saved))
-            state = saved_state(place, checkpoint.read_manifest(place), opened)
+            state = saved_state(place, checkpoint.checked_manifest(place), opened)
         for step in range(int(state.step) // original.updates_per_rollout + 1, config.step + 1):
             current = config if step == config.step else original
             recipe = recipe_of(current, step_count(current, inputs) * current.updates_per_rollout)
