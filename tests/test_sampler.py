@@ -1,6 +1,8 @@
 """The sampler against the full forward pass, transformers' values and formulas written out in NumPy."""
 
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from test_model import FAMILIES, load, logits, positions
 from lacuna import sampler
 from lacuna.checkpoint import OpenedModel, load_params
 from lacuna.config import SamplingKeys, UserError
+from lacuna.metrics import byte_size
 from lacuna.model import (
     PAGE,
     ModelConfig,
@@ -113,6 +116,12 @@ def rules_from(values: dict[str, Any], count: int) -> Rules:
     return rules._replace(**{name: jnp.asarray(x, getattr(rules, name).dtype) for name, x in values.items()})
 
 
+def slots_that_saw(is_prompted: np.ndarray, count: np.ndarray) -> sampler.Slots:
+    """Active slots whose prompts and completions have these tokens."""
+    each = jnp.ones(len(count), jnp.int32)
+    return sampler.Slots((), each, each, each, -each, each > 0, jnp.asarray(is_prompted), jnp.asarray(count, jnp.int32))
+
+
 def log_softmax(scores: Any) -> np.ndarray:
     wide = np.asarray(scores, np.float64)
     wide = wide - wide.max(-1, keepdims=True)
@@ -130,8 +139,7 @@ def test_rules_leave_the_distribution_that_transformers_processors_leave(name: s
     names = [name] if name != "together" else ["repetition_penalty", "temperature", "top_k", "top_p", "min_p"]
     rules = rules_from({each: reference[each] for each in names}, len(logits))
     seen = presence_of(reference["seen"], logits.shape[1])
-    count = jnp.zeros(logits.shape, jnp.int32)
-    penalised = jax.jit(sampler.penalise)(logits, jnp.asarray(seen > 0), count, rules)
+    penalised = jax.jit(sampler.penalise)(logits, slots_that_saw(seen > 0, np.zeros_like(seen)), rules)
     ours = log_softmax(jax.jit(sampler.restrict)(penalised, rules))
     expected = log_softmax(reference[name if name == "together" else f"only_{name}"])
     assert np.array_equal(ours > -np.inf, expected > -np.inf)
@@ -144,7 +152,7 @@ def test_penalties_follow_openais_formula_over_generated_tokens_only() -> None:
     count = random.integers(0, 4, (3, 50), dtype=np.int32)
     frequency, presence = np.array([0.0, 0.5, -0.25]), np.array([1.5, 0.0, 0.5])
     rules = rules_from({"frequency_penalty": frequency, "presence_penalty": presence}, 3)
-    ours = sampler.penalise(jnp.asarray(logits), jnp.ones((3, 50), bool), jnp.asarray(count), rules)
+    ours = sampler.penalise(jnp.asarray(logits), slots_that_saw(count >= 0, count), rules)
     expected = logits - count * frequency[:, None] - (count > 0) * presence[:, None]
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
@@ -407,12 +415,17 @@ def test_what_cannot_be_generated_is_refused(small: Sampler, request_: Request, 
         small.submit(request_)
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_its_sizes(tokenizer: Tokenizer) -> None:
+def test_a_batch_that_does_not_fit_is_refused_with_its_sizes(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"65536 slots of 2,048 tokens take .*GB.* are free there"):
         sampler.check_memory(QWEN3, 65536, 2048, "float32", mesh_of(1, 1, 1))
     batch = sampler.empty_slots(QWEN3, 4, 5, "float32")
-    held = jax.tree.leaves(batch.cache) + [batch.count, batch.is_prompted]
-    assert sum(leaf.nbytes for leaf in held) == sampler.batch_bytes(QWEN3, 4, 300, "float32")
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+    for free in (held * 3 // 2, held * 3 // 2 - 1):
+        monkeypatch.setattr(sampler, "free_memory_bytes", lambda free=free: free)
+        with nullcontext() if 2 * free >= 3 * held else pytest.raises(UserError, match=re.escape(byte_size(held))):
+            sampler.check_memory(QWEN3, 4, 300, "float32", mesh_of(1, 1, 1))
     with pytest.raises(UserError, match="slots = 3"):
         sampler_of(tokenizer, 3, (2, 1, 1))
 

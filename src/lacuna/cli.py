@@ -60,7 +60,6 @@ XLA_BASE_SHARE = 0.8  # of a GPU's memory, to which the limit of its compiler is
 
 Config = TypeVar("Config", bound=Keys)
 Values = dict[str, Any]
-Typed = str | list[str]
 
 
 # From the command line to a config
@@ -88,37 +87,43 @@ def parse(config: type[Config], arguments: list[str], program: str) -> Config:
         layer = read_toml(file, config)
         values |= layer
         origins |= dict.fromkeys(layer, file)
-    options = command_options(config, program, flags, values, origins)
-    if HELP & {*flags}:
+    options = command_options(config, program, [name for name, _ in flags], values, origins)
+    if any(name in HELP for name, _ in flags):
         print(help_text(config, program, options))
         raise SystemExit(0)
-    typed = read_flags(flags, options, program)
-    for option, text in typed.items():
+    for option, given in read_flags(flags, options, program).items():
         key, *entry = option.split(".")
-        if not entry:
-            values[key], origins[key] = text, COMMAND_LINE
-            continue
-        index, name = int(entry[0]), entry[1]
-        tables = values.setdefault(key, [])
-        tables += [{} for _ in range(index + 1 - len(tables))]
-        tables[index][name] = text
+        layer = values
+        if entry:
+            tables = values.setdefault(key, [])
+            tables += [{} for _ in range(int(entry[0]) + 1 - len(tables))]
+            layer = tables[int(entry[0])]
+        layer[entry[-1] if entry else key] = given
+        origins[option] = COMMAND_LINE
         origins.setdefault(key, COMMAND_LINE)
     try:
         return config.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(explain(one, config, program, typed, origins) for one in error.errors())) from None
+        raise UserError("\n".join(explain(one, config, program, origins) for one in error.errors())) from None
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The files after `@`, with or without a space, and everything else."""
-    files, flags, remaining = [], [], iter(arguments)
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The files after `@`, with or without a space, and each flag with the texts after it."""
+    files: list[str] = []
+    flags: list[tuple[str, list[str]]] = []
+    remaining = iter(arguments)
     for argument in remaining:
         if argument.startswith("@"):
             files.append(argument[1:] or next(remaining, ""))
             if not files[-1] or files[-1].startswith("-"):
                 raise UserError("@ needs a TOML file after it, as in @ configs/sft_tiny.toml")
+        elif FLAG.fullmatch(argument):
+            name, equals, text = argument.partition("=")
+            flags.append((name, [text] if equals else []))
+        elif flags:
+            flags[-1][1].append(argument)
         else:
-            flags.append(argument)
+            refuse_value(argument)
     return files, flags
 
 
@@ -164,10 +169,10 @@ def command_options(
     found = []
     for key, field in config.model_fields.items():
         if key in TABLES:
-            mentioned = {int(match[1]) for flag in flags if (match := re.match(rf"{spelling(key)}\.(\d+)\.", flag))}
             entries = values.get(key, [])
-            for index in range(max(len(mentioned | {*range(len(entries))}), 1)):
-                entry = entries[index] if index < len(entries) else {}
+            mentioned = {flag.split(".")[1] for flag in flags if re.match(rf"{spelling(key)}\.\d+\.", flag)}
+            count = len(mentioned | {*map(str, range(len(entries)))}) or 1
+            for index, entry in enumerate((entries + [{}] * count)[:count]):
                 for name, column in DataSource.model_fields.items():
                     value = value_in_force(column, entry, name, origins.get(key))
                     found.append(Option(f"[[{key}]] {field.description}", f"{key}.{index}.{name}", column, value))
@@ -211,25 +216,17 @@ def help_text(config: type[Keys], program: str, options: dict[str, Option]) -> s
     return "\n".join([*lines, "", textwrap.fill(end, width)])
 
 
-def read_flags(flags: list[str], options: dict[str, Option], program: str) -> dict[str, Typed]:
-    """The text typed for each key, a list if the key takes several."""
+def read_flags(flags: list[tuple[str, list[str]]], options: dict[str, Option], program: str) -> Values:
+    """The text given for each key, a list if the key takes several."""
     negated = {f"--no-{name[2:]}": name for name, option in options.items() if option.field.annotation is bool}
-    groups: list[list[str]] = []  # each an option and what follows it
-    for text in flags:
-        if FLAG.fullmatch(text):
-            groups.append([text])
-        elif groups:
-            groups[-1].append(text)
-        else:
-            refuse_value(text)
-    typed: dict[str, Typed] = {}
-    for head, *texts in groups:
-        name, equals, text = head.partition("=")
+    values: Values = {}
+    for name, texts in flags:
         if name not in options and name not in negated:
             raise UserError(f"{name} is not an option of {program}{did_you_mean(name, [*options, *negated])}")
         option = options[negated.get(name, name)]
-        texts = ["false"] * (name in negated) + [text] * bool(equals) + texts
-        if not texts and option.field.annotation is bool:
+        if name in negated:
+            texts = ["false", *texts]
+        elif not texts and option.field.annotation is bool:
             texts = ["true"]
         if not texts:
             raise UserError(f"{name} needs a value; one that begins with - is written {name}=VALUE")
@@ -237,20 +234,18 @@ def read_flags(flags: list[str], options: dict[str, Option], program: str) -> di
         if len(texts) > 1 and not takes_several:
             refuse_value(texts[1])
         value = with_environment(texts if takes_several else texts[0], name)
-        if option.key in typed:
-            both = f"{shown(typed[option.key])} and {shown(value)}"
+        if option.key in values:
+            both = f"{shown(values[option.key])} and {shown(value)}"
             raise UserError(f"{spelling(option.key)} is given twice: {both}; keep one")
-        typed[option.key] = value
-    return typed
+        values[option.key] = value
+    return values
 
 
 def refuse_value(text: str) -> NoReturn:
     raise UserError(f"{text!r} belongs to no option; a TOML file is layered as @ {text}")
 
 
-def explain(
-    problem: Mapping[str, Any], config: type[Keys], program: str, typed: dict[str, Typed], origins: dict[str, str]
-) -> str:
+def explain(problem: Mapping[str, Any], config: type[Keys], program: str, origins: dict[str, str]) -> str:
     """One of pydantic's errors as a sentence with the key, where its value came from, and how to fix it."""
     path = [str(part) for part in problem["loc"]]
     message = re.sub(r"^(Input|String|Value error,) |, unable to .*", "", problem["msg"])
@@ -266,7 +261,8 @@ def explain(
     if problem["type"] != "extra_forbidden":
         if name in fields and fields[name].annotation is SecretStr:
             return f"{place} {message}"
-        given = f"{spelling(key)} {shown(typed[key])}" if key in typed else f"{place} = {toml_value(problem['input'])}"
+        value, is_typed = problem["input"], origins.get(key) == COMMAND_LINE
+        given = f"{spelling(key)} {shown(value)}" if is_typed else f"{place} = {toml_value(value)}"
         return f"{given} {message.replace('a valid boolean', 'true or false')}"
     if path[0] in TABLES and name in config.model_fields:
         return f"{place} is a key of {program} itself; write it above the first [[{path[0]}]]"
@@ -275,7 +271,7 @@ def explain(
     return f"{place} is not a key of {program}{did_you_mean(name, fields)}"
 
 
-def shown(typed: Typed) -> str:
+def shown(typed: str | list[str]) -> str:
     """What was typed for an option."""
     return typed if isinstance(typed, str) else " ".join(typed)
 
@@ -315,10 +311,10 @@ def start(command: str, arguments: list[str]) -> None:
 
             with cluster():
                 run(config)
-    except UserError as error:
-        stop(f"error: {error}", 2)
-    except KeyboardInterrupt as interrupt:
-        stop(f"interrupted{interrupt}", 130)
+    except (UserError, KeyboardInterrupt) as error:
+        is_refusal = isinstance(error, UserError)
+        print(f"error: {error}" if is_refusal else f"interrupted{error}", file=sys.stderr)
+        raise SystemExit(2 if is_refusal else 130) from None
 
 
 def run(config: Keys) -> Any:
@@ -389,11 +385,6 @@ def tasks_of(config: TrainingConfig) -> Any:
     from lacuna.eval import prepare_tasks
 
     return partial(prepare_tasks, tasks, harness_of(tasks))
-
-
-def stop(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise SystemExit(code)
 
 
 # The process

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
-from lacuna.distributed import ROW_AXES, row_shards, shard_rows
+from lacuna.distributed import ROW_AXES, row_shards, shard, shard_rows
 from lacuna.metrics import byte_size, free_memory_bytes
 from lacuna.model import (
     PAGE,
@@ -115,17 +115,18 @@ class Emitted(NamedTuple):
     top_log_probability: Float[Array, "step slot top"]
 
 
-def penalise(
-    logits: Float[Array, "slot vocab"],
-    is_prompted: Bool[Array, "slot vocab"],
-    count: Int[Array, "slot vocab"],
-    rules: Rules,
-) -> Float[Array, "slot vocab"]:
+def penalise(logits: Float[Array, "slot vocab"], slots: Slots, rules: Rules) -> Float[Array, "slot vocab"]:
     """Logits less the penalties: repetition (Keskar et al. 2019) sees the prompt too, the others generated tokens."""
-    penalty = rules.repetition_penalty[:, None]
-    repeated = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    logits = jnp.where(is_prompted | (count > 0), repeated, logits)
-    return logits - rules.frequency_penalty[:, None] * count - rules.presence_penalty[:, None] * (count > 0)
+    is_penalised = (rules.repetition_penalty != 1) | (rules.frequency_penalty != 0) | (rules.presence_penalty != 0)
+    is_generated = slots.count > 0
+
+    def penalised() -> Float[Array, "slot vocab"]:
+        penalty = rules.repetition_penalty[:, None]
+        repeated = jnp.where(logits < 0, logits * penalty, logits / penalty)
+        scores = jnp.where(slots.is_prompted | is_generated, repeated, logits)
+        return scores - rules.frequency_penalty[:, None] * slots.count - rules.presence_penalty[:, None] * is_generated
+
+    return jax.lax.cond(jnp.any(is_penalised & slots.is_active), penalised, lambda: logits)
 
 
 def restrict(logits: Float[Array, "slot vocab"], rules: Rules) -> Float[Array, "slot vocab"]:
@@ -246,13 +247,7 @@ def next_token(
     hidden, cache = decode_step(params, slots.cache, slots.token, slots.length, rotations, model)
     logits = logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0]
     row = jnp.arange(len(logits))
-
-    is_penalised = (rules.repetition_penalty != 1) | (rules.frequency_penalty != 0) | (rules.presence_penalty != 0)
-    scores = jax.lax.cond(
-        jnp.any(is_penalised & slots.is_active),
-        lambda: penalise(logits, slots.is_prompted, slots.count, rules),
-        lambda: logits,
-    )
+    scores = penalise(logits, slots, rules)
     if constraint:
         scores = confine(scores, constraint, slots.node)
     token, sampled_log_probability = choose_token(scores, rules, slots.made, slots.is_active)
@@ -297,11 +292,8 @@ def next_token(
 
 def sharded(slots: Slots) -> Slots:
     """Slots over the data axes, the cache's heads over tensor."""
-    slots = jax.tree.map(shard_rows, slots)
-    if jax.sharding.get_abstract_mesh().empty:
-        return slots
-    spec = PartitionSpec(ROW_AXES, "tensor")
-    return slots._replace(cache=jax.lax.with_sharding_constraint(slots.cache, spec))
+    cache = jax.tree.map(lambda x: shard(x, ROW_AXES, "tensor"), slots.cache)
+    return jax.tree.map(shard_rows, slots._replace(cache=()))._replace(cache=cache)
 
 
 @partial(jax.jit, static_argnames=("model", "count", "pages", "dtype"))
@@ -315,11 +307,8 @@ def empty_slots(model: ModelConfig, count: int, pages: int, dtype: str) -> Slots
 @partial(jax.jit, static_argnames="pages")
 def resized(cache: Cache, pages: int) -> Cache:
     """The cache with more pages or fewer."""
-
-    def resize(x: Array) -> Array:
-        return jnp.pad(x[:, :, :pages], ((0, 0), (0, 0), (0, max(pages - x.shape[2], 0)), (0, 0), (0, 0)))
-
-    return jax.tree.map(resize, cache)
+    padding = ((0, 0), (0, 0), (0, max(pages - cache[0][0].shape[2], 0)), (0, 0), (0, 0))
+    return jax.tree.map(lambda x: jnp.pad(x[:, :, :pages], padding), cache)
 
 
 cast_params = jax.jit(decoding_params, static_argnames=("model", "dtype"))
@@ -392,9 +381,7 @@ def decode_block(
 
     carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, whole - 1, *tops)
     _, slots, emitted = jax.lax.while_loop(continues, step, carry)
-    if not jax.sharding.get_abstract_mesh().empty:
-        emitted = jax.lax.with_sharding_constraint(emitted, PartitionSpec())
-    return sharded(slots), emitted
+    return sharded(slots), jax.tree.map(shard, emitted)
 
 
 # Requests and completions
@@ -435,25 +422,9 @@ class Completion:
 
 def joined_parts(parts: Sequence[Completion]) -> Completion:
     """The whole completion of these parts, in order."""
-    return replace(
-        parts[-1],
-        tokens=tuple(token for part in parts for token in part.tokens),
-        text="".join(part.text for part in parts),
-        log_probabilities=tuple(value for part in parts for value in part.log_probabilities),
-        sampled_log_probabilities=tuple(value for part in parts for value in part.sampled_log_probabilities),
-        top_logprobs=tuple(value for part in parts for value in part.top_logprobs),
-    )
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A request in the queue; its row of the prefilled prompts while some of its completions have no slot yet."""
-
-    number: int
-    request: Request
-    next_index: int = 0
-    prompts: Prompts | None = None
-    row: int = 0
+    names = ("tokens", "log_probabilities", "sampled_log_probabilities", "top_logprobs")
+    whole = {name: tuple(itertools.chain.from_iterable(getattr(part, name) for part in parts)) for name in names}
+    return replace(parts[-1], text="".join(part.text for part in parts), **whole)
 
 
 def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
@@ -489,9 +460,6 @@ class Running:
         if reason:
             whole += "".join(before_stop(self.held + self.stream.rest(), stop)[:2])
         return whole, len(tokens), reason
-
-
-Arrivals = dict[Waiting, list[int]]  # the slots that each request was just given
 
 
 # The sampler
@@ -530,14 +498,14 @@ class Sampler:
             self.constraint = jax.device_put(forest, NamedSharding(mesh, PartitionSpec()))
             self.roots.update(np.flatnonzero(np.diff(forest.first)).tolist())
         self.numbers = itertools.count()
-        self.waiting: deque[Waiting] = deque()
+        self.waiting: deque[tuple[int, int, Request]] = deque()  # each a request's number, a completion's index in it
+        self.prefilled: dict[int, tuple[Prompts, int]] = {}  # by number, where some completions still wait: the row
         self.cancellations: deque[int] = deque()
         self.running: list[Running | None] = [None] * slots
         self.rules = [rules_of(Request((0,)), 0, capacity)] * slots
         self.load(params)
         with jax.set_mesh(mesh):
-            self.pages = page_bucket(1, capacity)
-            self.slots = empty_slots(model, slots, self.pages, dtype)
+            self.slots = empty_slots(model, slots, page_count(1, capacity, LEAST_PAGES), dtype)
 
     def load(self, params: PyTree[Array]) -> None:
         """Generate from these weights from now on."""
@@ -578,7 +546,7 @@ class Sampler:
         """Queue a request; its completions carry the number returned. Raises UserError where it can't be generated."""
         self.check(request)
         number = next(self.numbers)
-        self.waiting.append(Waiting(number, request))
+        self.waiting.extend((number, index, request) for index in range(request.n))
         return number
 
     def cancel(self, number: int) -> None:
@@ -627,86 +595,79 @@ class Sampler:
         while self.cancellations:
             number = self.cancellations.popleft()
             self.running = [None if running and running.number == number else running for running in self.running]
-            for waiting in [waiting for waiting in list(self.waiting) if waiting.number == number]:
-                self.waiting.remove(waiting)
+            for entry in [entry for entry in list(self.waiting) if entry[0] == number]:
+                self.waiting.remove(entry)
+            self.prefilled.pop(number, None)
 
-    def _assign_slots(self) -> Arrivals:
-        """Give free slots to waiting requests, in the order of the queue."""
-        arrivals: Arrivals = defaultdict(list)
+    def _assign_slots(self) -> dict[int, Running]:
+        """Give free slots to waiting completions, in the order of the queue."""
+        arrivals: dict[int, Running] = {}
         for slot, running in enumerate(self.running):
             if running is None and self.waiting:
-                waiting = self.waiting[0]
-                request, index = waiting.request, waiting.next_index
+                number, index, request = self.waiting.popleft()
                 stream = TextStream(self.tokenizer, request.prompt)
-                self.running[slot] = Running(waiting.number, index, request, stream, len(request.prompt) - 1)
+                self.running[slot] = arrivals[slot] = Running(number, index, request, stream, len(request.prompt) - 1)
                 self.rules[slot] = rules_of(request, index, self.capacity)
-                arrivals[waiting].append(slot)
-                waiting.next_index += 1
-                if waiting.next_index == request.n:
-                    self.waiting.popleft()
         return arrivals
 
     def _resize(self, steps: int) -> None:
         """Grow the cache to what the next steps need; shrink it when they need a quarter or less."""
         longest = max((running.length for running in self.running if running), default=0)
-        needed = page_bucket(longest + steps, self.capacity)
-        if needed > self.pages or 4 * needed <= self.pages:
-            self.pages = needed
+        pages, needed = self.slots.cache[0][0].shape[2], page_count(longest + steps, self.capacity, LEAST_PAGES)
+        if needed > pages or 4 * needed <= pages:
             self.slots = self.slots._replace(cache=resized(self.slots.cache, needed))
 
-    def _insert(self, arrivals: Arrivals) -> None:
-        """Prefill new prompts, those of similar length together, and put every arrival into its slots."""
-        groups: dict[int, list[Waiting]] = defaultdict(list)
-        for waiting in arrivals:
-            if waiting.prompts:
-                self._place(waiting.prompts, [waiting], arrivals)
-            else:
-                groups[prompt_pages(len(waiting.request.prompt), self.capacity)].append(waiting)
+    def _insert(self, arrivals: dict[int, Running]) -> None:
+        """Prefill new prompts, those of similar length together, and put every arrival into its slot."""
+        requests = {running.number: running.request for running in arrivals.values()}
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number, request in requests.items():
+            if number not in self.prefilled:
+                groups[page_count(len(request.prompt), self.capacity)].append(number)
         for pages, group in groups.items():
             while group:
                 most = max(min(len(group), PREFILL_PAGES // pages), 1)
                 size = next(size for size in PREFILL_ROWS if size <= most)
-                self._place(self._prefill(group[:size], pages), group[:size], arrivals)
+                prompts = self._prefill([requests[number].prompt for number in group[:size]], pages)
+                self.prefilled |= {number: (prompts, row) for row, number in enumerate(group[:size])}
                 group = group[size:]
+        source: list[Prompts | None] = [None] * len(self.running)
+        row, root = (np.zeros(len(self.running), np.int32) for _ in range(2))
+        for slot, running in arrivals.items():
+            source[slot], row[slot] = self.prefilled[running.number]
+            root[slot] = running.request.root
+            if running.index == running.request.n - 1:
+                del self.prefilled[running.number]
+        for prompts in {id(prompts): prompts for prompts in source if prompts}.values():
+            is_new = np.array([each is prompts for each in source])
+            self.slots = insert(self.slots, prompts, is_new, row, root)
 
-    def _prefill(self, group: list[Waiting], pages: int) -> Prompts:
-        token = np.zeros((slots_for(len(group), self.mesh), pages * PAGE), np.int32)
+    def _prefill(self, tokens: Sequence[Sequence[int]], pages: int) -> Prompts:
+        token = np.zeros((slots_for(len(tokens), self.mesh), pages * PAGE), np.int32)
         length = np.ones(len(token), np.int32)
-        for row, waiting in enumerate(group):
-            length[row] = len(waiting.request.prompt)
-            token[row, : length[row]] = waiting.request.prompt
-        prompts = Prompts(fill_cache(self.params, token, self.model), token, length)
-        for row, waiting in enumerate(group):
-            waiting.prompts, waiting.row = prompts, row
-        return prompts
-
-    def _place(self, prompts: Prompts, group: list[Waiting], arrivals: Arrivals) -> None:
-        """Put the arrivals of prompts that were prefilled together into their slots."""
-        is_new, row, root = (np.zeros(len(self.running), kind) for kind in (bool, np.int32, np.int32))
-        for waiting in group:
-            slots = arrivals[waiting]
-            is_new[slots], row[slots], root[slots] = True, waiting.row, waiting.request.root
-        self.slots = insert(self.slots, prompts, is_new, row, root)
+        for row, prompt in enumerate(tokens):
+            length[row] = len(prompt)
+            token[row, : len(prompt)] = prompt
+        return Prompts(fill_cache(self.params, token, self.model), token, length)
 
     def _part(self, slot: int, running: Running, emitted: Emitted) -> Completion:
         """The new tokens of one slot, which becomes free if they end the completion."""
-        ended = emitted.ended[:, slot]
-        count = int(np.sum(ended >= 0))
-        tokens = emitted.token[:count, slot].tolist()
+        count = int(np.sum(emitted.ended[:, slot] >= 0))
+        new = jax.tree.map(lambda x: x[:count, slot].tolist(), emitted)
         running.length += count
-        text, count, reason = running.read(tokens, FINISH_REASONS[ended[count - 1]])
+        text, count, reason = running.read(new.token, FINISH_REASONS[new.ended[-1]])
         if reason:
             self.running[slot] = None
         top = running.request.top_logprobs
-        tops = zip(emitted.top_token[:count, slot, :top], emitted.top_log_probability[:count, slot, :top], strict=True)
+        tops = zip(new.top_token[:count], new.top_log_probability[:count], strict=True)
         return Completion(
             request=running.number,
             index=running.index,
-            tokens=tuple(tokens[:count]),
+            tokens=tuple(new.token[:count]),
             text=text,
-            log_probabilities=tuple(emitted.log_probability[:count, slot].tolist()),
-            sampled_log_probabilities=tuple(emitted.sampled_log_probability[:count, slot].tolist()),
-            top_logprobs=tuple(tuple(zip(ids.tolist(), values.tolist(), strict=True)) for ids, values in tops),
+            log_probabilities=tuple(new.log_probability[:count]),
+            sampled_log_probabilities=tuple(new.sampled_log_probability[:count]),
+            top_logprobs=tuple(tuple(zip(ids[:top], values[:top], strict=True)) for ids, values in tops),
             finish_reason=reason,
         )
 
@@ -724,14 +685,9 @@ def slots_for(wanted: int, mesh: Mesh | AbstractMesh) -> int:
     return math.ceil(wanted / row_shards(mesh)) * row_shards(mesh)
 
 
-def prompt_pages(length: int, capacity: int) -> int:
-    """Pages that the prefill of a prompt takes: a power of two, or all there are."""
-    return min(power_of_two(math.ceil(length / PAGE)), math.ceil(capacity / PAGE))
-
-
-def page_bucket(length: int, capacity: int) -> int:
-    """Pages of a cache for sequences of up to `length` tokens, from few sizes."""
-    return max(prompt_pages(length, capacity), min(LEAST_PAGES, math.ceil(capacity / PAGE)))
+def page_count(length: int, capacity: int, least: int = 1) -> int:
+    """Pages for up to `length` tokens, from few sizes: a power of two from `least` up, or all there are."""
+    return min(max(power_of_two(math.ceil(length / PAGE)), least), math.ceil(capacity / PAGE))
 
 
 def rules_of(request: Request, index: int, capacity: int) -> Rules:
@@ -758,16 +714,10 @@ def check_vocabulary(token: Sequence[int], model: ModelConfig) -> None:
         raise UserError(f"token {unknown[0]} is not in the model's vocabulary of {model.vocabulary_size:,}")
 
 
-def batch_bytes(model: ModelConfig, slots: int, capacity: int, dtype: str) -> int:
-    """Size of a batch with all of its cache, over all devices."""
-    tokens = math.ceil(capacity / PAGE) * PAGE
-    cache = 2 * model.layers * model.kv_heads * model.head * tokens * jnp.dtype(dtype).itemsize
-    return slots * (cache + model.padded_vocabulary * 5)
-
-
 def check_memory(model: ModelConfig, slots: int, capacity: int, dtype: str, mesh: Mesh) -> None:
     """Refuse a batch that does not fit; while it grows to its last size it takes one and a half times that."""
-    total, free = batch_bytes(model, slots, capacity, dtype), free_memory_bytes()
+    batch = jax.eval_shape(partial(empty_slots, model, slots, math.ceil(capacity / PAGE), dtype))
+    total, free = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)), free_memory_bytes()
     share = total * 3 // (2 * mesh.size)
     if free is not None and share > free:
         raise UserError(
@@ -783,14 +733,12 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer) -> tuple[Sampling
         UserError: a value there that no rule can have.
     """
     path = directory / "generation_config.json"
-    raw = read_json(path)
-    values = {
-        name: raw[name] for name in SamplingKeys.model_fields if raw.get(name) is not None and name != "max_tokens"
-    }
-    if raw.get("do_sample") is False:
+    stated = {name: value for name, value in read_json(path).items() if value is not None}
+    values = {name: stated[name] for name in SamplingKeys.model_fields if name in stated and name != "max_tokens"}
+    if stated.get("do_sample") is False:
         values["temperature"] = 0.0
-    stated = raw.get("eos_token_id")
-    stops = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_id]
+    end = stated.get("eos_token_id", [])
+    stops = [*(end if isinstance(end, list) else [end]), tokenizer.eos_id]
     try:
         return SamplingKeys(**values), tuple(dict.fromkeys(token for token in stops if token is not None))
     except ValidationError as error:

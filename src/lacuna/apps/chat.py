@@ -379,7 +379,7 @@ def with_settings(config: ChatConfig, text: str) -> ChatConfig:
     try:
         return ChatConfig.model_validate(config.model_dump(exclude_unset=True) | settings)
     except ValidationError as error:
-        raise UserError("\n".join(explain(one, ChatConfig, "chat", {}, {}) for one in error.errors())) from None
+        raise UserError("\n".join(explain(one, ChatConfig, "chat", {}) for one in error.errors())) from None
 
 
 def shortened(text: str | None) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna.config import SamplingKeys, UserError
 from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, head_of, logits_of, prefill, rotation_table
-from lacuna.sampler import Forest, Request, Sampler, edges_of, is_leaf, page_bucket, prompt_pages
+from lacuna.sampler import LEAST_PAGES, Forest, Request, Sampler, edges_of, is_leaf, page_count
 
 
 def forest_of(choices: Sequence[Iterable[Sequence[int]]], end_id: int | None = None) -> Forest:
@@ -98,14 +98,14 @@ def beam_search(
             f"a prompt of {longest:,} tokens and max_tokens = {max_tokens:,} are more than the capacity of "
             f"{sampler.capacity:,}, prompt and completion together; lower max_tokens or shorten the prompt"
         )
-    pages = prompt_pages(longest, sampler.capacity)
+    pages = page_count(longest, sampler.capacity)
     token = np.zeros((len(prompts), pages * PAGE), np.int32)
     for row, prompt in enumerate(prompts):
         token[row, : len(prompt)] = prompt
     length = np.array([len(prompt) for prompt in prompts], np.int32)
     stop = np.array([*stop_ids, -1], np.int32)
     forest = sampler.constraint if root >= 0 else None
-    bucket = page_bucket(longest + max_tokens, sampler.capacity)
+    bucket = page_count(longest + max_tokens, sampler.capacity, LEAST_PAGES)
     with jax.set_mesh(sampler.mesh):
         beams = search(
             sampler.params, token, length, forest, np.int32(root), stop, sampler.model, beam_count, max_tokens, bucket
