@@ -334,7 +334,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def finished(small: Path, rewards_file: Path, one_device: None) -> GrpoConfig:
     """A run of four steps."""
-    config = run_page(small, rewards_file, save_every=1, keep=9, eval_every=2,
+    config = run_page(small, rewards_file, save_every=2, keep=9, eval_every=2,
                       eval_data=({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},))  # fmt: skip
     cli.run(config)
     return config

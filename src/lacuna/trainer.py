@@ -513,7 +513,7 @@ class Run:
                         record |= evaluation.measure(state.params, self.watchdog)
                     is_best = self.is_best(record)
                 is_save = is_stop or is_best or self.is_due(config.save_every, self.step)
-                if is_save or is_evaluation:
+                if is_save or is_evaluation or not figures:  # without figures the step has ended
                     self.log_step(*unlogged, describe_step)
                     unlogged = None
                 if is_save:
