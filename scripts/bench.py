@@ -9,24 +9,25 @@
     uv run python scripts/bench.py grpo @ configs/grpo_tiny.toml --steps 10 --reward scripts/bench.py:distinct:1
     uv run python scripts/bench.py serve --model-name MODEL --compute-dtype float32
 
-`train` takes any config and option of pretrain or sft and runs the real command in a scratch directory, everything on:
-reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is measured in
-the same process, right behind it, and so is the compiled step alone, repeated on one batch. `input_seconds` is what a
-batch takes to prepare, which happens while the step before runs; `input_wait_share` is the most that the steps may have
-waited for it, all of the preparation where that step had ended first; `optimizer_seconds` is the update alone, from
-gradient norm to weights. `step` is `train` without what is written at the end, for models whose state would fill the
-disk. `save` runs the same, saves every fifth step, and tells how long each save held the loop up, beside the time to
-write the checkpoint whole.
+`train` takes any config and option of pretrain or sft and runs the real command in a scratch directory with everything
+on: reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is
+measured in the same process right after it, and so is the compiled step alone, repeated on one batch. `input_seconds`
+is the time to prepare a batch, which happens while the step before runs; `input_wait_share` is an upper bound on the
+share of time that steps waited for it: all of the preparation if that step had already ended. `optimizer_seconds` is
+the update alone, from gradient norm to weights. `step` is `train` without the files written at the end, for models
+whose state would fill the disk. `save` runs the same, saves every fifth step, and reports how long each save held up
+the loop, and the time to write the whole checkpoint.
 
 `generate` decodes greedily: batches of 1 and 32 prompts of 64 tokens, 128 new tokens each, then 64 requests of 16 to
-256 new tokens through 32 slots; or only batches of the sizes given. A directory without weights has random ones. A
+256 new tokens through 32 slots; or only batches of the sizes given. A directory without weights gets random ones. A
 decode step is compared with the time in which the memory could deliver the weights and the tokens in the cache, at the
-faster of the two rates (copying, matrix times vector) found before and after.
+faster of two rates (copy, matrix times vector) measured before and after.
 
-`grpo` runs the command in a scratch directory, saving nothing, and parts each step into rollout and update.
+`grpo` runs the command in a scratch directory without saving, and splits each step into rollout and update.
 
-`serve` takes any config and option of the command, starts it, asks 64 questions one by one, and then has 64 clients ask
-them for a minute, all at once and each the next as soon as it has its answer; every answer is compared with the first.
+`serve` takes any config and option of the command, starts it, asks 64 questions one at a time, and then has 64 clients
+ask them concurrently for a minute, each sending the next as soon as it has its answer; every answer is compared with
+the first.
 """
 
 import http.client
@@ -70,13 +71,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=".") as scratch:
                 every = str(SAVE_EVERY) if label == "save" else "0"
                 fixed = ["--output-dir", scratch, "--run-name", "bench", "--save-every", every]
-                pages: dict[str, type[RowsConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
-                page = parse(pages[command], [*arguments, *fixed], f"bench {label} {command}")
-                print(
-                    json.dumps(
-                        {"label": label} | (save(page) if label == "save" else train(page, started, label == "train"))
-                    )
-                )
+                kind = PretrainConfig if command == "pretrain" else SftConfig
+                config = parse(kind, [*arguments, *fixed], f"bench {label} {command}")
+                found = save(config) if label == "save" else train(config, started, label == "train")
+                print(json.dumps({"label": label} | found))
         case ["generate", model_name, ("float32" | "bfloat16") as dtype, *sizes]:
             prepare_process()
             print(json.dumps({"label": "generate"} | generate(model_name, dtype, [int(size) for size in sizes])))
@@ -99,7 +97,7 @@ def process_age() -> float:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call that returns when its work is done, after one to warm up."""
+    """Median time of a call that returns when its work is done, after one warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -128,8 +126,8 @@ def peak(size: int = 2048, repeats: int = 7) -> dict[str, Any]:
     return found
 
 
-def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
-    """Figures of a training run of `page`."""
+def train(config: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
+    """Figures of a training run of `config`."""
     import jax
     import numpy as np
 
@@ -146,11 +144,11 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
         return prepared
 
     with patch.object(trainer.RowSteps, "prepare", watched), nullcontext() if is_saved else unsaved():
-        ended = cli.run(page)
+        ended = cli.run(config)
     assert ended
     rows, state = ended
     run = rows.run
-    records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
+    records = metrics.read_json_lines(config.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]
     length, program = max(rows.programs.items())
     batch, record = rows.prepare(0)
@@ -168,19 +166,19 @@ def train(page: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
         return 0 * sum(leaf.sum() for leaf in jax.tree.leaves(params)), {}
 
     def optimizer_alone() -> None:
-        model, dtype = run.opened.model, page.compute_dtype
+        model, dtype = run.opened.model, config.compute_dtype
         states[0], facts = trainer.train_step(states[0], one, divisor, rows.recipe, model, dtype, no_loss)
         jax.block_until_ready(facts)
 
     optimizer_seconds = seconds_of(optimizer_alone, 5)
     rates = peak()
-    matrix_rate = rates["float32_flops" if page.compute_dtype == "float32" else "bfloat16_flops"]
+    matrix_rate = rates["float32_flops" if config.compute_dtype == "float32" else "bfloat16_flops"]
     flops = statistics.median(record["flops"] for record in timed)
     return {
-        "model": page.model_name,
-        "rows": page.batch_size,
-        "sequence_length": page.sequence_length,
-        "compute_dtype": page.compute_dtype,
+        "model": config.model_name,
+        "rows": config.batch_size,
+        "sequence_length": config.sequence_length,
+        "compute_dtype": config.compute_dtype,
         "steps_timed": len(timed),
         "step_seconds": step_seconds,
         "step_seconds_range": [min(r["step_seconds"] for r in timed), max(r["step_seconds"] for r in timed)],
@@ -214,16 +212,16 @@ def unsaved() -> AbstractContextManager[Any]:
     return patch.multiple(Run, save=lambda *_: None, finish=lambda *_: None)
 
 
-def save(page: RowsConfig) -> dict[str, Any]:
-    """Figures of the saves of a training run of `page`."""
+def save(config: RowsConfig) -> dict[str, Any]:
+    """Figures of the saves of a training run of `config`."""
     from lacuna import checkpoint, metrics, trainer
 
-    ended = cli.run(page)
+    ended = cli.run(config)
     assert ended
     rows, state = ended
     run = rows.run
     held_up = list(run.save_seconds)
-    records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
+    records = metrics.read_json_lines(config.run_directory / "metrics.jsonl")
     timed = records[WARM_STEPS:]
     during = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY == 1]
     others = [record["step_seconds"] for record in timed if record["step"] % SAVE_EVERY not in (0, 1)]
@@ -236,7 +234,7 @@ def save(page: RowsConfig) -> dict[str, Any]:
     whole = time.perf_counter() - began
     size = sum(path.stat().st_size for path in saver.newest.iterdir())
     return {
-        "model": page.model_name,
+        "model": config.model_name,
         "saves": len(held_up),
         "checkpoint_bytes": size,
         "held_up_seconds": statistics.median(held_up),
@@ -264,22 +262,23 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
     import jax
     import numpy as np
 
-    from lacuna import checkpoint, metrics, model, sampler
+    from lacuna import checkpoint, metrics, sampler
     from lacuna.config import ModelKeys, SamplingKeys
     from lacuna.distributed import make_mesh
+    from lacuna.model import initial_params
 
     mesh = make_mesh(1, 0, 1)
-    page = ModelKeys(model_name=model_name, compute_dtype=dtype)
+    config = ModelKeys(model_name=model_name, compute_dtype=dtype)
     is_random = Path(model_name).is_dir() and not any(Path(model_name).rglob("*.safetensors"))
-    opened = checkpoint.open_model(page, mesh, with_weights=not is_random)
-    source, config, tokenizer, _, _ = opened
-    random_params = jax.jit(lambda key: model.initial_params(key, config))
-    params = random_params(jax.random.key(0)) if is_random else checkpoint.load_params(source, config, mesh)
+    opened = checkpoint.open_model(config, mesh, with_weights=not is_random)
+    model = opened.model
+    random_params = jax.jit(lambda key: initial_params(key, model))
+    params = random_params(jax.random.key(0)) if is_random else checkpoint.load_params(opened.source, model, mesh)
     random = np.random.default_rng(0)
     rates = [max(read_rate(), peak()["copy_bytes_per_second"])]
 
     def requests(limits: list[int]) -> list[sampler.Request]:
-        prompts = random.integers(config.vocabulary_size, size=(len(limits), PROMPT_TOKENS)).tolist()
+        prompts = random.integers(model.vocabulary_size, size=(len(limits), PROMPT_TOKENS)).tolist()
         return [
             sampler.Request(tuple(prompt), SamplingKeys(temperature=0.0, max_tokens=limit))
             for prompt, limit in zip(prompts, limits, strict=True)
@@ -302,7 +301,7 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
                 steps.append((time.perf_counter() - began) / max(len(part.tokens) for part in parts))
         weight_bytes = sum(x.nbytes for x in jax.tree.leaves(batch.params))
         held = slots * (PROMPT_TOKENS + max(limits) / 2)
-        cache_bytes = held * 2 * config.layers * config.kv_heads * config.head * jax.numpy.dtype(dtype).itemsize
+        cache_bytes = held * 2 * model.layers * model.kv_heads * model.head * jax.numpy.dtype(dtype).itemsize
         return {
             "tokens_per_second": sum(limits) / seconds,
             "seconds": seconds,
@@ -334,7 +333,7 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
 
 
 class Answered(NamedTuple):
-    """A streamed answer: why it ended, its tokens, and the seconds to its first text and to its end."""
+    """A streamed answer: its text, why it ended, its token count, and the seconds to its first text and to its end."""
 
     text: str
     reason: str
@@ -372,27 +371,27 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def distinct(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """A reward that any model gets some of: the share of different letters in a completion."""
+    """A reward that is rarely 0: the share of distinct characters in a completion."""
     return len(set(completion)) / max(len(completion), 1)
 
 
-def reinforce(page: GrpoConfig) -> dict[str, Any]:
+def reinforce(config: GrpoConfig) -> dict[str, Any]:
     """Figures of a grpo run: completion tokens a second of the rollout, of the update, and of the whole step."""
     from lacuna import metrics
 
     with unsaved():
-        cli.run(page)
-    records = metrics.read_json_lines(page.run_directory / "metrics.jsonl")
+        cli.run(config)
+    records = metrics.read_json_lines(config.run_directory / "metrics.jsonl")
     timed = records[min(WARM_STEPS, len(records) - 1) :]
     sums = {
         key: sum(record[key] for record in timed)
         for key in ("completion_tokens", "tokens", "rollout_seconds", "update_seconds", "step_seconds")
     }
-    completions, once = page.prompts_per_step * page.completions_per_prompt, seconds_at_peak(page)
+    completions, once = config.prompts_per_step * config.completions_per_prompt, seconds_at_peak(config)
     return {
-        "model": page.model_name,
+        "model": config.model_name,
         "completions": completions,
-        "max_completion_tokens": page.max_completion_tokens,
+        "max_completion_tokens": config.max_completion_tokens,
         "steps_timed": len(timed),
         "completion_length": sums["completion_tokens"] / len(timed) / completions,
         "rollout_tokens_per_second": sums["completion_tokens"] / sums["rollout_seconds"],
@@ -410,14 +409,14 @@ def reinforce(page: GrpoConfig) -> dict[str, Any]:
     }
 
 
-def seconds_at_peak(page: ModelKeys) -> float:
-    """The least that multiplying a token with a model's weights takes, at this machine's matrix product rate."""
+def seconds_at_peak(config: ModelKeys) -> float:
+    """The least time to multiply one token with a model's weights, at this machine's matrix product rate."""
     from lacuna.checkpoint import resolve_model
     from lacuna.model import parameter_counts, read_model_config
 
-    flops = 2 * parameter_counts(read_model_config(resolve_model(page.model_name, with_weights=False)))["matmul"]
+    flops = 2 * parameter_counts(read_model_config(resolve_model(config.model_name, with_weights=False)))["matmul"]
     rates = peak()
-    return flops / rates["float32_flops" if page.compute_dtype == "float32" else "bfloat16_flops"]
+    return flops / rates["float32_flops" if config.compute_dtype == "float32" else "bfloat16_flops"]
 
 
 def serve(arguments: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Whether attention on the devices of this machine has the values and gradients of a plain formula, backend by backend.
+"""Check attention's values and gradients on this machine's devices against a plain formula.
 
-The tests compile the kernels of GPUs and TPUs; their values can only be seen where such a device is:
+The tests compile the kernels of GPUs and TPUs; their values can only be checked where there is such a device:
 
     uv run --extra cuda python scripts/check_attention.py
 """
@@ -43,7 +43,7 @@ def main() -> int:
         keys = jax.random.split(jax.random.key(0), 4)
         shapes = [(len(segment), length, kv_heads, *axes, head) for axes in ((group,), (), (), (group,))]
         *inputs, gradient = (jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True))
-        is_real = (segment > 0)[..., None, None, None]  # what padding gets is nobody's business
+        is_real = (segment > 0)[..., None, None, None]  # the values of padding do not matter
 
         def results(attend, inputs=inputs, gradient=gradient, segment=segment, is_real=is_real):
             def run(*inputs):

@@ -1,9 +1,9 @@
-"""Print tables of what plan says for models and accelerators, in Markdown.
+"""Print Markdown tables of what plan reports for models and accelerators.
 
     uv run --extra cuda --extra tpu python scripts/plan_tables.py CONFIGS fits|scale
 
 CONFIGS is a folder with a config.json for each model, in folders named after them (Qwen2.5-7B-Instruct, ...). `fits`
-asks which micro-batch and rematerialisation fit, `scale` what becomes of one model on 8, 64 and 256 devices.
+asks which micro-batch and rematerialisation fit, `scale` how one model runs on 8, 64 and 256 devices.
 """
 
 import json
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def planned(configs: Path, row: Row) -> dict[str, Any]:
-    """What plan writes down for one micro-batch a step on each device; nothing where it took too long."""
+    """What plan writes for one micro-batch per device; nothing where it took too long."""
     devices = int(row.topology.partition(":")[2])
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [
