@@ -32,21 +32,8 @@ from lacuna.data import (
     split_bounds,
     usable,
 )
-from lacuna.distributed import (
-    Watchdog,
-    is_first,
-    put_batch,
-    row_shards,
-)
-from lacuna.model import (
-    ModelConfig,
-    cast,
-    check_sequence_length,
-    embed,
-    forward,
-    head_of,
-    token_statistics,
-)
+from lacuna.distributed import Watchdog, is_first, put_batch, row_shards
+from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, generation_defaults, power_of_two, slots_for
 from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
 from lacuna.trainer import Evaluation
@@ -59,26 +46,19 @@ Figures = dict[str, Any]
 # Held-out loss and likelihoods
 
 
-class Scores(NamedTuple):
-    """Over the targets of a batch: summed loss (nats) and how many were the likeliest token; and of each row, its
-    summed loss and whether all of its targets were the likeliest token."""
-
-    loss: Float[Array, ""]
-    correct: Float[Array, ""]
-    row_loss: Float[Array, " row"]
-    row_is_greedy: Bool[Array, " row"]
-
-
 @partial(jax.jit, static_argnames=("model", "dtype"))
-def score(params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str) -> Scores:
-    """The scores of a batch [1, row, token]."""
+def score(
+    params: PyTree[Array], batch: Batch, model: ModelConfig, dtype: str
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " row"], Bool[Array, " row"]]:
+    """Over the targets of a batch [1, row, token]: the summed loss (nats) and how many were the likeliest token; and of
+    each row, its summed loss and whether all of its targets were the likeliest token."""
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
     compute = cast(params, model, dtype)
     hidden = forward(compute, embed(compute, batch.token), batch.segment, batch.position, model)
     found = token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size)
     loss, correct = found.loss * batch.weight, found.is_correct * batch.weight
     is_greedy = jnp.all(found.is_correct | (batch.weight == 0), axis=-1)
-    scores = Scores(jnp.sum(loss), jnp.sum(correct), jnp.sum(loss, axis=-1), is_greedy)
+    scores = jnp.sum(loss), jnp.sum(correct), jnp.sum(loss, axis=-1), is_greedy
     return jax.lax.with_sharding_constraint(scores, PartitionSpec())
 
 
@@ -92,8 +72,8 @@ def held_out_loss(
     for index in range(batches):
         batch = dataset.batch(index, rows, row_count)
         placed = put_batch(jax.tree.map(lambda leaf: leaf[None], batch), opened.mesh)
-        scores = score(params, placed, opened.model, dtype)
-        loss, correct = loss + float(scores.loss), correct + float(scores.correct)
+        batch_loss, batch_correct, *_ = score(params, placed, opened.model, dtype)
+        loss, correct = loss + float(batch_loss), correct + float(batch_correct)
         targets += int(batch.weight.sum())
         report(index + 1, batches)
     loss, accuracy = loss / targets, correct / targets
@@ -124,9 +104,9 @@ def log_likelihoods(
             weight[0, row, max(end - len(pairs[place][1]), 0) : end] = 1
         position = np.broadcast_to(np.arange(length, dtype=np.int32), token.shape)
         batch: Any = token, target, weight, segment, position
-        scores = jax.device_get(score(params, put_batch(Batch(*batch), mesh), model, config.compute_dtype))
-        for row, place in enumerate(places):
-            yield place, -float(scores.row_loss[row]), bool(scores.row_is_greedy[row])
+        scores = score(params, put_batch(Batch(*batch), mesh), model, config.compute_dtype)
+        *_, loss, is_greedy = jax.device_get(scores)
+        yield from ((place, -float(loss[row]), bool(is_greedy[row])) for row, place in enumerate(places))
 
 
 # Problems
@@ -175,15 +155,14 @@ def read_problems(
             raise ValueError(f"no reference answer; set completion_column to its column ({', '.join(row)})")
         if config.system_prompt:
             messages = [{"role": "system", "content": config.system_prompt}, *messages]
-        tools, is_chat = row.get(source.tools_column) or None, tokenizer.template is not None
-        text, token = prompt_of(tokenizer, messages, tools, is_chat)
+        tools = row.get(source.tools_column) or None
+        text, token = prompt_of(tokenizer, messages, tools, is_chat=tokenizer.template is not None)
         if len(token) > longest:
             raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
         has_choices = isinstance(config, EvalConfig) and "choices" in config.tasks
         choices = choices_of(row, answer, config) if has_choices else ()
-        if answer is None:
-            return Problem(origin, text, token, "", row, *choices)
-        return Problem(origin, text, token, str(answer), row | {"answer": str(answer)}, *choices)
+        reference = {} if answer is None else {"answer": str(answer)}
+        return Problem(origin, text, token, reference.get("answer", ""), row | reference, *choices)
 
     problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:
@@ -310,13 +289,10 @@ def number_of(answer: str) -> Fraction | None:
     if match["top"]:
         top, bottom = (Fraction(re.sub("[−–]", "-", match[part])) for part in ("top", "bottom"))
         return sign * top / bottom if bottom else None
-    value = Fraction(re.sub(r"\D", "", match["whole"]) or 0) + Fraction("0" + (match["part"] or ".0"))
-    if match["power"]:
-        value *= Fraction(10) ** int(match["power"][1:])
-    if match["mixed"]:
-        value += Fraction(int(match["mixed"]), int(match["under"]))
-    elif match["under"]:
-        value /= int(match["under"])
+    value = Fraction((re.sub(r"\D", "", match["whole"]) or "0") + (match["part"] or "") + (match["power"] or ""))
+    if match["under"]:
+        under = int(match["under"])
+        value = value + Fraction(int(match["mixed"]), under) if match["mixed"] else value / under
     return sign * value
 
 
@@ -413,12 +389,8 @@ def run_tasks(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> 
     Raises:
         UserError: a task that can't be run.
     """
-    figures: dict[str, Figures] = {}
-    for task in dict.fromkeys(tasks.config.tasks):
-        if task == "generate":
-            figures[task] = answer_problems(tasks, params, predictions)
-        elif task == "choices":
-            figures[task] = choose(tasks, params, predictions)
+    ours = {"generate": answer_problems, "choices": choose}
+    figures = {task: ours[task](tasks, params, predictions) for task in tasks.config.tasks if task in ours}
     return figures | (tasks.run_harness(tasks, params, predictions) if tasks.run_harness else {})
 
 
@@ -594,16 +566,12 @@ def evaluation_of_rows(
     Raises:
         UserError: what can't be asked.
     """
+    requests, tasks = sample_requests(config, opened), prepare(opened) if prepare else None
     held_out, lines, digest = None, list[str](), ""
     if config.eval_data:
         held_out = load_dataset(config.eval_data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
-        lines = [
-            f"held-out data: {describe(held_out.facts)}",
-            *(f"left out: {example}" for example in held_out.bad_examples),
-        ]
+        lines = [f"held-out data: {describe(held_out.facts)}", *(f"left out: {row}" for row in held_out.bad_examples)]
         digest = repr([documents.facts["digest"] for documents in held_out.documents])
-    requests = sample_requests(config, opened)
-    tasks = prepare(opened) if prepare else None
 
     def measure(params: PyTree[Array], watchdog: Watchdog) -> Figures:
         figures: Figures = {}
