@@ -294,7 +294,7 @@ def test_rewards_of_ours_judge_answer_and_format() -> None:
     rewards = load_rewards(["gsm8k_correct:1.0", "format:0.2"])
     texts = ("#### 1200", "It is 1200.", "#### 7", "none", "#### none", "1200 ####", "the answer is 1200")
     pairs = [(problem("so #### 1,200"), text) for text in texts]
-    values, seconds = rewards_of(rewards, pairs)
+    values, seconds = rewards_of(rewards, pairs, "step 0")
     assert values == {"gsm8k_correct": [1, 1, 0, 0, 0, 1, 1], "format": [1, 0, 1, 0, 0, 0, 0]}
     assert [reward.weight for reward in rewards] == [1.0, 0.2] and seconds.keys() == values.keys()
 
@@ -305,7 +305,7 @@ def test_rewards_of_ours_judge_answer_and_format() -> None:
 def test_a_reward_that_fails_names_itself_and_the_row(rewards_file: Path, name: str, why: str) -> None:
     (reward,) = load_rewards([f"{rewards_file}:{name}:1"])
     with pytest.raises(UserError, match=rf"reward {name} on data.jsonl line 7: {why}; the completion begins 'text'"):
-        rewards_of([reward], [(problem("1"), "text")])
+        rewards_of([reward], [(problem("1"), "text")], "step 0")
 
 
 @pytest.mark.parametrize(

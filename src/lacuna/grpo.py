@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from lacuna import metrics
+from lacuna import metrics, trainer
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Mixture, first_fit, locate
@@ -33,14 +34,7 @@ from lacuna.distributed import (
     put_batch,
     row_shards,
 )
-from lacuna.eval import (
-    Problem,
-    Problems,
-    Tasks,
-    final_answer,
-    measure_in_training,
-    read_problems,
-)
+from lacuna.eval import Problem, Problems, Tasks, final_answer, measure_in_training, read_problems
 from lacuna.model import (
     ModelConfig,
     cast,
@@ -52,19 +46,7 @@ from lacuna.model import (
     token_statistics,
 )
 from lacuna.sampler import Completion, Request, Sampler, generation_defaults, slots_for
-from lacuna.trainer import (
-    Evaluation,
-    Recipe,
-    Run,
-    Step,
-    TrainState,
-    everywhere,
-    masked_config,
-    recipe_of,
-    started_run,
-    starting_state,
-    train_step,
-)
+from lacuna.trainer import Evaluation, Recipe, Run, Step, TrainState
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
 SHOWN_COMPLETIONS = 4
@@ -91,32 +73,38 @@ class Reward:
 
 
 def rewards_of(
-    rewards: Sequence[Reward], pairs: Sequence[tuple[Problem, str]]
+    rewards: Sequence[Reward], pairs: Sequence[tuple[Problem, str]], name: str
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """What each reward gives each completion, and the seconds that each took.
+
+    Only the first process asks, under this name, as a user's function need not give the same everywhere.
 
     Raises:
         UserError: a function fails or gives no finite number; names it, the row and the completion.
     """
-    values: dict[str, list[float]] = {}
-    seconds = {}
-    for reward in rewards:
+    values, seconds = {}, {}
+    for reward in rewards if is_first() else ():
         began = time.perf_counter()
         values[reward.name] = [value_of(reward, problem, completion) for problem, completion in pairs]
         seconds[reward.name] = time.perf_counter() - began
+    values, seconds = json.loads(from_first(f"rewards of {name}", json.dumps([values, seconds])))
     return values, seconds
 
 
 def value_of(reward: Reward, problem: Problem, completion: str) -> float:
     try:
         value = float(reward.function(problem.prompt, completion, problem.row))
+        wrong = "" if math.isfinite(value) else f"it gave {value}"
     except Exception as error:
-        wrong = f"{type(error).__name__}: {error}"
-    else:
-        if math.isfinite(value):
-            return value
-        wrong = f"it gave {value}"
-    raise UserError(f"reward {reward.name} on {problem.origin}: {wrong}; the completion begins {completion[:80]!r}")
+        value, wrong = 0.0, f"{type(error).__name__}: {error}"
+    if wrong:
+        raise UserError(f"reward {reward.name} on {problem.origin}: {wrong}; the completion begins {completion[:80]!r}")
+    return value
+
+
+def total_reward(rewards: Sequence[Reward], values: dict[str, list[float]]) -> Float[np.ndarray, " completion"]:
+    """The weighted sum of the rewards."""
+    return np.sum([reward.weight * np.array(values[reward.name]) for reward in rewards], axis=0)
 
 
 # Samples and their rows
@@ -146,11 +134,8 @@ Group = Sequence[Sample]
 
 
 def group_by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """The samples of each prompt, in the order of the prompts."""
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.place, []).append(sample)
-    return list(groups.values())
+    """The samples of each prompt, which follow each other."""
+    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.place)]
 
 
 def advantages(rewards: Float[np.ndarray, "group member"], scale_by_std: bool) -> Float[np.ndarray, "group member"]:
@@ -295,11 +280,10 @@ class PolicyLoss(NamedTuple):
     def __call__(
         self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, noise: Any
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        def loss_of(log_probability: Array, part: RolloutBatch) -> Array:
-            return self.objective(log_probability, part)[0]
-
         hidden, head = self.hidden_states(params, batch, model), head_of(params, model)
-        loss, found = summed_token_loss(hidden, head, batch.target, batch, loss_of, model.vocabulary_size)
+        loss, found = summed_token_loss(
+            hidden, head, batch.target, batch, lambda *part: self.objective(*part)[0], model.vocabulary_size
+        )
         facts = self.objective(-found.loss, batch)[1]
         return loss, facts | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}
 
@@ -384,41 +368,38 @@ def update(
     """The optimizer steps of one rollout, its groups shared out evenly over them, and what is logged of them: means
     over counted tokens, the loss of the first, the gradient norm of the last."""
     model, mesh, loss = opened.model, opened.mesh, policy_loss(config)
-    shape, parts = update_shape(config, mesh), []
-    for share in np.array_split(np.arange(len(groups)), config.updates_per_rollout):
-        kept = kept_samples([groups[number] for number in share], config)
-        parts.append(packed_rows(kept, config, shape, shares_prompts(model)) if kept else None)
-    batches = [(put_batch(part[0], mesh), np.int32(part[1])) if part else None for part in parts]
+    shape = update_shape(config, mesh)
     policies = {"reference": reference} if reference is not None else {}
     if config.updates_per_rollout > 1:
         policies["old"] = cast_weights(state.params, model, config.compute_dtype)
-    for name, policy in policies.items():
-        batches = [
-            (batch[0]._replace(**{name: log_probabilities(policy, *batch, model, loss)}), batch[1]) if batch else None
-            for batch in batches
-        ]
-    found = []
+    batches, tokens, slots, found = [], 0, 0, []
+    for share in np.array_split(np.arange(len(groups)), config.updates_per_rollout):
+        if not (kept := kept_samples([groups[number] for number in share], config)):
+            batches.append(None)
+            continue
+        rows, count = packed_rows(kept, config, shape, shares_prompts(model))
+        tokens, slots = tokens + int(np.sum(rows.segment > 0)), slots + count * rows.segment[0].size
+        batch, count = put_batch(rows, mesh), np.int32(count)
+        for name, policy in policies.items():
+            batch = batch._replace(**{name: log_probabilities(policy, batch, count, model, loss)})
+        batches.append((batch, count))
     for batch in batches:
         if batch is None:  # nothing to learn from: only the step is counted
             state = state._replace(step=state.step + 1)
             continue
         rows, count = batch
-        state, facts = train_step(state, rows, np.float32(1), recipe, model, config.compute_dtype, loss, count)
+        state, facts = trainer.train_step(state, rows, np.float32(1), recipe, model, config.compute_dtype, loss, count)
         found.append(facts)
-    return state, update_facts(jax.device_get(found), [part for part in parts if part])
-
-
-def update_facts(found: list[dict[str, Any]], parts: list[tuple[RolloutBatch, int]]) -> dict[str, Any]:
-    """What is logged of the updates of a rollout."""
     if not found:
-        return {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
+        return state, {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
+    return state, update_facts(jax.device_get(found)) | {"tokens": tokens, "packing_efficiency": tokens / slots}
+
+
+def update_facts(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is logged of the updates of a rollout that had something to learn from."""
     count = sum(int(facts["count"]) for facts in found)
-    means = {
-        name: float(sum(facts[name] for facts in found) / count)
-        for name in ("clip_fraction", "importance_mean", "kl", "entropy")
-    }
-    tokens = sum(int(np.sum(batch.segment > 0)) for batch, _ in parts)
-    return means | {
+    means = ("clip_fraction", "importance_mean", "kl", "entropy")
+    return {name: float(sum(facts[name] for facts in found) / count) for name in means} | {
         "loss": float(found[0]["loss"]),
         "gradient_norm": float(found[-1]["gradient_norm"]),
         "learning_rate": float(found[-1]["learning_rate"]),
@@ -426,8 +407,6 @@ def update_facts(found: list[dict[str, Any]], parts: list[tuple[RolloutBatch, in
         "skipped": int(found[-1]["skipped"]),
         "skipped_updates": sum(int(facts["skipped"]) > 0 for facts in found),
         "target_tokens": count,
-        "tokens": tokens,
-        "packing_efficiency": tokens / sum(count * batch.segment[0].size for batch, count in parts),
     }
 
 
@@ -472,60 +451,6 @@ def problems_of_step(inputs: Inputs, config: GrpoConfig, step: int) -> list[tupl
     return [(place, inputs.problems.problems[mixture.epoch(epoch)[at]]) for place, epoch, at in found]
 
 
-def rollout(
-    sampler: Sampler, inputs: Inputs, config: GrpoConfig, step: int, on_completion: Callable[[Completion], None]
-) -> tuple[list[list[Sample]], dict[str, Any]]:
-    """The groups of a step, each completion with its rewards and advantage, and what is logged of them."""
-    asked = problems_of_step(inputs, config, step)
-    seeds = (int(np.random.default_rng([config.seed, ROLLOUT, place]).integers(2**32)) for place, _ in asked)
-    size = config.completions_per_prompt
-    requests = [
-        Request(problem.token, config.rules, inputs.stop_ids, seed=seed, n=size)
-        for (_, problem), seed in zip(asked, seeds, strict=True)
-    ]
-    completions = sampler.generate(requests, on_completion)
-    pairs = [(asked[completion.request][1], completion.text) for completion in completions]
-    values, total, seconds = score_completions(inputs.rewards, pairs, f"step {step}")
-    advantage = advantages(total.reshape(-1, size), config.scale_by_std).ravel()
-    samples = [
-        Sample(
-            step=step + 1,
-            place=asked[completion.request][0],
-            index=completion.index,
-            origin=asked[completion.request][1].origin,
-            prompt_tokens=asked[completion.request][1].token,
-            tokens=completion.tokens,
-            text=completion.text,
-            log_probabilities=completion.log_probabilities,
-            sampled_log_probabilities=completion.sampled_log_probabilities,
-            is_truncated=completion.finish_reason == "length",
-            rewards={name: value[number] for name, value in values.items()},
-            reward=float(total[number]),
-            advantage=float(advantage[number]),
-        )
-        for number, completion in enumerate(completions)
-    ]
-    groups = group_by_prompt(samples)
-    return groups, rollout_facts(groups) | {"reward_seconds": seconds}
-
-
-def score_completions(
-    rewards: Sequence[Reward], pairs: Sequence[tuple[Problem, str]], name: str
-) -> tuple[dict[str, list[float]], Float[np.ndarray, " completion"], dict[str, float]]:
-    """What each completion is worth: by reward, in all, and the seconds that took.
-
-    Only the first process asks, under this name, as a user's function need not give the same everywhere.
-    """
-    found = json.dumps(rewards_of(rewards, pairs)) if is_first() else ""
-    values, seconds = json.loads(from_first(f"rewards of {name}", found))
-    return values, total_reward(rewards, values), seconds
-
-
-def total_reward(rewards: Sequence[Reward], values: dict[str, list[float]]) -> Float[np.ndarray, " completion"]:
-    """The weighted sum of the rewards."""
-    return np.sum([reward.weight * np.array(values[reward.name]) for reward in rewards], axis=0)
-
-
 def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
     """What is logged of a rollout."""
     samples = [sample for group in groups for sample in group]
@@ -567,29 +492,32 @@ def run_grpo(
     Raises:
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
     """
-    with started_run(config, write_report) as run:
+    with trainer.started_run(config, write_report) as run:
         inputs = read_inputs_of_grpo(config, rewards)
         opened, digests = inputs.opened, inputs.problems.digests
         tasks = prepare(inputs.opened) if prepare else None
         run.check_unchanged(opened.model, digests)
-        check_same("config, model or data", json.dumps([masked_config(config), digests]))
+        check_same("config, model or data", json.dumps([trainer.masked_config(config), digests]))
         enable_compilation_cache(config)
         with jax.set_mesh(opened.mesh):
             state, reference = run.first_state(opened), None
             if config.kl_weight:
-                first = starting_state(config, opened) if run.resumed else state
+                first = trainer.starting_state(config, opened) if run.resumed else state
                 reference = cast_weights(first.params, opened.model, config.compute_dtype)
-            steps = step_count(config, inputs)
-            with run.logged(opened, digests, steps, problem_lines(config, inputs, steps)):
+            count = step_count(config, inputs)
+            with run.logged(opened, digests, count, problem_lines(config, inputs, count)):
                 if is_first():
                     keep_rollouts(config.run_directory / "rollouts.jsonl", run.step)
-                rollouts = RolloutSteps(config, inputs, run, reference, tasks, state.params)
-                evaluation = Evaluation([], "", rollouts.measure) if inputs.held_out or tasks else None
+                steps = RolloutSteps(config, inputs, run, reference, tasks, state.params)
+                evaluation = Evaluation([], "", steps.measure) if inputs.held_out or tasks else None
                 if evaluation and inputs.held_out and run.step == 0:
                     with run.off_the_clock():
-                        run.log.step({"step": 0, **rollouts.held_out_rewards(state.params)})
-                run.train(state, rollouts.take, evaluation, rollouts.describe)
-                run.finish(rollouts.facts())
+                        run.log.step({"step": 0, **steps.held_out_rewards(state.params)})
+                run.train(
+                    state, steps.take, evaluation, "its completions are those of step {} in rollouts.jsonl".format
+                )
+                last = metrics.read_json_lines(config.run_directory / "metrics.jsonl")[-1:]
+                run.finish({"best_eval_reward": run.best, "final_reward": last[0].get("reward") if last else None})
 
 
 def slot_count(config: GrpoConfig, mesh: Mesh) -> int:
@@ -633,26 +561,23 @@ class RolloutSteps:
     ) -> None:
         self.config, self.inputs, self.run, self.reference, self.tasks = config, inputs, run, reference, tasks
         mesh = inputs.opened.mesh
-        recipe = recipe_of(config, run.steps * config.updates_per_rollout)
-        self.recipe = jax.device_put(recipe, everywhere(mesh))
-        self.sampler = Sampler(
-            params, inputs.opened, slot_count(config, mesh), config.sequence_length, config.compute_dtype
-        )
+        recipe = trainer.recipe_of(config, run.steps * config.updates_per_rollout)
+        self.recipe = jax.device_put(recipe, trainer.everywhere(mesh))
+        slots = slot_count(config, mesh)
+        self.sampler = Sampler(params, inputs.opened, slots, config.sequence_length, config.compute_dtype)
 
     def take(self, state: TrainState) -> Step:
         """One rollout, its rewards and its updates."""
         config, run, began = self.config, self.run, time.perf_counter()
-        if run.first_step_seconds is None:
-            run.watchdog.pause()  # the first step compiles
         self.sampler.load(state.params)
         asked = problems_of_step(self.inputs, config, run.step)
-        groups, record = rollout(self.sampler, self.inputs, config, run.step, self.report_completion)
+        groups, reward_seconds = self.rollout(asked)
         middle = time.perf_counter()
         state, facts = update(state, groups, self.reference, self.recipe, self.inputs.opened, config)
         ended = time.perf_counter()
-        record |= {"step": run.step + 1, **facts}
+        record = {"step": run.step + 1, **rollout_facts(groups), **facts}
         record |= {"rollout_seconds": middle - began, "update_seconds": ended - middle}
-        for name, seconds in record.pop("reward_seconds").items():
+        for name, seconds in reward_seconds.items():
             record[f"reward_seconds/{name}"] = seconds
             if seconds > max(1.0, SLOW_REWARD * (ended - began)):
                 run.log.info(f"reward {name} took {seconds:.1f} s of {ended - began:.1f} s of this step")
@@ -661,6 +586,38 @@ class RolloutSteps:
         if is_first():
             write_rollouts(config.run_directory / "rollouts.jsonl", groups)
         return state, record, {}
+
+    def rollout(self, asked: list[tuple[int, Problem]]) -> tuple[list[list[Sample]], dict[str, float]]:
+        """The groups of a step, each completion with its rewards and advantage, and the seconds of each reward."""
+        config, rewards, size = self.config, self.inputs.rewards, self.config.completions_per_prompt
+        requests = []
+        for place, problem in asked:
+            seed = int(np.random.default_rng([config.seed, ROLLOUT, place]).integers(2**32))
+            requests.append(Request(problem.token, config.rules, self.inputs.stop_ids, seed=seed, n=size))
+        completions = self.sampler.generate(requests, self.report_completion)
+        pairs = [(asked[completion.request][1], completion.text) for completion in completions]
+        values, seconds = rewards_of(rewards, pairs, f"step {self.run.step}")
+        total = total_reward(rewards, values)
+        advantage = advantages(total.reshape(-1, size), config.scale_by_std).ravel()
+        samples = [
+            Sample(
+                step=self.run.step + 1,
+                place=asked[completion.request][0],
+                index=completion.index,
+                origin=problem.origin,
+                prompt_tokens=problem.token,
+                tokens=completion.tokens,
+                text=completion.text,
+                log_probabilities=completion.log_probabilities,
+                sampled_log_probabilities=completion.sampled_log_probabilities,
+                is_truncated=completion.finish_reason == "length",
+                rewards={name: value[number] for name, value in values.items()},
+                reward=float(total[number]),
+                advantage=float(advantage[number]),
+            )
+            for number, (completion, (problem, _)) in enumerate(zip(completions, pairs, strict=True))
+        ]
+        return group_by_prompt(samples), seconds
 
     def report_completion(self, completion: Completion) -> None:
         """Tell the watchdog of a completion; the first step may take its time to compile."""
@@ -681,21 +638,9 @@ class RolloutSteps:
         requests = [Request(problem.token, rules, self.inputs.stop_ids) for problem in problems]
         texts = [completion.text for completion in self.sampler.generate(requests, self.report_completion)]
         pairs = list(zip(problems, texts, strict=True))
-        values, total, _ = score_completions(self.inputs.rewards, pairs, f"evaluation {self.run.step}")
+        values, _ = rewards_of(self.inputs.rewards, pairs, f"evaluation {self.run.step}")
         means = {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
-        return {"eval_reward": float(np.mean(total))} | means
-
-    def describe(self, step: int) -> str:
-        """The data of a step, for a message."""
-        return f"its completions are those of step {step} in rollouts.jsonl"
-
-    def facts(self) -> dict[str, Any]:
-        """What summary.json holds of rewards."""
-        records = metrics.read_json_lines(self.config.run_directory / "metrics.jsonl")
-        return {
-            "best_eval_reward": self.run.best,
-            "final_reward": records[-1].get("reward") if records else None,
-        }
+        return {"eval_reward": float(np.mean(total_reward(self.inputs.rewards, values)))} | means
 
 
 def shown_samples(groups: Sequence[Group], asked: dict[int, Problem]) -> dict[str, str]:
