@@ -419,6 +419,12 @@ def seed_of(seed: int, name: Any) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
 
 
+def line_of(problem: Problem, output: str, extracted: Any, expected: Any) -> Line:
+    """What predictions.jsonl says of an answer of any kind."""
+    asked = {"origin": problem.origin, "prompt": problem.prompt}
+    return asked | {"output": output, "extracted": extracted, "expected": expected}
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and its standard error, which a single value does not have."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -450,14 +456,8 @@ def answer_problems(tasks: Tasks, params: PyTree[Array], predictions: Prediction
 
 def judged(problem: Problem, completion: Completion) -> Line:
     """What predictions.jsonl says of a completion."""
-    expected = final_answer(problem.answer) or problem.answer
-    extracted = final_answer(completion.text)
-    return {
-        "origin": problem.origin,
-        "prompt": problem.prompt,
-        "output": completion.text,
-        "extracted": extracted,
-        "expected": expected,
+    extracted, expected = final_answer(completion.text), final_answer(problem.answer) or problem.answer
+    return line_of(problem, completion.text, extracted, expected) | {
         "correct": is_same_answer(extracted, expected),
         "parsed": extracted is not None and (number_of(expected) is None or number_of(extracted) is not None),
         "tokens": len(completion.tokens),
@@ -532,15 +532,9 @@ def chosen(problem: Problem, log_likelihoods: Sequence[float], tokens: Sequence[
     for way, divisors in zip(WAYS, ([1] * len(sizes), sizes, tokens), strict=True):
         values = [value / divisor for value, divisor in zip(log_likelihoods, divisors, strict=True)]
         best[way] = values.index(max(values))
-    return {
-        "origin": problem.origin,
-        "prompt": problem.prompt,
-        "output": problem.choices[best[""]],
-        "extracted": best[""],
-        "expected": problem.right,
-        **{f"correct{way}": place == problem.right for way, place in best.items()},
-        "log_likelihoods": log_likelihoods,
-    }
+    is_right = {f"correct{way}": place == problem.right for way, place in best.items()}
+    line = line_of(problem, problem.choices[best[""]], best[""], problem.right)
+    return line | is_right | {"log_likelihoods": log_likelihoods}
 
 
 def choice_figures(lines: Sequence[Line]) -> Figures:
