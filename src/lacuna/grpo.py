@@ -212,7 +212,7 @@ def packed_rows(
     Where prompts are shared, samples of one prompt that lie in one row have it in common: it is there once, all but
     its last token, and each sample continues it.
     """
-    parts = [part for group in group_by_prompt(kept) for part in parts_of(group, shape[2], is_shared)]
+    parts = [part for group in group_by_prompt(kept) for part in parts_of_group(group, shape[2], is_shared)]
     parts.sort(key=lambda part: -slots_of_part(part))
     row_of = first_fit(np.array([slots_of_part(part) for part in parts], np.int64), shape[2])
     arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
@@ -240,7 +240,7 @@ def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], flo
         row.sampled[here] = sample.sampled_log_probabilities
 
 
-def parts_of(group: Group, capacity: int, is_shared: bool) -> Iterator[Group]:
+def parts_of_group(group: Group, capacity: int, is_shared: bool) -> Iterator[Group]:
     """The samples of a prompt that may stand in one row with it."""
     if not is_shared:
         yield from ([sample] for sample in group)
