@@ -34,18 +34,13 @@ Cache = tuple[tuple[Array, Array], ...]
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths beyond the original context (Dubey et al. 2024)."""
-
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_positions: float
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """The numbers of config.json that shape the computation; hashable, so a static argument of `jit`."""
+    """The numbers of config.json that shape the computation; hashable, so a static argument of `jit`.
+
+    `rope_scaling` is Llama 3.1's stretching of the rotary wavelengths beyond the original context (Dubey et al. 2024):
+    the factor, the turns within the original context up to which it applies in full and from which not at all, and that
+    context in tokens; empty without.
+    """
 
     family: str
     vocabulary_size: int
@@ -59,11 +54,9 @@ class ModelConfig:
     sliding_window: int
     norm_epsilon: float
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: tuple[float, ...]
     is_tied: bool
-    has_qkv_bias: bool
-    has_output_bias: bool
-    has_query_key_norm: bool
+    has_bias: bool
     initializer_range: float
     file_dtype: str
     padded_vocabulary: int
@@ -137,9 +130,9 @@ def parameter_table(model: ModelConfig) -> PyTree[Parameter]:
     """Every weight of the model, in the shape of the parameter tree."""
     layers = (
         LAYERS
-        | (QKV_BIAS if model.has_qkv_bias else {})
-        | (OUTPUT_BIAS if model.has_output_bias else {})
-        | (QUERY_KEY_NORM if model.has_query_key_norm else {})
+        | (QKV_BIAS if model.has_bias or model.family == "qwen2" else {})
+        | (OUTPUT_BIAS if model.has_bias and model.family != "qwen2" else {})
+        | (QUERY_KEY_NORM if model.family == "qwen3" else {})
     )
     table = {"embedding": EMBEDDING, "layers": layers, "final_norm": FINAL_NORM}
     return table if model.is_tied else table | {"head": HEAD}
@@ -242,7 +235,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     refused += [("architectures", name) for name in keys["architectures"] if not str(name).endswith("ForCausalLM")]
     for key, value in refused:
         raise UserError(f"{where}: {key} = {value!r} is not supported")
-    heads, has_bias = keys["num_attention_heads"], keys["attention_bias"]
+    heads = keys["num_attention_heads"]
     kv_heads, head = keys["num_key_value_heads"] or heads, keys["head_dim"] or keys["hidden_size"] // heads
     if heads % kv_heads:
         raise UserError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
@@ -250,7 +243,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: head_dim = {head} is odd, and rotary embedding turns pairs of channels")
     has_window = keys["use_sliding_window"] or "sliding_attention" in keys["layer_types"]
     has_window |= family == "mistral" and raw.get("use_sliding_window") is None
-    scaling = RopeScaling(*read_keys(rope, ROPE_SCALING_KEYS, where).values()) if rope_type == "llama3" else None
+    scaling = read_keys(rope, ROPE_SCALING_KEYS, where) if rope_type == "llama3" else {}
     return ModelConfig(
         family=str(family),
         vocabulary_size=keys["vocab_size"],
@@ -264,11 +257,9 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         sliding_window=keys["sliding_window"] if has_window else 0,
         norm_epsilon=keys["rms_norm_eps"],
         rope_theta=keys["rope_theta"],
-        rope_scaling=scaling,
+        rope_scaling=tuple(scaling.values()),
         is_tied=keys["tie_word_embeddings"],
-        has_qkv_bias=family == "qwen2" or has_bias,
-        has_output_bias=family != "qwen2" and has_bias,
-        has_query_key_norm=family == "qwen3",
+        has_bias=keys["attention_bias"],
         initializer_range=keys["initializer_range"],
         file_dtype=file_dtype,
         padded_vocabulary=keys["vocab_size"],
@@ -322,11 +313,10 @@ def cast(params: PyTree, model: ModelConfig, dtype: DTypeLike) -> PyTree:
 def rotary_frequencies(model: ModelConfig) -> Float[np.ndarray, " half"]:
     """Radians per position of each channel pair (Su et al. 2021), stretched by the model's rope scaling, if any."""
     frequency = model.rope_theta ** -(np.arange(0, model.head, 2) / model.head)
-    if scaling := model.rope_scaling:
-        turns = scaling.original_positions * frequency / (2 * np.pi)
-        keep = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
-        keep = np.clip(keep, 0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
+    if model.rope_scaling:
+        factor, low, high, original_positions = model.rope_scaling
+        keep = np.clip((original_positions * frequency / (2 * np.pi) - low) / (high - low), 0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / factor
     return frequency.astype(np.float32)
 
 
@@ -427,14 +417,14 @@ def layer_forward(
     """
     normed = rms_norm(x, layer["attention_norm"], model.norm_epsilon)
     query, key, value = (linear(normed, layer[name]) for name in ("query", "key", "value"))
-    if model.has_qkv_bias:
+    if "query_bias" in layer:
         query, key, value = query + layer["query_bias"], key + layer["key_bias"], value + layer["value_bias"]
-    if model.has_query_key_norm:
+    if "query_norm" in layer:
         query = rms_norm(query, layer["query_norm"], model.norm_epsilon)
         key = rms_norm(key, layer["key_norm"], model.norm_epsilon)
     mixed, kept = attend(rotate(query, rotation), rotate(key, rotation), value)
     mixed = linear(mixed, layer["output"])
-    x = shard_rows(x + (mixed + layer["output_bias"] if model.has_output_bias else mixed))
+    x = shard_rows(x + (mixed + layer["output_bias"] if "output_bias" in layer else mixed))
     normed = rms_norm(x, layer["feedforward_norm"], model.norm_epsilon)
     hidden = jax.nn.silu(linear(normed, layer["gate"])) * linear(normed, layer["up"])
     return shard_rows(x + linear(hidden, layer["down"])), kept
@@ -652,18 +642,10 @@ def token_statistics(
     return _scan_tokens(step, None, (hidden, target))[1]
 
 
-def summed_cross_entropy(
-    hidden: Float[Array, "batch token embed"],
-    head: Float[Array, "vocab embed"],
-    target: Int[Array, "batch token"],
-    weight: Float[Array, "batch token"],
-    vocabulary_size: int,
+def cross_entropy(
+    log_probability: Float[Array, "batch token"], weight: Float[Array, "batch token"]
 ) -> Float[Array, ""]:
     """Weighted sum of the targets' negative log-likelihoods, in nats."""
-    return summed_token_loss(hidden, head, target, weight, _weighted, vocabulary_size)[0]
-
-
-def _weighted(log_probability: Float[Array, "batch token"], weight: Float[Array, "batch token"]) -> Float[Array, ""]:
     return -jnp.sum(log_probability * weight)
 
 

@@ -55,6 +55,7 @@ from lacuna.model import (
     ModelConfig,
     cast,
     check_sequence_length,
+    cross_entropy,
     embed,
     forward,
     head_of,
@@ -62,7 +63,7 @@ from lacuna.model import (
     parameter_counts,
     parameter_table,
     partition_spec,
-    summed_cross_entropy,
+    summed_token_loss,
 )
 from lacuna.tokenizer import decode
 
@@ -195,7 +196,7 @@ class RowLoss(NamedTuple):
             x = x + noise(batch.segment, x)
         hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation)
         head = head_of(params, model)
-        return summed_cross_entropy(hidden, head, batch.target, batch.weight, model.vocabulary_size), {}
+        return summed_token_loss(hidden, head, batch.target, batch.weight, cross_entropy, model.vocabulary_size)[0], {}
 
 
 # The state on its devices
@@ -373,7 +374,8 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> 
 
 def model_facts(model: ModelConfig) -> dict[str, Any]:
     """The model as plain values, without what depends on the devices."""
-    return {key: value for key, value in asdict(model).items() if key not in ("padded_vocabulary", "attention")}
+    kept = {key: value for key, value in asdict(model).items() if key not in ("padded_vocabulary", "attention")}
+    return kept | {"rope_scaling": list(model.rope_scaling)}
 
 
 def masked_config(config: TrainingConfig) -> dict[str, Any]:
