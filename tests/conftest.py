@@ -1,7 +1,9 @@
 """Eight virtual CPU devices and quick compilation for every test, and the places of reference values and data shelf."""
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,10 @@ jax.config.update("jax_platforms", "cpu")
 REFERENCE = Path(__file__).parent / "reference"
 SHELF = Path(__file__).parents[2] / "shared" / "data"
 TINY = Path(__file__).parents[1] / "configs" / "tiny"
-PROGRAMS = Path(os.environ.setdefault("LACUNA_TEST_PROGRAMS", tempfile.mkdtemp(prefix="lacuna-programs-")))
+if "LACUNA_TEST_PROGRAMS" not in os.environ:  # in the first process of a session, whose workers inherit it
+    os.environ["LACUNA_TEST_PROGRAMS"] = tempfile.mkdtemp(prefix="lacuna-programs-")
+    atexit.register(shutil.rmtree, os.environ["LACUNA_TEST_PROGRAMS"], ignore_errors=True)
+PROGRAMS = Path(os.environ["LACUNA_TEST_PROGRAMS"])
 
 jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

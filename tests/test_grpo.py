@@ -36,7 +36,7 @@ def infinite(prompt, completion, row):
 '''
 
 
-def page(**changes: Any) -> GrpoConfig:
+def grpo_config(**changes: Any) -> GrpoConfig:
     settings: dict[str, Any] = {
         "model_name": "unused", "run_name": "run", "data": ({"path": "unused"},), "sequence_length": 64,
         "prompts_per_step": 4, "completions_per_prompt": 4, "max_completion_tokens": 9, "compute_dtype": "float32",
@@ -52,13 +52,13 @@ def rewards_file(tmp_path: Path) -> Path:
     return path
 
 
-def run_page(small: Path, rewards_file: Path, **changes: Any) -> GrpoConfig:
+def run_config(small: Path, rewards_file: Path, **changes: Any) -> GrpoConfig:
     settings: dict[str, Any] = {
         "model_name": str(small), "from_scratch": True, "output_dir": str(small.parent / "runs"), "seed": 3,
         "data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[:30]"},), "sequence_length": 160,
         "reward": (f"{rewards_file}:letters:2.0", "correct:1.0"), "mask_truncated": False,
     }  # fmt: skip
-    return page(**settings | changes)
+    return grpo_config(**settings | changes)
 
 
 def samples_of(inputs: dict[str, Any]) -> list[Sample]:
@@ -99,7 +99,7 @@ CASES = json.loads((REFERENCE / "grpo.json").read_text())
 def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
     inputs = CASES["inputs"]
     switches = {key: case[key] for key in ("loss_normalisation", "kl_weight", "importance_limit")}
-    config = page(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
+    config = grpo_config(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
     batch, current, places = rows_of(inputs, config)
     (loss, _), gradient = jax.value_and_grad(grpo.policy_loss(config).objective, has_aux=True)(current, batch)
     np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
@@ -112,7 +112,7 @@ def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
 
 def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
     inputs = CASES["inputs"]
-    config = page(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
+    config = grpo_config(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
     batch, current, places = rows_of(inputs, config)
     gradient = jax.grad(lambda x: grpo.policy_loss(config).objective(x, batch)[0])(current)
     wide = {name: np.asarray(leaf, np.float64) for name, leaf in batch._asdict().items()}
@@ -135,7 +135,7 @@ def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
 
 def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> None:
     inputs = CASES["inputs"]
-    config = page(updates_per_rollout=2, sequence_length=24, kl_weight=0.1, clip_low=0.1, clip_high=0.1)
+    config = grpo_config(updates_per_rollout=2, sequence_length=24, kl_weight=0.1, clip_low=0.1, clip_high=0.1)
     batch, current, places = rows_of(inputs, config)
     _, facts = grpo.policy_loss(config).objective(current, batch)
     rows, slots = np.array(places).T
@@ -210,7 +210,7 @@ def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: d
         replace(sample, prompt_tokens=(1, 2, 3, 4), tokens=tokens, sampled_log_probabilities=(-1.0,) * len(tokens))
         for sample, tokens in zip(random_samples(150), ((5, 6), (7, 8, 9)), strict=False)
     ]
-    rows, count = grpo.packed_rows(two, page(sequence_length=16), (2, 1, 16), is_shared)
+    rows, count = grpo.packed_rows(two, grpo_config(sequence_length=16), (2, 1, 16), is_shared)
     assert count == 1 and not rows.segment[1].any()
     for name, values in expected.items():
         assert getattr(rows, name)[0, 0].tolist() == values + [0] * (16 - len(values)), name
@@ -223,7 +223,7 @@ def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
     length: int, rows_at_once: int, is_shared: bool
 ) -> None:
     samples = random_samples(150)
-    config = page(sequence_length=64, loss_normalisation="sequence", temperature=0.8)
+    config = grpo_config(sequence_length=64, loss_normalisation="sequence", temperature=0.8)
     expected, loss = gradient_of(samples, config, 1)
     config = config.model_copy(update={"sequence_length": length})
     found, same = gradient_of(samples, config, rows_at_once, is_shared)
@@ -233,7 +233,7 @@ def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
 
 
 def test_the_gradient_is_that_of_the_whole_logits() -> None:
-    samples, config = random_samples(150), page(temperature=0.8, importance_limit=2.0)
+    samples, config = random_samples(150), grpo_config(temperature=0.8, importance_limit=2.0)
     model, params = load(REFERENCE / "qwen3")
     rows, _ = grpo.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
@@ -256,7 +256,7 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
 
 
 def test_the_entropy_is_that_of_the_distributions() -> None:
-    samples, config = random_samples(150), page(temperature=0.8)
+    samples, config = random_samples(150), grpo_config(temperature=0.8)
     model, params = load(REFERENCE / "qwen3")
     rows, _ = grpo.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
@@ -274,12 +274,12 @@ def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
     samples[0] = replace(samples[0], is_truncated=True)
     groups = grpo.group_by_prompt(samples)
     groups[1] = [replace(sample, reward=1.0) for sample in groups[1]]
-    kept = grpo.kept_samples(groups, page())
+    kept = grpo.kept_samples(groups, grpo_config())
     expected = [(0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
     assert [(sample.place, sample.index) for sample in kept] == expected
-    assert len(grpo.kept_samples(groups, page(mask_truncated=False))) == 9
-    assert len(grpo.kept_samples(groups, page(kl_weight=0.1))) == 11
-    tokens, weight_of = sum(len(sample.tokens) for sample in kept), grpo.token_weights(kept, page())
+    assert len(grpo.kept_samples(groups, grpo_config(mask_truncated=False))) == 9
+    assert len(grpo.kept_samples(groups, grpo_config(kl_weight=0.1))) == 11
+    tokens, weight_of = sum(len(sample.tokens) for sample in kept), grpo.token_weights(kept, grpo_config())
     assert {weight_of(sample) for sample in kept} == {1 / tokens}
 
 
@@ -334,7 +334,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def finished(small: Path, rewards_file: Path, one_device: None) -> GrpoConfig:
     """A run of four steps."""
-    config = run_page(small, rewards_file, save_every=2, keep=9, eval_every=2,
+    config = run_config(small, rewards_file, save_every=2, keep=9, eval_every=2,
                       eval_data=({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},))  # fmt: skip
     cli.run(config)
     return config
@@ -420,7 +420,7 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log(
         load_weights(sampler, jax.tree.map(lambda leaf: leaf * 1.5, params))
 
     monkeypatch.setattr(Sampler, "load", disturbed)
-    config = run_page(small, rewards_file, steps=1)
+    config = run_config(small, rewards_file, steps=1)
     cli.run(config)
     opened = open_model(config, mesh_of(1, 1, 1), with_weights=False)
     params, model = trainer.starting_state(config, opened).params, opened.model
@@ -439,7 +439,7 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log(
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, one_device: None, sign: int) -> None:
-    config = run_page(small, rewards_file, steps=10, prompts_per_step=6, completions_per_prompt=8, slots=48,
+    config = run_config(small, rewards_file, steps=10, prompts_per_step=6, completions_per_prompt=8, slots=48,
                       learning_rate=3e-2, reward=(f"{rewards_file}:letters:{sign}.0",))  # fmt: skip
     cli.run(config)
     share = [record["reward/letters"] for record in records(config)]
@@ -468,7 +468,9 @@ def test_eight_devices_do_what_one_does(finished: GrpoConfig, monkeypatch: pytes
 
 
 def test_several_updates_a_rollout_clip_and_penalise(small: Path, rewards_file: Path, one_device: None) -> None:
-    config = run_page(small, rewards_file, updates_per_rollout=2, kl_weight=0.05, learning_rate=0.05, steps=3, top_k=20)
+    config = run_config(
+        small, rewards_file, updates_per_rollout=2, kl_weight=0.05, learning_rate=0.05, steps=3, top_k=20
+    )
     cli.run(config)
     for record in records(config):
         assert record["kl"] > 0 and record["importance_mean"] < 1  # top_k makes what is sampled likelier
@@ -477,16 +479,16 @@ def test_several_updates_a_rollout_clip_and_penalise(small: Path, rewards_file: 
 
 def test_what_does_not_fit_is_refused(small: Path, rewards_file: Path, one_device: None) -> None:
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and there is room for 15"):
-        cli.run(run_page(small, rewards_file, sequence_length=24))
+        cli.run(run_config(small, rewards_file, sequence_length=24))
     with pytest.raises(UserError, match="prompts_per_step = 40 is more than the 30 problems"):
-        cli.run(run_page(small, rewards_file, prompts_per_step=40))
+        cli.run(run_config(small, rewards_file, prompts_per_step=40))
 
 
 def test_nothing_is_compiled_after_the_first_steps(
     compiled: list[tuple[int, str]], small: Path, rewards_file: Path, one_device: None
 ) -> None:
     held_out = ({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},)
-    config = run_page(small, rewards_file, steps=8, eval_every=2, save_every=2, eval_data=held_out)
+    config = run_config(small, rewards_file, steps=8, eval_every=2, save_every=2, eval_data=held_out)
     cli.run(config)
     assert (0, "jit(train_step)") in compiled
     assert {name for step, name in compiled if step > 0} <= {"jit(prefill)"}  # of prompts longer than those before

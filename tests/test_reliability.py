@@ -30,7 +30,7 @@ class Job:
 
     def __init__(
         self,
-        page: TrainingConfig,
+        config: TrainingConfig,
         fault: str = "none",
         step: int = 0,
         more: tuple[str, ...] = (),
@@ -39,10 +39,10 @@ class Job:
         faulty: int | None = 0,
         last_only: tuple[str, ...] = (),
     ) -> None:
-        file = page.run_directory.parent / f"{page.run_name}.toml"
+        file = config.run_directory.parent / f"{config.run_name}.toml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_toml(page))
-        command = next(name for name, kind in cli.COMMANDS.items() if type(page) is kind)
+        file.write_text(to_toml(config))
+        command = next(name for name, kind in cli.COMMANDS.items() if type(config) is kind)
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
         job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
@@ -82,9 +82,9 @@ class Job:
         return [process.returncode for process in self.processes], "".join(text for pair in outputs for text in pair)
 
 
-def finished(page: TrainingConfig, *arguments: Any, **named: Any) -> str:
+def finished(config: TrainingConfig, *arguments: Any, **named: Any) -> str:
     """What a job wrote that ended well."""
-    with Job(page, *arguments, **named) as job:
+    with Job(config, *arguments, **named) as job:
         codes, output = job.end()
         assert not any(codes), output
     return output
@@ -144,27 +144,33 @@ def test_a_run_killed_within_two_saves_is_the_uninterrupted_run_and_leaves_nothi
 
 
 def test_a_run_that_is_at_work_is_refused_to_a_second_process_by_name(small: Path) -> None:
-    page = text_run(small, steps=10_000)
-    with Job(page) as first:
-        first.wait_for(page.run_directory / "metrics.jsonl", '"step": 1,')
+    config = text_run(small, steps=10_000)
+    with Job(config) as first:
+        first.wait_for(config.run_directory / "metrics.jsonl", '"step": 1,')
         for more in ("--resume", "--overwrite"):
-            with Job(page, more=(more,)) as second:
+            with Job(config, more=(more,)) as second:
                 codes, output = second.end()
             assert codes == [2] and f"process {first.processes[0].pid} on {socket.gethostname()}" in output
         first.processes[0].send_signal(signal.SIGTERM)
         codes, output = first.end()
+<<<<<<< HEAD
     assert codes == [0] and "to resume: uv run pretrain" in output
     assert json.loads((page.run_directory / "summary.json").read_text())["steps"] == len(records(page))
     assert not (page.run_directory / "lock").exists()
+=======
+    assert codes == [0] and "to go on: uv run pretrain" in output
+    assert json.loads((config.run_directory / "summary.json").read_text())["steps"] == len(records(config))
+    assert not (config.run_directory / "lock").exists()
+>>>>>>> 1d5cda9 (Call a config a config in the tests too, and write the roadmap in plain words)
 
 
 def test_a_second_interrupt_leaves_at_once(small: Path) -> None:
-    page = text_run(small, steps=10_000)
-    with Job(page, "sleep", 4) as job:
-        job.wait_for(page.run_directory / "metrics.jsonl", '"step": 2,')
+    config = text_run(small, steps=10_000)
+    with Job(config, "sleep", 4) as job:
+        job.wait_for(config.run_directory / "metrics.jsonl", '"step": 2,')
         job.processes[0].send_signal(signal.SIGINT)
         job.processes[0].send_signal(signal.SIGTERM)  # an echo, as of a launcher, which leaves it as it is
-        job.wait_for(page.run_directory / "run.log", "once more to leave at once")
+        job.wait_for(config.run_directory / "run.log", "once more to leave at once")
         with pytest.raises(subprocess.TimeoutExpired):
             job.processes[0].wait(1.5)
         job.processes[0].send_signal(signal.SIGINT)
@@ -173,11 +179,11 @@ def test_a_second_interrupt_leaves_at_once(small: Path) -> None:
 
 
 def test_a_step_that_never_ends_is_ended_with_the_stacks_of_all_threads(small: Path) -> None:
-    page = text_run(small, steps=10)
-    with Job(page, "hang", 3) as job:
+    config = text_run(small, steps=10)
+    with Job(config, "hang", 3) as job:
         codes, output = job.end()
     assert codes == [124] and "no step has finished for" in output
-    log = (page.run_directory / "run.log").read_text()
+    log = (config.run_directory / "run.log").read_text()
     assert "Thread 0x" in log and "in prepare" not in log.partition("no step has finished")[0] and "faults.py" in log
 
 
@@ -188,8 +194,8 @@ def text_job(small: Path, **changes: Any) -> PretrainConfig:
     return text_run(small, **{"batch_size": 8, "micro_batch_size": 2, "steps": 12, "save_every": 4} | changes)
 
 
-def losses(page: TrainingConfig) -> list[float]:
-    return [record["loss"] for record in records(page)]
+def losses(config: TrainingConfig) -> list[float]:
+    return [record["loss"] for record in records(config)]
 
 
 def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(small: Path) -> None:
@@ -230,15 +236,15 @@ def test_grpo_in_two_processes_is_that_in_one(small: Path) -> None:
 
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_saved_step(small: Path, signalled: int) -> None:
-    page = text_job(small, steps=10_000)
-    with Job(page, processes=2) as job:
-        job.wait_for(page.run_directory / "metrics.jsonl", '"step": 3,')
+    config = text_job(small, steps=10_000)
+    with Job(config, processes=2) as job:
+        job.wait_for(config.run_directory / "metrics.jsonl", '"step": 3,')
         job.processes[signalled].send_signal(signal.SIGTERM)
         codes, output = job.end()
     assert codes == [0, 0], output
-    step = checkpoint.saved_steps(page.run_directory)[-1]
-    assert records(page)[-1]["step"] == step and f"stopped after step {step}" in output
-    assert len(checkpoint.checked_manifest(checkpoint.checkpoint_directory(page.run_directory, step)).shards) == 2
+    step = checkpoint.saved_steps(config.run_directory)[-1]
+    assert records(config)[-1]["step"] == step and f"stopped after step {step}" in output
+    assert len(checkpoint.checked_manifest(checkpoint.checkpoint_directory(config.run_directory, step)).shards) == 2
 
 
 @pytest.mark.parametrize(
@@ -271,8 +277,8 @@ def test_a_process_that_stands_still_is_missed_by_its_heartbeat_alone(small: Pat
 
 
 def test_processes_that_read_other_data_are_refused_before_anything_is_trained(small: Path) -> None:
-    page = text_job(small)
-    with Job(page, processes=2, last_only=("--data.0.split", "train[:99]")) as job:
+    config = text_job(small)
+    with Job(config, processes=2, last_only=("--data.0.split", "train[:99]")) as job:
         codes, output = job.end()
     assert all(codes) and "config, model or data differ between process 0 and process 1" in output
-    assert not page.run_directory.exists()
+    assert not config.run_directory.exists()

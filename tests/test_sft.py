@@ -48,13 +48,13 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str, small: Pa
 
 
 def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
-    page = chat_run(small, epochs=1)
-    cli.run(page)
-    directory = page.run_directory
+    config = chat_run(small, epochs=1)
+    cli.run(config)
+    directory = config.run_directory
     assert {path.name for path in directory.iterdir()} >= {
         "config.toml", "metrics.jsonl", "run.log", "report.html", "summary.json", "checkpoints", "best", "model",
     }  # fmt: skip
-    rows = records(page)
+    rows = records(config)
     keys = {
         "step", "loss", "learning_rate", "gradient_norm", "tokens", "target_tokens", "tokens_per_second",
         "target_tokens_per_second", "packing_efficiency", "mfu", "memory_bytes", "step_seconds", "epoch",
@@ -79,23 +79,23 @@ def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
 
 
 def test_each_sample_is_seen_once_an_epoch_and_the_last_batch_is_filled_with_empty_rows(small: Path) -> None:
-    page = chat_run(
+    config = chat_run(
         small, data=({"path": str(TINY / "heldout.jsonl"), "split": "train[:100]"},), epochs=2, batch_size=8
     )
-    cli.run(page)
-    summary = json.loads((page.run_directory / "summary.json").read_text())
+    cli.run(config)
+    summary = json.loads((config.run_directory / "summary.json").read_text())
     assert summary["data"]["documents"] == 100
     assert summary["tokens"] == 2 * summary["data"]["tokens"]
     assert summary["target_tokens"] == 2 * summary["data"]["target_tokens"]
 
 
 def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(small: Path) -> None:
-    page = text_run(small, steps=1)
-    cli.run(page)
-    before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
+    config = text_run(small, steps=1)
+    cli.run(config)
+    before = {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")}
     with pytest.raises(UserError, match="--resume .* --overwrite"):
-        cli.run(page)
-    assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
+        cli.run(config)
+    assert {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")} == before
     with pytest.raises(UserError, match="seed was 0 and is 1. It may change: .*learning_rate, .*steps, .*save_every"):
         cli.run(text_run(small, steps=2, seed=1, resume=True))
 
@@ -105,7 +105,7 @@ def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
     small: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)
-    page = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
+    config = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
     room, name = {"prepare": (trainer.RowSteps, "prepare"), "evaluate": (evaluation, "held_out_loss")}[place]
     usual = getattr(room, name)
 
@@ -116,67 +116,67 @@ def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
         return usual(*arguments)
 
     monkeypatch.setattr(room, name, interrupted)
-    cli.run(page)
-    (step,) = checkpoint.saved_steps(page.run_directory)
-    assert step < 8 and records(page)[-1]["step"] == step and not (page.run_directory / "model").exists()
-    assert "config.toml --resume" in (page.run_directory / "run.log").read_text()
-    cli.run(page.model_copy(update={"resume": True}))
-    whole = page.model_copy(update={"run_name": "whole"})
+    cli.run(config)
+    (step,) = checkpoint.saved_steps(config.run_directory)
+    assert step < 8 and records(config)[-1]["step"] == step and not (config.run_directory / "model").exists()
+    assert "config.toml --resume" in (config.run_directory / "run.log").read_text()
+    cli.run(config.model_copy(update={"resume": True}))
+    whole = config.model_copy(update={"run_name": "whole"})
     cli.run(whole)
-    assert outcome(page) == outcome(whole)
+    assert outcome(config) == outcome(whole)
 
 
 def test_overwrite_deletes_a_run_and_nothing_else(small: Path) -> None:
-    page = text_run(small, steps=1, overwrite=True)
-    page.run_directory.mkdir(parents=True)
-    thesis = page.run_directory / "thesis.tex"
+    config = text_run(small, steps=1, overwrite=True)
+    config.run_directory.mkdir(parents=True)
+    thesis = config.run_directory / "thesis.tex"
     thesis.write_text("years of work")
     with pytest.raises(UserError, match="files that are no run"):
-        cli.run(page)
+        cli.run(config)
     assert thesis.exists()
     thesis.unlink()
-    cli.run(page)
-    cli.run(page)
-    own = page.model_copy(update={"model_name": str(page.run_directory), "from_scratch": False})
+    cli.run(config)
+    cli.run(config)
+    own = config.model_copy(update={"model_name": str(config.run_directory), "from_scratch": False})
     with pytest.raises(UserError, match="would delete"):
         cli.run(own)
-    wrong = page.model_copy(update={"model_name": str(small), "from_scratch": False})
+    wrong = config.model_copy(update={"model_name": str(small), "from_scratch": False})
     with pytest.raises(UserError, match="no such file; to train from random weights"):
         cli.run(wrong)
-    assert (page.run_directory / "model" / "config.json").exists()
+    assert (config.run_directory / "model" / "config.json").exists()
 
 
 def test_data_that_changed_since_the_checkpoint_are_refused(small: Path) -> None:
     data = small.parent / "texts.jsonl"
     lines = (TINY / "pretrain.jsonl").read_text().splitlines(keepends=True)
     data.write_text("".join(lines[:50]))
-    page = text_run(small, data=({"path": str(data)},), steps=1)
-    cli.run(page)
+    config = text_run(small, data=({"path": str(data)},), steps=1)
+    cli.run(config)
     data.write_text("".join(lines[:49]))
     with pytest.raises(UserError, match="texts.jsonl: its content has changed"):
-        cli.run(page.model_copy(update={"resume": True, "steps": 2}))
+        cli.run(config.model_copy(update={"resume": True, "steps": 2}))
 
 
 def test_five_steps_in_a_row_without_a_finite_gradient_end_the_run(small: Path) -> None:
-    page = text_run(small, learning_rate=1e30, steps=12)
+    config = text_run(small, learning_rate=1e30, steps=12)
     with pytest.raises(UserError, match=r"step \d+: .* not finite.*rows \d+ to \d+, beginning .*5 steps in a row"):
-        cli.run(page)
-    assert [row["gradient_norm"] for row in records(page)][-5:] == [None] * 5
+        cli.run(config)
+    assert [row["gradient_norm"] for row in records(config)][-5:] == [None] * 5
 
 
 def test_nothing_is_compiled_after_the_first_steps_evaluation_and_save(
     small: Path, compiled: list[tuple[int, str]]
 ) -> None:
-    page = chat_run(small, eval_every=3, save_every=2, keep=9)
-    cli.run(page)
-    assert len(records(page)) >= 9 and len(checkpoint.saved_steps(page.run_directory)) >= 4
+    config = chat_run(small, eval_every=3, save_every=2, keep=9)
+    cli.run(config)
+    assert len(records(config)) >= 9 and len(checkpoint.saved_steps(config.run_directory)) >= 4
     assert any(step == 0 for step, _ in compiled)
     assert [each for each in compiled if each[0] > 3] == []
-    assert f"compiled programs are kept in {page.cache_dir}" in (page.run_directory / "run.log").read_text()
+    assert f"compiled programs are kept in {config.cache_dir}" in (config.run_directory / "run.log").read_text()
 
 
 def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, events, loops = text_run(small), [], []
+    config, events, loops = text_run(small), [], []
     prepare, source, log = trainer.RowSteps.prepare, Dataset.batch, RunLog.step
 
     def watched(loop: trainer.RowSteps, index: int) -> Any:
@@ -198,17 +198,17 @@ def test_a_slow_source_works_while_the_step_runs(small: Path, monkeypatch: pytes
     monkeypatch.setattr(trainer.RowSteps, "prepare", watched)
     monkeypatch.setattr(Dataset, "batch", slow)
     monkeypatch.setattr(RunLog, "step", logged)
-    cli.run(page)
+    cli.run(config)
     begun = {index: at for at, (kind, index, _) in enumerate(events) if kind == "begun"}
     fetched = {index: at for at, (kind, index, _) in enumerate(events) if kind == "logged"}
-    assert len(begun) == page.steps - 1 and all(begun[step] < fetched[step] for step in begun)
+    assert len(begun) == config.steps - 1 and all(begun[step] < fetched[step] for step in begun)
     assert any(is_running for kind, _, is_running in events if kind == "begun")
 
 
 def test_training_lowers_the_loss(small: Path) -> None:
-    page = chat_run(small, epochs=12, learning_rate=1e-2)
-    cli.run(page)
-    losses = [row["loss"] for row in records(page)]
+    config = chat_run(small, epochs=12, learning_rate=1e-2)
+    cli.run(config)
+    losses = [row["loss"] for row in records(config)]
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
 
 
@@ -226,54 +226,56 @@ def with_free(bytes_at: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_full_disk_is_logged_as_a_warning_and_training_continues_to_the_next_save(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = text_run(small, steps=8, save_every=2)
+    config = text_run(small, steps=8, save_every=2)
     with_free({2: 1000, 4: 1000}, monkeypatch)
-    cli.run(page)
-    log = (page.run_directory / "run.log").read_text()
+    cli.run(config)
+    log = (config.run_directory / "run.log").read_text()
     assert log.count("WARNING: step") == 2 and "are needed, 1 KB are free; training continues" in log
-    assert checkpoint.saved_steps(page.run_directory) == [6, 8] and len(records(page)) == 8
+    assert checkpoint.saved_steps(config.run_directory) == [6, 8] and len(records(config)) == 8
 
 
 def test_three_full_disks_in_a_row_end_the_run_which_then_resumes_where_it_was_saved(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = text_run(small, steps=12, save_every=2)
+    config = text_run(small, steps=12, save_every=2)
     with_free({4: 1000, 6: 1000, 8: 1000}, monkeypatch)
     with pytest.raises(UserError, match="3 saves in a row failed: make room and add --resume"):
-        cli.run(page)
-    assert checkpoint.saved_steps(page.run_directory) == [2]
+        cli.run(config)
+    assert checkpoint.saved_steps(config.run_directory) == [2]
     monkeypatch.undo()
-    cli.run(page.model_copy(update={"resume": True}))
-    whole = page.model_copy(update={"run_name": "whole"})
+    cli.run(config.model_copy(update={"resume": True}))
+    whole = config.model_copy(update={"run_name": "whole"})
     cli.run(whole)
-    assert outcome(page) == outcome(whole)
+    assert outcome(config) == outcome(whole)
 
 
 def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked_for(small: Path) -> None:
-    page = text_run(small, steps=4, save_every=2)
-    cli.run(page)
-    shards = [checkpoint.checkpoint_directory(page.run_directory, step) / "shard-00000.safetensors" for step in (2, 4)]
+    config = text_run(small, steps=4, save_every=2)
+    cli.run(config)
+    shards = [
+        checkpoint.checkpoint_directory(config.run_directory, step) / "shard-00000.safetensors" for step in (2, 4)
+    ]
     os.truncate(shards[1], 100)
     with pytest.raises(UserError, match="step_00000004.* 100 bytes"):
-        cli.run(page.model_copy(update={"resume_from": str(shards[1].parent)}))
-    cli.run(page.model_copy(update={"resume": True}))
-    log = (page.run_directory / "run.log").read_text()
+        cli.run(config.model_copy(update={"resume_from": str(shards[1].parent)}))
+    cli.run(config.model_copy(update={"resume": True}))
+    log = (config.run_directory / "run.log").read_text()
     assert f"checkpoint passed over: {shards[1]}" in log and f"resuming from {shards[0].parent}" in log
-    assert "set aside as" in log and [record["step"] for record in records(page)] == [1, 2, 3, 4]
+    assert "set aside as" in log and [record["step"] for record in records(config)] == [1, 2, 3, 4]
     for shard in shards:
         os.truncate(shard, 100)
     with pytest.raises(UserError, match="none of its 2 checkpoints is intact"):
-        cli.run(page.model_copy(update={"resume": True}))
+        cli.run(config.model_copy(update={"resume": True}))
 
 
 def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resumed(small: Path) -> None:
-    page = text_run(small, steps=2)
-    cli.run(page)
-    shutil.rmtree(page.run_directory / "checkpoints")
-    before = {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")}
+    config = text_run(small, steps=2)
+    cli.run(config)
+    shutil.rmtree(config.run_directory / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")}
     with pytest.raises(UserError, match="whose checkpoints are gone"):
-        cli.run(page.model_copy(update={"resume": True}))
-    assert {path: path.stat().st_mtime_ns for path in page.run_directory.rglob("*")} == before
+        cli.run(config.model_copy(update={"resume": True}))
+    assert {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")} == before
     foreign = text_run(small, steps=2, run_name="foreign", resume=True)
     foreign.run_directory.mkdir()
     (foreign.run_directory / "metrics.jsonl").write_text("mine")
@@ -290,8 +292,8 @@ def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
     assert len(logged) == 2 and all(tuple(samples) == prompts for samples in logged)
     mesh = mesh_of(1, 1, 1)
     opened = checkpoint.open_model(ModelKeys(model_name=str(run.run_directory)), mesh)
-    source, config, tokenizer, _, _ = opened
-    sampler = Sampler(checkpoint.load_params(source, config, mesh), opened, 1, 64, "float32")
+    source, model, tokenizer, _, _ = opened
+    sampler = Sampler(checkpoint.load_params(source, model, mesh), opened, 1, 64, "float32")
     for prompt in prompts:
         text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         token = encode(tokenizer, text, add_special_tokens=False)
