@@ -153,15 +153,9 @@ def test_a_run_that_is_at_work_is_refused_to_a_second_process_by_name(small: Pat
             assert codes == [2] and f"process {first.processes[0].pid} on {socket.gethostname()}" in output
         first.processes[0].send_signal(signal.SIGTERM)
         codes, output = first.end()
-<<<<<<< HEAD
     assert codes == [0] and "to resume: uv run pretrain" in output
-    assert json.loads((page.run_directory / "summary.json").read_text())["steps"] == len(records(page))
-    assert not (page.run_directory / "lock").exists()
-=======
-    assert codes == [0] and "to go on: uv run pretrain" in output
     assert json.loads((config.run_directory / "summary.json").read_text())["steps"] == len(records(config))
     assert not (config.run_directory / "lock").exists()
->>>>>>> 1d5cda9 (Call a config a config in the tests too, and write the roadmap in plain words)
 
 
 def test_a_second_interrupt_leaves_at_once(small: Path) -> None:
