@@ -141,7 +141,7 @@ class Driver:
         self.wake.set()
 
 
-async def parts_of(ticket: Ticket) -> AsyncIterator[tuple[int, Completion]]:
+async def answer_parts(ticket: Ticket) -> AsyncIterator[tuple[int, Completion]]:
     """Parts of completions with the places of their prompts, to the last. Raises what ended the answer early."""
     while any(ticket.left.values()) or not ticket.parts.empty():
         part = await ticket.parts.get()
@@ -195,7 +195,7 @@ async def generate(kind: type[ChatBody] | type[CompletionBody], request: Request
         return Stream(events(answer, ticket), partial(driver.release, ticket))
     watch = asyncio.create_task(report_disconnect(request, ticket))
     try:
-        return JSONResponse(answer.whole([part async for part in parts_of(ticket)]))
+        return JSONResponse(answer.whole([part async for part in answer_parts(ticket)]))
     finally:
         watch.cancel()
         driver.release(ticket)
@@ -212,7 +212,7 @@ async def events(answer: Answer, ticket: Ticket) -> AsyncIterator[str]:
     for chunk in answer.opening():
         yield event(chunk)
     try:
-        async for place, part in parts_of(ticket):
+        async for place, part in answer_parts(ticket):
             if part.text or part.finish_reason or answer.body.logprobs not in (None, False):
                 yield event(answer.chunk([answer.choice(place, part, "delta")]))
             else:
