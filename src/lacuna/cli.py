@@ -92,15 +92,14 @@ def parse(config: type[Config], arguments: list[str], program: str) -> Config:
         print(help_text(config, program, options))
         raise SystemExit(0)
     for option, given in read_flags(flags, options, program).items():
-        key, *entry = option.split(".")
-        layer = values
-        if entry:
-            tables = values.setdefault(key, [])
-            tables += [{} for _ in range(int(entry[0]) + 1 - len(tables))]
-            layer = tables[int(entry[0])]
-        layer[entry[-1] if entry else key] = given
+        path, layer = option.split("."), values
+        if len(path) > 1:
+            tables, index = values.setdefault(path[0], []), int(path[1])
+            tables += [{} for _ in range(index + 1 - len(tables))]
+            layer = tables[index]
+        layer[path[-1]] = given
         origins[option] = COMMAND_LINE
-        origins.setdefault(key, COMMAND_LINE)
+        origins.setdefault(path[0], COMMAND_LINE)
     try:
         return config.model_validate(values)
     except ValidationError as error:

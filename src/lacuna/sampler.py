@@ -253,6 +253,7 @@ def next_token(
     token, sampled_log_probability = choose_token(scores, rules, slots.made, slots.is_active)
 
     normalizer = jax.nn.logsumexp(logits, axis=-1)
+    log_probability = logits[row, token] - normalizer
     top = min(TOP_LOGPROBS, model.vocabulary_size)
     top_logits, top_token = jax.lax.cond(
         jnp.any((rules.top_logprobs > 0) & slots.is_active),
@@ -277,14 +278,8 @@ def next_token(
         is_active=ended == 0,
         count=slots.count.at[row, token].add(step),
     )
-    return slots, Emitted(
-        token=token,
-        log_probability=logits[row, token] - normalizer,
-        sampled_log_probability=sampled_log_probability,
-        ended=ended,
-        top_token=top_token,
-        top_log_probability=top_logits - normalizer[:, None],
-    )
+    top_log_probability = top_logits - normalizer[:, None]
+    return slots, Emitted(token, log_probability, sampled_log_probability, ended, top_token, top_log_probability)
 
 
 # The batch on the device
