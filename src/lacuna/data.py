@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -44,12 +44,12 @@ from lacuna.tokenizer import (
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 MAX_LINE_BYTES = 16 * 2**20
-PART_CHARACTERS, SEAM_CHARACTERS, BATCH_CHARACTERS = 2**15, 2**8, 2**20
+PART_CHARACTERS, SEAM_CHARACTERS = 2**15, 2**8
+BATCH_PARTS = 64  # to encode at once: enough to occupy the processors, and not more, as encodings take much memory
 SHOWN_BAD_ROWS = 5
 SHUFFLE_PASS, SHUFFLE_EPOCH, SHUFFLE_ROWS = 1, 2, 3
 BUCKETS = 8
 
-Row = dict[str, Any] | ValueError
 Used = TypeVar("Used")
 
 
@@ -91,33 +91,20 @@ class Batch(NamedTuple):
     position: Int[Array, "*rows token"]
 
 
-class Pieces(NamedTuple):
-    """Parts of documents: tokens `start` to `stop` of a source, whose loss counts from token `loss_start` on.
-
-    A piece of n + 1 tokens takes n slots of a row, as each slot holds a token and its successor.
-    """
-
-    source: Int[np.ndarray, " piece"]
-    start: Int[np.ndarray, " piece"]
-    stop: Int[np.ndarray, " piece"]
-    loss_start: Int[np.ndarray, " piece"]
-
-    @property
-    def slots(self) -> Int[np.ndarray, " piece"]:
-        return self.stop - self.start - 1
-
-    def take(self, which: Any) -> "Pieces":
-        return Pieces(*(column[which] for column in self))
+# Parts of documents, one a column: source, first token, end of its tokens, and the token that its loss counts from. A
+# piece of n + 1 tokens takes n slots of a row, as each slot holds a token and its successor.
+Pieces = Int[np.ndarray, "4 piece"]
 
 
-def joined_pieces(parts: Iterable[Pieces]) -> Pieces:
-    return Pieces(*map(np.concatenate, zip(*parts, strict=True)))
+def slots_of(pieces: Pieces) -> Int[np.ndarray, " piece"]:
+    _, start, stop, _ = pieces
+    return stop - start - 1
 
 
 # Reading
 
 
-def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
+def read_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
     """Each row with its origin for messages; what can't be read comes as a ValueError with the reason.
 
     Raises:
@@ -125,7 +112,8 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
     """
     files = local_files(source.path)
     if not files:
-        yield from table_rows(hub_table(source), f"{source.path} {source.split}")
+        for number, row in enumerate(hub_table(source), 1):
+            yield f"{source.path} {source.split} row {number}", row
     for file in files:
         rows = file_rows(file, source.text_column)
         yield next(rows, (str(file), ValueError("it holds no rows; fill it, or leave it out of the path")))
@@ -133,13 +121,15 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
 
 
 def usable(
-    rows: Iterable[tuple[str, Row]], use: Callable[[str, dict[str, Any]], Used], skip_bad: bool, bad: list[str]
+    rows: Iterable[tuple[str, Any]], use: Callable[[str, dict[str, Any]], Used], skip_bad: bool, bad: list[str]
 ) -> Iterator[Used]:
     """What `use` makes of each row. A row that can't be used raises UserError, or is added to `bad` with the reason."""
     for origin, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
+            if not isinstance(row, dict):
+                raise ValueError(f'it is {json.dumps(row):.40}, not an object such as {{"messages": [...]}}')
             yield use(origin, row)
         except UserError:
             raise
@@ -163,75 +153,71 @@ def local_files(path: str) -> list[Path]:
     return files
 
 
-def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Row]]:
+def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file, the last of them a ValueError if the file can't be read, or no further."""
     try:
         match file.suffix.lower():
             case ".jsonl":
                 yield from jsonl_rows(file)
-            case ".json":
-                yield from json_rows(file)
             case ".csv":
                 yield from csv_rows(file)
-            case ".parquet":
-                yield from parquet_rows(file)
             case ".txt":  # one document
-                if (text := decoded(file.read_bytes())).strip():
+                if (text := file.read_bytes().decode("utf-8-sig")).strip():
                     yield str(file), {text_column: text}
+            case _:
+                for number, row in enumerate(table_of(file), 1):
+                    yield f"{file} row {number}", row
     except ValueError as error:
-        yield str(file), error
+        fix = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        yield str(file), ValueError(f"{error}{fix}")
 
 
-def jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file's lines; of a line that is too long, and so may not fit in memory, only the number."""
     with file.open("rb") as stream:
-        for number, line in enumerate(bounded_lines(stream), 1):
-            if line.strip():
-                yield f"{file} line {number}", row_of_line(line)
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+            try:
+                if len(line) > MAX_LINE_BYTES:
+                    while line and not line.endswith(b"\n"):
+                        line = stream.readline(2**16)
+                    raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
+                if line.strip():
+                    yield f"{file} line {number}", parsed(line)
+            except ValueError as error:
+                yield f"{file} line {number}", error
 
 
-def bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; one that is too long, and so may not fit in memory, is cut a byte over the limit."""
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        yield line
-        if len(line) > MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(2**16)
-
-
-def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    rows = parsed(file.read_bytes())
-    if not isinstance(rows, list):
-        raise ValueError("it must hold one list of rows; name a file with one object per line .jsonl")
-    for number, row in enumerate(rows, 1):
-        yield f"{file} row {number}", row if isinstance(row, dict) else no_row(row)
-
-
-def csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a table whose first line names the columns; every value is text."""
     csv.field_size_limit(MAX_LINE_BYTES)
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+        table = csv.DictReader(lines, strict=True)
         try:
-            columns = next(reader, [])
-            for values in filter(None, reader):
-                wrong = ValueError(f"it has {len(values)} values for {len(columns)} columns")
-                row = dict(zip(columns, values, strict=False))
-                yield f"{file} line {reader.line_num}", row if len(values) == len(columns) else wrong
+            for row in table:
+                wrong = ValueError(f"it has not one value for each of {len(table.fieldnames or ())} columns")
+                yield f"{file} line {table.line_num}", wrong if None in (*row, *row.values()) else row
         except csv.Error as error:
-            yield f"{file} line {reader.line_num}", ValueError(f"broken CSV: {error}; what follows it is not read")
+            reason = f"broken CSV: {error}; what follows it is not read"
+            yield f"{file} line {table.reader.line_num}", ValueError(reason)
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def table_of(file: Path) -> Iterable[Any]:
+    """The rows of a parquet table or a JSON list."""
+    if file.suffix.lower() == ".parquet":
+        try:
+            return quiet_datasets().Dataset.from_parquet(str(file))
+        except Exception as error:  # of Arrow or Python, depending on what is broken
+            raise ValueError(f"not readable as parquet: {error.__cause__ or error}") from error
+    if not isinstance(rows := parsed(file.read_bytes()), list):
+        raise ValueError("it must hold one list of rows; name a file with one object per line .jsonl")
+    return rows
+
+
+def parsed(content: bytes) -> Any:
     try:
-        table = quiet_datasets().Dataset.from_parquet(str(file))
-    except Exception as error:  # of Arrow or Python, depending on what is broken
-        raise ValueError(f"not readable as parquet: {error.__cause__ or error}") from error
-    yield from table_rows(table, str(file))
-
-
-def table_rows(table: Iterable[Any], origin: str) -> Iterator[tuple[str, Row]]:
-    for number, row in enumerate(table, 1):
-        yield f"{origin} row {number}", row
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8: {error}") from error
 
 
 @lru_cache(maxsize=1)
@@ -265,57 +251,17 @@ def quiet_datasets() -> Any:
     return datasets
 
 
-def row_of_line(line: bytes) -> Row:
-    if len(line) > MAX_LINE_BYTES:
-        return ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
-    try:
-        row = parsed(line.rstrip(b"\r\n"))
-    except ValueError as error:
-        return error
-    return row if isinstance(row, dict) else no_row(row)
-
-
-def no_row(value: Any) -> ValueError:
-    return ValueError(f'it is {json.dumps(value):.40}, not an object such as {{"messages": [...]}}')
-
-
-def parsed(content: bytes) -> Any:
-    """The value of a JSON text; raises ValueError with the reason why there is none."""
-    text = decoded(content)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} at {place_after(text[: error.pos])}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON: {error}") from error
-
-
-def decoded(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = place_after(content[: error.start].decode("utf-8-sig"))
-        wrong = content[error.start : error.end]
-        raise ValueError(f"{wrong!r} at {place} is not UTF-8; save the file as UTF-8") from error
-
-
-def place_after(text: str) -> str:
-    """Line and column of what follows a text; the line only if it is not the first."""
-    line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
-    return f"line {line} column {column}" if line > 1 else f"column {column}"
-
-
 def split_bounds(source: DataSource) -> tuple[str, str]:
-    """Where the split of local files begins and ends, as in `train[:95%]`; both empty if it is all of them, or for a
-    data set on the hub, which is fetched as its split.
+    """Where the split of local files begins and ends, as in `train[:95%]`; a data set on the hub is fetched as its
+    split, and all of it is wanted.
 
     Raises:
         UserError: the split can't be read, or is not train.
     """
     if not local_files(source.path):
-        return "", ""
+        return "0%", "100%"
     if match := re.fullmatch(r"train(\[(-?\d+%?)?:(-?\d+%?)?\])?", source.split):
-        return match[2] or "", match[3] or ""
+        return match[2] or "0%", match[3] or "100%"
     raise UserError(
         f"split {source.split!r}: local files have only one split, train; write train, train[:95%] or train[100:200]"
     )
@@ -323,11 +269,7 @@ def split_bounds(source: DataSource) -> tuple[str, str]:
 
 def slice_between(bounds: tuple[str, str], count: int) -> slice:
     """The slice of `count` rows that the bounds of a split name, by number or in percent."""
-
-    def number(bound: str) -> int | None:
-        return round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound) if bound else None
-
-    return slice(*map(number, bounds))
+    return slice(*(round(int(each[:-1]) * count / 100) if each.endswith("%") else int(each) for each in bounds))
 
 
 # Encoding
@@ -364,13 +306,8 @@ def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train
 def checked_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{column} is {type(value).__name__}, not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise ValueError(
-            f"{column} holds {half!r} at character {error.start + 1}, half a character; remove it"
-        ) from error
+    if half := re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{column} holds {half[0]!r} at character {half.start() + 1}, half a character; remove it")
     return value
 
 
@@ -396,18 +333,6 @@ def seams(text: str, tokenizer: Tokenizer) -> Iterator[int]:
             left, right, both = (encode(tokenizer, each, add_special_tokens=False) for each in around)
             if np.array_equal(both, np.concatenate([left, right])):
                 yield cut
-
-
-def batches(parts: Iterable[Prepared]) -> Iterator[list[Prepared]]:
-    """Parts to encode at once: enough to occupy the processors, and not more, as encodings take much memory."""
-    batch, characters = [], 0
-    for part in parts:
-        batch.append(part)
-        characters += len(part.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
 
 
 def encode_parts(parts: Sequence[Prepared], tokenizer: Tokenizer) -> Iterator[EncodedText]:
@@ -489,7 +414,8 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
     ):
         rows = line.track(read_rows(source), description=escape(f"Encoding {source.path}"))
         documents = usable(rows, lambda _, row: prepare(row, source, tokenizer, train_on), skip_bad, bad)
-        for batch in batches(part for document in documents for part in parts(document, tokenizer)):
+        pieces = (part for document in documents for part in parts(document, tokenizer))
+        for batch in iter(lambda: list(islice(pieces, BATCH_PARTS)), []):
             for part, encoded in zip(batch, encode_parts(batch, tokenizer), strict=True):
                 token_file.write(encoded.token.tobytes())
                 supervised_file.write(encoded.supervised.tobytes())
@@ -533,35 +459,27 @@ def fit(documents: Documents, source: int, length: int) -> tuple[Pieces, Counter
     parts = [np.stack([start[fits], stop[fits], start[fits]])]
     facts = Counter(documents=len(slots), without_targets=int(np.sum(slots < 1)))
     for document in np.flatnonzero(slots > length):
-        supervised = documents.supervised[start[document] : stop[document]]
-        if documents.is_prompted[document] and not supervised[1:].all():
-            part = cut_left(supervised, length, facts)
-        else:
-            first = np.arange(0, slots[document], length)
-            part = np.stack([first, np.minimum(first + length, slots[document]) + 1, first])
+        first, end = start[document], stop[document]
+        context = first + np.flatnonzero(~documents.supervised[first:end])
+        if not documents.is_prompted[document] or documents.supervised[first + 1 : end].all():
+            begin = np.arange(first, end - 1, length)
+            parts.append(np.stack([begin, np.minimum(begin + length + 1, end), begin]))
             facts["split"] += 1
-        parts.append(start[document] + part)
+        elif end - context[-1] - 1 > length:
+            facts["answer_too_long"] += 1
+            facts["targets_cut"] += int(np.count_nonzero(documents.supervised[first + 1 : end]))
+        else:
+            begin = end - length - 1
+            loss_start = context[np.searchsorted(context, begin)]
+            parts.append(np.array([[begin], [end], [loss_start]]))
+            facts["prompt_cut"] += 1
+            facts["targets_cut"] += int(np.count_nonzero(documents.supervised[first + 1 : loss_start]))
     supervised_count = np.count_nonzero(documents.supervised[documents.start[0] : documents.start[-1]])
     first_count = np.count_nonzero(documents.supervised[start[start < stop]])  # a first token is never a target
     facts["target_tokens"] = int(supervised_count - first_count - facts["targets_cut"])
-    columns = np.concatenate(parts, axis=1)
-    pieces = Pieces(np.full(columns.shape[1], source), *columns)
-    facts["tokens"] = int(pieces.slots.sum())
+    pieces = np.insert(np.concatenate(parts, axis=1), 0, source, axis=0)
+    facts["tokens"] = int(slots_of(pieces).sum())
     return pieces, facts
-
-
-def cut_left(supervised: Bool[np.ndarray, " token"], length: int, facts: Counter[str]) -> Int[np.ndarray, "3 piece"]:
-    """Start, stop and loss_start of a document's last `length` slots; nothing if its last answer alone is longer."""
-    context = np.flatnonzero(~supervised)
-    if len(supervised) - context[-1] - 1 > length:
-        facts["answer_too_long"] += 1
-        facts["targets_cut"] += int(np.count_nonzero(supervised[1:]))
-        return np.zeros((3, 0), np.int64)
-    start = len(supervised) - length - 1
-    loss_start = context[np.searchsorted(context, start)]
-    facts["prompt_cut"] += 1
-    facts["targets_cut"] += int(np.count_nonzero(supervised[1:loss_start]))
-    return np.array([[start], [len(supervised)], [loss_start]])
 
 
 # Pieces to rows
@@ -640,7 +558,7 @@ class PackedRows:
     def _plan(self, epoch: int) -> tuple[Int[np.ndarray, " item"], Int[np.ndarray, " boundary"]]:
         """The epoch's pieces, row after row, and where each row begins among them."""
         items = self.mixture.epoch(epoch)
-        row_of = first_fit(self.pieces.slots[items], self.length) if self.is_packed else np.arange(len(items))
+        row_of = first_fit(slots_of(self.pieces)[items], self.length) if self.is_packed else np.arange(len(items))
         row_of = self.mixture.order(int(row_of.max(initial=-1)) + 1, SHUFFLE_ROWS, epoch)[row_of]
         return items[np.argsort(row_of, kind="stable")], np.append(0, np.cumsum(np.bincount(row_of)))
 
@@ -650,7 +568,7 @@ class PackedRows:
 
     def slot_count(self, epoch: int) -> int:
         """Slots of an epoch that hold a token."""
-        return int(self.pieces.slots[self.plan(epoch)[0]].sum())
+        return int(slots_of(self.pieces)[self.plan(epoch)[0]].sum())
 
     def epochs_before(self, row: int) -> float:
         """Epochs that are over before a row of the run."""
@@ -660,7 +578,7 @@ class PackedRows:
         """What a row of the run holds."""
         epoch, row = locate(row, self.size_of)
         items, start = self.plan(epoch)
-        return self.pieces.take(items[start[row] : start[row + 1]])
+        return self.pieces[:, items[start[row] : start[row + 1]]]
 
 
 class StreamRows:
@@ -675,7 +593,7 @@ class StreamRows:
     def _plan(self, epoch: int) -> tuple[Int[np.ndarray, " item"], Int[np.ndarray, " boundary"]]:
         """The epoch's documents, and the slot of the epoch where each begins."""
         items = self.mixture.epoch(epoch)
-        return items, np.append(0, np.cumsum(self.pieces.slots[items]))
+        return items, np.append(0, np.cumsum(slots_of(self.pieces)[items]))
 
     def row_count(self, epochs: int) -> int:
         """Full rows of the first `epochs` epochs, but one at least."""
@@ -687,22 +605,19 @@ class StreamRows:
 
     def pieces_of(self, row: int) -> Pieces:
         """What a row of the run holds."""
-        epoch, slot = locate(self.shuffled(row) * self.length, self.size_of)
-        parts, empty = [], self.length
-        while empty:
-            end = min(slot + empty, self.size_of(epoch))
-            parts.append(self.pieces_between(epoch, slot, end))
-            empty -= end - slot
-            epoch, slot = epoch + 1, 0
-        return joined_pieces(parts)
-
-    def pieces_between(self, epoch: int, slot: int, end: int) -> Pieces:
-        """The documents in these slots of an epoch, the first and the last cut to them."""
-        items, begin = self.plan(epoch)
-        inside = slice(np.searchsorted(begin, slot, "right") - 1, np.searchsorted(begin, end))
-        source, first, stop, _ = self.pieces.take(items[inside])
-        start = first + np.maximum(slot - begin[inside], 0)
-        return Pieces(source, start, np.minimum(first + end - begin[inside] + 1, stop), start)
+        place = self.shuffled(row) * self.length
+        end, parts = place + self.length, []
+        while place < end:
+            epoch, slot = locate(place, self.size_of)
+            stop_slot = min(slot + end - place, self.size_of(epoch))
+            items, begin = self.plan(epoch)
+            inside = slice(np.searchsorted(begin, slot, "right") - 1, np.searchsorted(begin, stop_slot))
+            source, first, stop, _ = self.pieces[:, items[inside]]
+            start = first + np.maximum(slot - begin[inside], 0)
+            stop = np.minimum(first + stop_slot - begin[inside] + 1, stop)
+            parts.append(np.stack([source, start, stop, start]))
+            place += stop_slot - slot
+        return np.concatenate(parts, axis=1)
 
     def shuffled(self, row: int) -> int:
         """The row of the line that is taken as row `row`: those that lie within one epoch trade places."""
@@ -710,21 +625,6 @@ class StreamRows:
         before = row * self.length - slot
         first, end = math.ceil(before / self.length), (before + self.size_of(epoch)) // self.length
         return first + int(self.order(end - first, SHUFFLE_ROWS, epoch)[row - first]) if row < end else row
-
-
-def make_batch(rows: Sequence[Pieces], documents: Sequence[Documents], shape: tuple[int, int]) -> Batch:
-    """Rows as arrays of `shape`, which may have room for more rows and slots."""
-    arrays: Any = [np.zeros(shape, np.float32 if name == "weight" else np.int32) for name in Batch._fields]
-    batch = Batch(*arrays)
-    for row, pieces in enumerate(rows):
-        slot = 0
-        for number, (source, start, stop, loss_start) in enumerate(zip(*pieces, strict=True), 1):
-            token, supervised = documents[source].token[start:stop], documents[source].supervised[start:stop]
-            here = (row, slice(slot, slot := slot + stop - start - 1))
-            batch.token[here], batch.target[here] = token[:-1], token[1:]
-            batch.weight[here] = supervised[1:] & (np.arange(start + 1, stop) >= loss_start)
-            batch.segment[here], batch.position[here] = number, np.arange(stop - start - 1)
-    return batch
 
 
 @dataclass(frozen=True)
@@ -746,10 +646,21 @@ class Dataset:
         rows = [self.rows.pieces_of(row) for row in range(first, end if row_limit is None else min(end, row_limit))]
         length = self.rows.length
         if isinstance(self.rows, PackedRows) and not self.rows.is_packed:
-            longest = max((int(pieces.slots.max()) for pieces in rows), default=1)
+            longest = max((int(slots_of(pieces).max()) for pieces in rows), default=1)
             bucket = math.ceil(length / BUCKETS)
             length = min(length, math.ceil(longest / bucket) * bucket)
-        return make_batch(rows, self.documents, (batch_size, length))
+        shape = batch_size, length
+        arrays: Any = [np.zeros(shape, np.float32 if name == "weight" else np.int32) for name in Batch._fields]
+        batch = Batch(*arrays)
+        for row, pieces in enumerate(rows):
+            slot = 0
+            for number, (source, start, stop, loss_start) in enumerate(pieces.T.tolist(), 1):
+                token, supervised = (column[start:stop] for column in self.documents[source][:2])
+                here = (row, slice(slot, slot := slot + stop - start - 1))
+                batch.token[here], batch.target[here] = token[:-1], token[1:]
+                batch.weight[here] = supervised[1:] & (np.arange(start + 1, stop) >= loss_start)
+                batch.segment[here], batch.position[here] = number, np.arange(stop - start - 1)
+        return batch
 
 
 def load_dataset(
@@ -779,11 +690,9 @@ def load_dataset(
         parts.append(pieces)
         facts += counted
     weights = tuple(source.weight for source in sources)
-    mixture = Mixture(tuple(len(each.start) for each in parts), weights, config.seed, is_shuffled)
-    if is_stream:
-        rows = StreamRows(joined_pieces(parts), mixture, config.sequence_length)
-    else:
-        rows = PackedRows(joined_pieces(parts), mixture, config.sequence_length, is_packed)
+    pieces, length = np.concatenate(parts, axis=1), config.sequence_length
+    mixture = Mixture(tuple(part.shape[1] for part in parts), weights, config.seed, is_shuffled)
+    rows = StreamRows(pieces, mixture, length) if is_stream else PackedRows(pieces, mixture, length, is_packed)
     return Dataset(rows, tuple(documents), facts)
 
 

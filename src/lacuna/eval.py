@@ -35,7 +35,7 @@ from lacuna.data import (
 from lacuna.distributed import Watchdog, is_first, put_batch, row_shards
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, generation_defaults, power_of_two, slots_for
-from lacuna.tokenizer import Message, Tokenizer, check_message, encode, render
+from lacuna.tokenizer import Message, Tokenizer, check_messages, encode, render
 from lacuna.trainer import Evaluation
 
 ReportProgress = Callable[[int, int], None]  # called with how much is done, and of how much
@@ -198,8 +198,7 @@ def question_and_answer(row: dict[str, Any], source: DataSource, prompt_template
             f"no problem in the columns {', '.join(row) or '(none)'}: {source.messages_column} is wanted, or "
             f"{source.prompt_column} with {source.completion_column}; set prompt_column and the like"
         )
-    for number, message in enumerate(messages, 1):
-        check_message(f"message {number}", message)
+    check_messages(messages, None)
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
         *messages, last = messages
         answer = last["content"]

@@ -9,9 +9,10 @@ import datetime
 import json
 import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -84,6 +85,13 @@ def load_tokenizer(directory: Path, chat_template: str = "", template_date: str 
         for name, token in settings.items()
         if name.endswith("_token") and isinstance(token, str | dict)
     }
+    ids = {name: backend.token_to_id(token) for name, token in special_tokens.items()}
+    for name in ("bos_token", "eos_token"):
+        if name in ids and ids[name] is None:
+            raise UserError(
+                f"{directory}: {name} {special_tokens[name]!r} is not in tokenizer.json; "
+                "do tokenizer_config.json and tokenizer.json belong to the same model?"
+            )
     source, origin = find_template(directory, settings, chat_template)
     added_tokens = (token.content for token in backend.get_added_tokens_decoder().values())
     written = sorted((token for token in added_tokens if not token.isspace()), key=len, reverse=True)
@@ -93,8 +101,8 @@ def load_tokenizer(directory: Path, chat_template: str = "", template_date: str 
         template=compile_template(source, origin, template_date) if source else None,
         template_source=source,
         special_tokens=special_tokens,
-        bos_id=token_id(backend, special_tokens, "bos_token", directory),
-        eos_id=token_id(backend, special_tokens, "eos_token", directory),
+        bos_id=ids.get("bos_token"),
+        eos_id=ids.get("eos_token"),
         vocabulary_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         end_of_turn=re.compile(rf"\s*({'|'.join(map(re.escape, written)) or '(?!)'})"),
     )
@@ -128,17 +136,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
-
-
-def token_id(backend: tokenizers.Tokenizer, special_tokens: dict[str, str], name: str, directory: Path) -> int | None:
-    if name not in special_tokens:
-        return None
-    if (found := backend.token_to_id(special_tokens[name])) is None:
-        raise UserError(
-            f"{directory}: {name} {special_tokens[name]!r} is not in tokenizer.json; "
-            "do tokenizer_config.json and tokenizer.json belong to the same model?"
-        )
-    return found
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
@@ -188,47 +185,31 @@ def compile_template(source: str, origin: Path, template_date: str) -> jinja2.Te
 
 
 def check_messages(messages: Any, tools: Any) -> None:
-    """Raises ValueError with the reason why a chat can't be learned from."""
+    """Raises ValueError with the reason why these are not the messages and tools of a chat."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"messages is {messages!r:.40}, not a list of messages, so nothing to learn from; drop the line"
         )
     for number, message in enumerate(messages, 1):
-        check_message(f"message {number}", message)
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise ValueError("no assistant message, so nothing to learn from; drop the line or add an answer")
-    if roles.count("system") > 1:
-        raise ValueError(f"{roles.count('system')} system messages; join them into one")
+        where = f"message {number}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where} is {type(message).__name__}, not an object with role and content")
+        role, calls, content = (message.get(key) for key in ("role", "tool_calls", "content"))
+        if role not in ROLES:
+            raise ValueError(f"{where}: role {role!r} is unknown; write one of {', '.join(ROLES)}")
+        if calls is not None and not (isinstance(calls, list) and all(called_name(call) for call in calls)):
+            raise ValueError(f"{where}: tool_calls is not a list of objects with the name of a function")
+        texts = {key: message[key] for key in REASONING_KEYS if message.get(key) is not None}
+        for key, text in (texts if content is None and calls else texts | {"content": content}).items():
+            if not isinstance(text, str):
+                raise ValueError(f"{where} ({role}): {key} is {type(text).__name__}, not a string")
+    if (count := [message["role"] for message in messages].count("system")) > 1:
+        raise ValueError(f"{count} system messages; join them into one")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"tools is {type(tools).__name__}, not a list of objects")
-    try:
-        text = json.dumps([messages, tools], ensure_ascii=False)
-        text.encode()
-    except TypeError as error:
-        raise ValueError(f"messages hold what JSON can't express: {error}") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"lone surrogate {error.object[error.start]!r}, which is half a character; remove it"
-        ) from error
-    if mark := re.search(f"[{BLANK}{OPEN}{CLOSE}]", text):
-        raise ValueError(f"U+{ord(mark[0]):04X} is not a character of Unicode and is used as a mark here; remove it")
-
-
-def check_message(where: str, message: Any) -> None:
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is {type(message).__name__}, not an object with role and content")
-    role, calls = message.get("role"), message.get("tool_calls")
-    if role not in ROLES:
-        raise ValueError(f"{where}: role {role!r} is unknown; write one of {', '.join(ROLES)}")
-    if calls is not None and not (isinstance(calls, list) and all(called_name(call) for call in calls)):
-        raise ValueError(f"{where}: tool_calls is not a list of objects with the name of a function")
-    content = message.get("content")
-    if not isinstance(content, str) and not (content is None and calls):
-        raise ValueError(f"{where} ({role}): content is {type(content).__name__}, not a string")
-    for key in REASONING_KEYS:
-        if not isinstance(message.get(key), str | None):
-            raise ValueError(f"{where} ({role}): {key} is {type(message[key]).__name__}, not a string")
+    text = json.dumps([messages, tools], ensure_ascii=False, default=str)
+    if wrong := re.search(f"[{BLANK}{OPEN}{CLOSE}\ud800-\udfff]", text):
+        raise ValueError(f"U+{ord(wrong[0]):04X} is half a character or none at all; remove it")
 
 
 def called_name(call: Any) -> str:
@@ -279,16 +260,19 @@ def chat_spans(tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainO
     """The rendered chat and the ranges of its characters that the model learns: what it would have generated, each
     answer with its end-of-turn token. Raises ValueError with the reason if they can't be found for certain."""
     check_messages(messages, tools)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise ValueError("no assistant message, so nothing to learn from; drop the line or add an answer")
     marked = render(tokenizer, messages, tools, generation_start=OPEN, generation_end=CLOSE)
     text = marked.replace(OPEN, "").replace(CLOSE, "")
     if train_on == "all":
         return text, [(0, len(text))]
     if OPEN in marked:
-        spans = marked_spans(marked)
+        edges = accumulate(map(len, re.split(f"[{OPEN}{CLOSE}]", marked)))
+        spans = list(zip(edges, edges, strict=False))  # without the piece after the last mark
         return text, spans[-1:] if train_on == "last" else spans
     prompted = render(tokenizer, messages, tools, add_generation_prompt=True)
     header = prompted.removeprefix(text) if prompted.startswith(text) else ""
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for turn in turns[-1:] if train_on == "last" else turns:
         try:
@@ -300,20 +284,16 @@ def chat_spans(tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainO
     return text, spans
 
 
-def marked_spans(marked: str) -> list[Span]:
-    """The ranges between the marks of `{% generation %}`, counted without the marks."""
-    before, *segments = marked.split(OPEN)
-    position, spans = len(before), []
-    for segment in segments:
-        inside, outside = segment.split(CLOSE)
-        spans.append((position, position + len(inside)))
-        position += len(inside) + len(outside)
-    return spans
-
-
 def turn_span(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn: int, text: str, header: str) -> Span:
-    """The range of one answer in `text`; `header` is what the template writes to prompt for an answer."""
-    before, after = around_answer(tokenizer, messages, tools, turn)
+    """The range of one answer in `text`, found by rendering a mark in place of its content; `header` is what the
+    template writes to prompt for an answer. Raises ValueError if it can't be found for certain, or is not written."""
+    answer = messages[turn]
+    blank = {key: value for key, value in answer.items() if key not in (*REASONING_KEYS, "tool_calls")}
+    blanked = [*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]]
+    before, *afters = render(tokenizer, blanked, tools).split(BLANK)
+    if len(afters) != 1:
+        raise ValueError(f"the chat template writes its content {len(afters)} times")
+    after = afters[0]
     end_of_turn = tokenizer.end_of_turn.match(after)
     if end_of_turn is None:
         raise ValueError(
@@ -333,18 +313,13 @@ def turn_span(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn:
         start = len(prompt) if text.startswith(prompt) else None
     if start is None or start > content_end:
         raise ValueError("its beginning is not where the chat template would prompt for it")
-    check_written(messages[turn], text[start:content_end])
+    written = text[start:content_end]
+    names = [called_name(call) for call in answer.get("tool_calls") or []]
+    if missing := [name for name in names if name not in written]:
+        raise ValueError(f"the chat template does not write its call of {missing[0]!r}")
+    if not names and str(answer["content"]).split("</think>")[-1].strip() not in written:
+        raise ValueError("the chat template does not write its content as it is")
     return start, content_end + end_of_turn.end()
-
-
-def around_answer(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn: int) -> tuple[str, str]:
-    """What the template writes before and after the content of an answer, found by rendering a mark in its place."""
-    blank = {key: value for key, value in messages[turn].items() if key not in (*REASONING_KEYS, "tool_calls")}
-    blanked = [*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]]
-    before, *after = render(tokenizer, blanked, tools).split(BLANK)
-    if len(after) != 1:
-        raise ValueError(f"the chat template writes its content {len(after)} times")
-    return before, after[0]
 
 
 def start_after_header(before: str, header: str, end_of_turn: str) -> int | None:
@@ -357,35 +332,21 @@ def start_after_header(before: str, header: str, end_of_turn: str) -> int | None
     return len(before) if any(before.endswith(header[:size]) for size in range(1, len(header))) else None
 
 
-def check_written(message: Message, written: str) -> None:
-    """Raises ValueError if the template left out a tool call of an answer, or wrote its content differently."""
-    names = [called_name(call) for call in message.get("tool_calls") or []]
-    if missing := [name for name in names if name not in written]:
-        raise ValueError(f"the chat template does not write its call of {missing[0]!r}")
-    if not names and str(message["content"]).split("</think>")[-1].strip() not in written:
-        raise ValueError("the chat template does not write its content as it is")
-
-
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Int[np.ndarray, " token"]:
     """Token ids; `add_special_tokens` adds the BOS that the tokenizer asks for, which a rendered chat already has."""
     return np.array(tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
 
 
-def encode_spans(
-    tokenizer: Tokenizer, texts: Sequence[tuple[str, list[Span]]], add_special_tokens: bool = False
-) -> list[EncodedText]:
+def encode_spans(tokenizer: Tokenizer, texts: Sequence[tuple[str, list[Span]]]) -> Iterator[EncodedText]:
     """Each text encoded as a whole, with the tokens supervised that lie wholly within one of its spans."""
-    encodings = tokenizer.backend.encode_batch([text for text, _ in texts], add_special_tokens=add_special_tokens)
-    return [mask(encoding, spans) for encoding, (_, spans) in zip(encodings, texts, strict=True)]
-
-
-def mask(encoding: tokenizers.Encoding, spans: list[Span]) -> EncodedText:
-    token_start, token_end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    span_start, span_end = np.array([(-1, -1), *spans], np.int64).T
-    inside = token_end <= span_end[np.searchsorted(span_start, token_start, "right") - 1]
-    touched = token_start < span_end[np.searchsorted(span_start, token_end, "left") - 1]
-    supervised = inside & (token_end > token_start)
-    return EncodedText(np.array(encoding.ids, np.int32), supervised, int(np.sum(touched & ~supervised)))
+    encodings = tokenizer.backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
+    for encoding, (_, spans) in zip(encodings, texts, strict=True):
+        token_start, token_end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        span_start, span_end = np.array([(-1, -1), *spans], np.int64).T
+        inside = token_end <= span_end[np.searchsorted(span_start, token_start, "right") - 1]
+        touched = token_start < span_end[np.searchsorted(span_start, token_end, "left") - 1]
+        supervised = inside & (token_end > token_start)
+        yield EncodedText(np.array(encoding.ids, np.int32), supervised, int(np.sum(touched & ~supervised)))
 
 
 def decode(
