@@ -335,17 +335,17 @@ def seams(text: str, tokenizer: Tokenizer) -> Iterator[int]:
                 yield cut
 
 
-def encode_parts(parts: Sequence[Prepared], tokenizer: Tokenizer) -> Iterator[EncodedText]:
-    """The tokens of each part; those of an answer to a prompt up to the last that is supervised."""
-    for part, encoded in zip(parts, encode_spans(tokenizer, [(part.text, part.spans) for part in parts]), strict=True):
-        framed = [part.before, encoded.token, part.after]
-        token = np.concatenate(framed, dtype=np.int32, casting="unsafe")
-        supervised = np.repeat([False, True], [len(part.before), len(token) - len(part.before)])
-        if part.is_prompted:
-            supervised[len(part.before) : len(token) - len(part.after)] = encoded.supervised
-            length = np.max(np.flatnonzero(supervised) + 1, initial=0)
-            token, supervised = token[:length], supervised[:length]
-        yield EncodedText(token, supervised, encoded.straddling_count)
+def encode_parts(parts: Iterator[Prepared], tokenizer: Tokenizer) -> Iterator[tuple[Prepared, EncodedText]]:
+    """Each part with its tokens; those of an answer to a prompt up to the last that is supervised."""
+    for batch in iter(lambda: list(islice(parts, BATCH_PARTS)), []):
+        for part, encoded in zip(batch, encode_spans(tokenizer, [part[:2] for part in batch]), strict=True):
+            token = np.concatenate([part.before, encoded.token, part.after], dtype=np.int32, casting="unsafe")
+            supervised = np.arange(len(token)) >= len(part.before)
+            if part.is_prompted:
+                supervised[len(part.before) : len(token) - len(part.after)] = encoded.supervised
+                length = np.max(np.flatnonzero(supervised) + 1, initial=0)
+                token, supervised = token[:length], supervised[:length]
+            yield part, EncodedText(token, supervised, encoded.straddling_count)
 
 
 # The cache
@@ -415,16 +415,15 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
         rows = line.track(read_rows(source), description=escape(f"Encoding {source.path}"))
         documents = usable(rows, lambda _, row: prepare(row, source, tokenizer, train_on), skip_bad, bad)
         pieces = (part for document in documents for part in parts(document, tokenizer))
-        for batch in iter(lambda: list(islice(pieces, BATCH_PARTS)), []):
-            for part, encoded in zip(batch, encode_parts(batch, tokenizer), strict=True):
-                token_file.write(encoded.token.tobytes())
-                supervised_file.write(encoded.supervised.tobytes())
-                digest.update(encoded.token.tobytes() + encoded.supervised.tobytes())
-                straddling += encoded.straddling_count
-                end += len(encoded.token)
-                if part.is_last:
-                    start.append(end)
-                    is_prompted.append(part.is_prompted)
+        for part, (token, supervised, straddling_count) in encode_parts(pieces, tokenizer):
+            token_file.write(token.tobytes())
+            supervised_file.write(supervised.tobytes())
+            digest.update(token.tobytes() + supervised.tobytes())
+            straddling += straddling_count
+            end += len(token)
+            if part.is_last:
+                start.append(end)
+                is_prompted.append(part.is_prompted)
     np.array(start, np.int64).tofile(directory / "start")
     np.array(is_prompted, np.bool_).tofile(directory / "is_prompted")
     facts = {
