@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lacuna import checkpoint, trainer
+from lacuna import checkpoint, sampler, trainer
 from lacuna.apps.configs import PlanKeys
 from lacuna.apps.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
 from lacuna.attention import fused_attention
@@ -33,17 +33,6 @@ from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss, slot_count, update_shape
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, check_sequence_length, parameter_counts
-from lacuna.sampler import (
-    PREFILL_PAGES,
-    Request,
-    cast_params,
-    decode_block,
-    empty_slots,
-    fill_cache,
-    rules_of,
-    slots_for,
-    stacked,
-)
 from lacuna.trainer import TrainState, everywhere
 
 MOST_ROWS = 64  # the largest micro-batch that is tried
@@ -269,7 +258,7 @@ def rows_program(config: RowsConfig, model: ModelConfig, mesh: Mesh, state: Trai
 def abstract_slots(config: GrpoConfig, model: ModelConfig, mesh: Mesh) -> Any:
     """The batch of the sampler, with the largest cache that a run comes to need."""
     count, pages = slot_count(config, mesh), math.ceil(config.sequence_length / PAGE)
-    slots = jax.eval_shape(partial(empty_slots, model, count, pages, config.compute_dtype))
+    slots = jax.eval_shape(partial(sampler.empty_slots, model, count, pages, config.compute_dtype))
     slots = placed(slots, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
     return slots._replace(cache=placed(slots.cache, NamedSharding(mesh, PartitionSpec(ROW_AXES, "tensor"))))
 
@@ -279,20 +268,25 @@ def grpo_programs(
 ) -> Iterator[Program]:
     """Prefill, decoding and the update, each beside what the other two keep on the devices."""
     slots, pages = abstract_slots(config, model, mesh), math.ceil(config.sequence_length / PAGE)
-    casting = cast_params.trace(state.params, model, config.compute_dtype)
+    casting = sampler.cast_params.trace(state.params, model, config.compute_dtype)
     params = placed(casting.out_info, casting.lower().compile().output_shardings)
     weights, generating = device_bytes(params), device_bytes((params, slots))
     training = device_bytes(state) + weights * (config.kl_weight > 0)  # with the starting policy
     prompt = math.ceil((config.sequence_length - config.max_completion_tokens) / PAGE) * PAGE
-    rows = slots_for(min(config.prompts_per_step, max(PREFILL_PAGES // pages, 1)), mesh)
+    rows = sampler.slots_for(min(config.prompts_per_step, max(sampler.PREFILL_PAGES // pages, 1)), mesh)
     token = jax.ShapeDtypeStruct((rows, prompt), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES)))
     beside = training + generating - weights
-    yield compiled("prefill", f"{rows} prompts of {prompt:,} tokens", fill_cache, params, token, model, beside=beside)
+    yield compiled(
+        "prefill", f"{rows} prompts of {prompt:,} tokens", sampler.fill_cache, params, token, model, beside=beside
+    )
     count = len(slots.token)
-    rules, is_wanted = stacked([rules_of(Request((0,)), 0, capacity=1)] * count), np.ones(count, bool)
+    rules, is_wanted = (
+        sampler.stacked([sampler.rules_of(sampler.Request((0,)), 0, capacity=1)] * count),
+        np.ones(count, bool),
+    )
     arguments = params, slots, rules, None, is_wanted, np.int32(1), np.int32(1), model
     scope = f"a token in each of {count:,} slots of {pages * PAGE:,}"
-    yield compiled("decode", scope, decode_block, *arguments, beside=training)
+    yield compiled("decode", scope, sampler.decode_block, *arguments, beside=training)
     shape = update_shape(config, mesh)
     batch, loss = abstract_batch(RolloutBatch, shape, mesh), policy_loss(config)
     arguments = state, batch, np.float32(1), recipe, model, config.compute_dtype, loss, np.int32(1)

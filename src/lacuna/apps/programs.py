@@ -127,7 +127,7 @@ def trips(loop: Instruction, computations: Computations) -> int:
     return max((int(number) for number in written if number.isdecimal()), default=1)
 
 
-def parts_of(instruction: Instruction, computations: Computations) -> list[Computation]:
+def computations_in(instruction: Instruction, computations: Computations) -> list[Computation]:
     """The computations inside an instruction."""
     return [computations[name] for name in instruction.called if name in computations]
 
@@ -142,7 +142,7 @@ def moved_bytes(computations: Computations) -> float:
             if each.kind in MOVES_NOTHING or each.kind.endswith("-done"):
                 continue
             if each.kind == "fusion":
-                total += times * fusion_bytes(each, parts_of(each, computations)[0])
+                total += times * fusion_bytes(each, computations_in(each, computations)[0])
             elif each.kind in ("dynamic-slice", "gather", "slice"):
                 total += times * 2 * each.stored_bytes
             elif each.kind in IN_PLACE:
@@ -194,7 +194,7 @@ def recomputed_flops(computations: Computations) -> float:
     for name, times in runs_of(computations).items():
         copies: dict[str, list[float]] = defaultdict(list)
         for each in computations[name].values():
-            inside = parts_of(each, computations) if each.kind == "fusion" else [{each.name: each}]
+            inside = computations_in(each, computations) if each.kind == "fusion" else [{each.name: each}]
             here = computations[name] if each.kind != "fusion" else {}
             flops = (dot_flops(x, here | part) for part in inside for x in part.values() if x.kind == "dot")
             copies[each.name.partition(".remat")[0]].append(sum(flops))
@@ -233,7 +233,7 @@ def communicating(computations: Computations) -> Iterator[tuple[Instruction, int
             if each.is_communication:
                 yield each, times, each.kind.endswith("-start") and is_beside_work(order[place:], computations)
             elif each.kind in ("fusion", "custom-call"):
-                for inner in (inner for part in parts_of(each, computations) for inner in part.values()):
+                for inner in (inner for part in computations_in(each, computations) for inner in part.values()):
                     channel = re.search(r"channel_id=\d+|$", inner.text)
                     assert channel
                     if inner.is_communication and channel[0] not in fused:
@@ -248,7 +248,7 @@ def is_beside_work(order: list[Instruction], computations: Computations) -> bool
     for each in order[1:]:
         if order[0].name in each.operands:
             return False
-        inside = [inner for part in parts_of(each, computations) for inner in part.values()]
+        inside = [inner for part in computations_in(each, computations) for inner in part.values()]
         is_kernel = each.kind == "custom-call" and not re.search(r'target="(AllocateBuffer|ConcatBitcast)"', each.text)
         if is_kernel or any(part.kind in work for part in (each, *inside)):
             return True
