@@ -292,7 +292,7 @@ def write_evaluation() -> None:
 
 @torch.no_grad()
 def write_choices() -> None:
-    """Each choice behind its prompt and a space, in a row of its own."""
+    """Each choice after its prompt and a space, in a row of its own."""
     folder = SHELF / "weights" / "stories260k"
     tokenizer, model = Tokenizer.from_file(str(folder / "tokenizer.json")), load(folder)
     rows = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import transformers  # ty: ignore[import-not-found]
 
 TOKENIZERS = ("qwen2.5", "qwen3", "llama-3.2", "tinyllama-1.1b-chat", "minimind-6400")
-# transformers 5 builds this one anew in place of reading tokenizer.json, and gives other ids around special tokens.
+# transformers 5 rebuilds this one instead of reading tokenizer.json, and gives other ids around special tokens.
 READ_AS_IT_IS = ("tinyllama-1.1b-chat",)
 DATE = "26 Jul 2024"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training run as a SLURM job that goes on by itself after preemption and its time limit:
+# A training run as a SLURM job that resumes by itself after preemption and its time limit:
 #   sbatch scripts/slurm.sh sft @ configs/sft_qwen.toml --run-name qwen
 # Options of sbatch before the script win over those below: sbatch --nodes 4 --time 2-00:00 scripts/slurm.sh sft …
 # Submit it from this repository's root, on a file system that all nodes share, after `uv sync --extra cuda` there.
@@ -19,7 +19,7 @@
 # Without B: in front, that signal goes to the tasks alone, 120 s (and up to a minute more) before the time limit: they
 # save and end well, and this script requeues the job if steps are left. After preemption, or when the node of this
 # script is lost, SLURM requeues the job itself. scancel ends this script too, and a failure ends it at srun's line, so
-# neither comes back; after a failure that is mended, submit the same line again.
+# neither comes back; once the failure is fixed, submit the same line again.
 set -euo pipefail
 directory=$(uv run python -c '
 import sys

@@ -62,7 +62,7 @@ def run_config(small: Path, rewards_file: Path, **changes: Any) -> GrpoConfig:
 
 
 def samples_of(inputs: dict[str, Any]) -> list[Sample]:
-    """The reference's completions as groups of two, each behind a prompt of three tokens."""
+    """The reference's completions as groups of two, each after a prompt of three tokens."""
     return [
         Sample(
             step=1, place=number // 2, index=number % 2, origin="", prompt_tokens=(1, 2, 3), tokens=(5,) * length,

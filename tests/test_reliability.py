@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, filled up or hung at any point, alone and as several processes, and go on exactly."""
+"""Runs that are killed, stopped, filled up or hung at any point, alone and as several processes, and resume exactly."""
 
 import json
 import os

@@ -101,7 +101,7 @@ def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(sma
 
 
 @pytest.mark.parametrize("place", ["prepare", "evaluate"])
-def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_go_on(
+def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_resume(
     small: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)

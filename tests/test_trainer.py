@@ -241,7 +241,7 @@ def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
 # Whole runs
 
 
-def test_another_learning_rate_or_seed_compiles_nothing_anew() -> None:
+def test_another_learning_rate_or_seed_compiles_nothing_again() -> None:
     model = read_model_config(REFERENCE / "qwen3")
     state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     batch = random_batch(0, 1, 2, 8, model.vocabulary_size)

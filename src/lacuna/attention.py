@@ -1,6 +1,6 @@
 """Attention over packed rows: one function with three backends, chosen by device.
 
-- cudnn: NVIDIA's fused kernel, told where the documents of packed rows are, on Hopper and newer.
+- cudnn: NVIDIA's fused kernel, given the bounds of the documents in packed rows, on Hopper and newer.
 - splash: the TPU kernel that comes with JAX, with segment ids.
 - xla: block by block, everywhere.
 

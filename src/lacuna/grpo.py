@@ -199,7 +199,7 @@ INTEGERS = ("token", "target", "segment", "position", "prompt_offset")
 
 
 def shares_prompts(model: ModelConfig) -> bool:
-    """Whether attention can let several completions go on from one prompt."""
+    """Whether attention can let several completions continue one prompt."""
     return model.attention == "xla"
 
 
@@ -241,7 +241,7 @@ def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], flo
 
 
 def parts_of_group(group: Group, capacity: int, is_shared: bool) -> Iterator[Group]:
-    """The samples of a prompt that may stand in one row with it."""
+    """The samples of a prompt that may share one row with it."""
     if not is_shared:
         yield from ([sample] for sample in group)
         return

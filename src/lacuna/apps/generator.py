@@ -21,7 +21,7 @@ class Generator(NamedTuple):
 
 
 def load_generator(config: GenerationConfig, slots: int) -> Generator:
-    """The model of a page with a sampler of that many slots over all devices.
+    """The model of a config with a sampler of that many slots over all devices.
 
     Raises:
         UserError: whatever about model, devices or memory can't be used.
@@ -51,6 +51,6 @@ def rules_by_origin(config: SamplingKeys, defaults: SamplingKeys) -> str:
 
 
 def rules_in_force(config: SamplingKeys, defaults: SamplingKeys) -> SamplingKeys:
-    """What the user set on a page, the model's defaults for all else."""
+    """What the user set in a config, the model's defaults for all else."""
     chosen = {name: getattr(config, name) for name in config.model_fields_set if name in SamplingKeys.model_fields}
     return defaults.model_copy(update=chosen)
