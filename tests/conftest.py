@@ -18,11 +18,7 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
-from lacuna.config import (
-    PretrainConfig,  # noqa: E402
-    SftConfig,  # noqa: E402
-    TrainingConfig,  # noqa: E402
-)
+from lacuna.config import PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
 from lacuna.metrics import RunLog  # noqa: E402
 
 settings.register_profile("suite", deadline=None)  # a busy machine is no failure

@@ -133,9 +133,8 @@ def train_step(
         }
         return jax.tree.map(jnp.add, total[0], gradient), total[1] + value, facts
 
-    facts = jax.eval_shape(lambda: micro_batch_loss(compute, 0)[1])
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state.params), jnp.zeros(()), facts
-    zero = (*zero[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), facts))
+    value, facts = jax.eval_shape(lambda: micro_batch_loss(compute, 0))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (state.params, value, facts))
     micro_batches = batch.token.shape[0] if count is None else count
     gradient, value, facts = jax.lax.fori_loop(0, micro_batches, add_micro_batch, zero)
     value, share = value / divisor, 1 / divisor
