@@ -620,7 +620,7 @@ class RolloutSteps:
         return group_by_prompt(samples), seconds
 
     def report_completion(self, completion: Completion) -> None:
-        """Tell the watchdog of a completion; the first step may take its time to compile."""
+        """Report progress to the watchdog; the first step may take its time to compile."""
         if self.run.first_step_seconds is not None:
             self.run.watchdog.report_progress()
 
