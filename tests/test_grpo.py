@@ -1,7 +1,8 @@
 """GRPO against TRL's loss, formulas in NumPy, and itself: packed, accumulated, sharded, resumed, replayed."""
 
 import json
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
 from lacuna.eval import Problem
 from lacuna.grpo import Sample, rewards_of
-from lacuna.metrics import read_json_lines
+from lacuna.metrics import LineFile, drop_later_steps, read_json_lines
 from lacuna.model import embed, forward, head_of
 from lacuna.sampler import Sampler
 
@@ -449,8 +450,10 @@ def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, on
 def test_a_rollout_with_any_text_is_kept_and_cut(tmp_path: Path) -> None:
     sample = Sample(1, 0, 0, "", (1,), (2,), "a\u2028b\x85\r\nc", (0.0,), (0.0,), False, {}, 0.0, 0.0)
     path = tmp_path / "rollouts.jsonl"
-    grpo.write_rollouts(path, [[sample], [replace(sample, step=2)]])
-    grpo.keep_rollouts(path, 1)
+    with closing(LineFile(path)) as lines:
+        for each in (sample, replace(sample, step=2)):
+            lines.write(json.dumps(asdict(each), ensure_ascii=False))
+    drop_later_steps(path, 1)
     (line,) = read_json_lines(path)
     assert line["text"] == sample.text
 

@@ -298,7 +298,9 @@ def start(command: str, arguments: list[str]) -> None:
             print("\nEvery option of a command, with the value now in force: lacuna COMMAND --help")
             return
         if command not in COMMANDS:
-            raise UserError(f"{command} is not a command of lacuna{did_you_mean(command, COMMANDS)}")
+            raise UserError(
+                f"{command} is not a command of lacuna{did_you_mean(command, COMMANDS)}; lacuna --help lists them"
+            )
         if command == "grpo" and "--replay" in arguments[:-1]:
             arguments = [*run_config(arguments[arguments.index("--replay") + 1]), *arguments]
         config = parse(COMMANDS[command], arguments, command)

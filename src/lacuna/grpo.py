@@ -7,8 +7,10 @@ a plain sum over tokens, each with a weight made beforehand, so neither packing 
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import groupby
@@ -466,18 +468,6 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
-    """Append a step's samples, a line each."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for group in groups for sample in group)
-
-
-def keep_rollouts(path: Path, last_step: int) -> None:
-    """Drop the samples after a step, and a line that was not written whole."""
-    kept = [line for line in metrics.read_json_lines(path) if line["step"] <= last_step] if last_step else []
-    metrics.write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-
 # The command grpo
 
 
@@ -506,16 +496,17 @@ def run_grpo(
                 reference = cast_weights(first.params, opened.model, config.compute_dtype)
             count = step_count(config, inputs)
             with run.logged(opened, digests, count, problem_lines(config, inputs, count)):
+                path = config.run_directory / "rollouts.jsonl" if is_first() else Path(os.devnull)
                 if is_first():
-                    keep_rollouts(config.run_directory / "rollouts.jsonl", run.step)
-                steps = RolloutSteps(config, inputs, run, reference, tasks, state.params)
-                evaluation = Evaluation([], "", steps.measure) if inputs.held_out or tasks else None
-                if evaluation and inputs.held_out and run.step == 0:
-                    with run.off_the_clock():
-                        run.log.step({"step": 0, **steps.held_out_rewards(state.params)})
-                run.train(
-                    state, steps.take, evaluation, "its completions are those of step {} in rollouts.jsonl".format
-                )
+                    metrics.drop_later_steps(path, run.step)
+                with closing(metrics.LineFile(path)) as kept:
+                    steps = RolloutSteps(config, inputs, run, reference, tasks, state.params, kept)
+                    evaluation = Evaluation([], "", steps.measure) if inputs.held_out or tasks else None
+                    if evaluation and inputs.held_out and run.step == 0:
+                        with run.off_the_clock():
+                            run.log.step({"step": 0, **steps.held_out_rewards(state.params)})
+                    what = "its completions are those of step {} in rollouts.jsonl"
+                    run.train(state, steps.take, evaluation, what.format)
                 last = metrics.read_json_lines(config.run_directory / "metrics.jsonl")[-1:]
                 run.finish({"best_eval_reward": run.best, "final_reward": last[0].get("reward") if last else None})
 
@@ -558,8 +549,10 @@ class RolloutSteps:
         reference: PyTree[Array] | None,
         tasks: Tasks | None,
         params: PyTree[Array],
+        kept: metrics.LineFile,
     ) -> None:
-        self.config, self.inputs, self.run, self.reference, self.tasks = config, inputs, run, reference, tasks
+        self.config, self.inputs, self.run, self.kept = config, inputs, run, kept
+        self.reference, self.tasks = reference, tasks
         mesh = inputs.opened.mesh
         recipe = trainer.recipe_of(config, run.steps * config.updates_per_rollout)
         self.recipe = jax.device_put(recipe, trainer.everywhere(mesh))
@@ -583,8 +576,8 @@ class RolloutSteps:
                 run.log.info(f"reward {name} took {seconds:.1f} s of {ended - began:.1f} s of this step")
         if run.step == 0 or run.is_due(config.eval_every, run.step + 1):
             record["samples"] = shown_samples(groups, dict(asked))
-        if is_first():
-            write_rollouts(config.run_directory / "rollouts.jsonl", groups)
+        for sample in (sample for group in groups for sample in group):
+            self.kept.write(json.dumps(asdict(sample), ensure_ascii=False))
         return state, record, {}
 
     def rollout(self, asked: list[tuple[int, Problem]]) -> tuple[list[list[Sample]], dict[str, float]]:

@@ -158,6 +158,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def drop_later_steps(path: Path, last_step: int) -> None:
+    """Keep only the lines of a JSON-lines file up to a step; at step 0 the file starts empty."""
+    kept = [line for line in read_json_lines(path) if line["step"] <= last_step] if last_step else []
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What summary.json holds of the records alone: totals, medians, first and last."""
     known = {
@@ -224,15 +230,21 @@ def printable(text: str) -> str:
 class LineFile:
     """Lines appended to a file; those that find no room on the disk are kept, and written once there is some."""
 
-    def __init__(self, path: Path, mode: Literal["ab", "wb"]) -> None:
+    def __init__(self, path: Path, mode: Literal["ab", "wb"] = "ab") -> None:
         self.file = path.open(mode, buffering=0)
         self.waiting = b""
 
     def write(self, line: str) -> None:
-        self.waiting += line.encode() + b"\n"
+        self.waiting += line.encode("utf-8", "surrogatepass") + b"\n"
         with suppress(OSError):
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
+
+    def close(self) -> None:
+        """Close the file, with a warning about lines that found no room."""
+        self.file.close()
+        if self.waiting:
+            print(f"WARNING: {byte_size(len(self.waiting))} of {self.file.name} found no room on the disk")
 
 
 class RunLog:
@@ -255,8 +267,7 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         path, text_path = (directory / name if is_kept else Path(os.devnull) for name in ("metrics.jsonl", "run.log"))
         if is_kept:
-            kept = [line for line in read_json_lines(path) if line["step"] <= resume_step] if resume_step else []
-            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+            drop_later_steps(path, resume_step)
         self.metrics_file, self.text_file = LineFile(path, "ab"), LineFile(text_path, "ab" if resume_step else "wb")
         self.steps, self.log_every = steps, log_every
         self.step_seconds: deque[float] = deque(maxlen=100)
@@ -327,7 +338,5 @@ class RunLog:
         if self.wandb is not None:
             with self.wandb_may_fail():
                 self.wandb.finish(exit_code=int(kind is not None))
-        if lost := len(self.metrics_file.waiting) + len(self.text_file.waiting):
-            self.console.print(f"WARNING: {byte_size(lost)} of metrics.jsonl and run.log found no room on the disk")
-        self.metrics_file.file.close()
-        self.text_file.file.close()
+        self.metrics_file.close()
+        self.text_file.close()

@@ -326,7 +326,7 @@ def check_free(config: TrainingConfig) -> None:
     | a run             | refuse  | resume                       | delete, unless inputs lie in it |
     """
     directory = config.run_directory
-    if not directory.exists() or all(path.name == LOCK for path in directory.iterdir()):
+    if not directory.exists() or all(path.name in (LOCK, "config.toml.tmp") for path in directory.iterdir()):
         return
     steps, log = checkpoint.saved_steps(directory), directory / "metrics.jsonl"
     if not steps and not (directory / "config.toml").exists():
@@ -393,7 +393,7 @@ def prepare_directory(config: TrainingConfig, first_step: int, say: Callable[[st
                 path.unlink()
     for path in checkpoint.set_aside_later(directory, first_step):
         say(f"set aside as {path}: it is newer than the checkpoint this run resumes from")
-    (directory / "config.toml").write_text(to_toml(config, without=START_ONLY))
+    metrics.write_atomically(directory / "config.toml", to_toml(config, without=START_ONLY))
 
 
 # The run

@@ -411,14 +411,15 @@ def run_plan(config: TrainingConfig) -> None:
 
 def setting_facts(config: TrainingConfig, model: ModelConfig, topology: Topology, mesh: Mesh) -> dict[str, Any]:
     """What is known before anything is compiled; bytes for each device."""
-    state, cache = trainer.abstract_state(model, mesh), 0.0
+    state, cache, slots = trainer.abstract_state(model, mesh), 0.0, 0
     if isinstance(config, GrpoConfig):
-        cache = device_bytes(abstract_slots(config, model, mesh).cache)
+        cache, slots = device_bytes(abstract_slots(config, model, mesh).cache), slot_count(config, mesh)
     weights = device_bytes(state.params)
     return {
         "topology": topology.name, "devices": mesh.size, "mesh": dict(mesh.shape), "chip": topology.chip._asdict(),
         "model": config.model_name, "parameters": parameter_counts(model)["all"], "parameter_bytes": weights,
         "optimizer_bytes": device_bytes(state) - weights, "gradient_bytes": weights, "cache_bytes": cache,
+        "slots": slots,
     }  # fmt: skip
 
 
@@ -445,8 +446,7 @@ def setting_lines(
         f"{byte_size(facts['gradient_bytes'])} of the temporaries"
     )
     if isinstance(config, GrpoConfig):
-        completions = min(config.slots, config.prompts_per_step * config.completions_per_prompt)
-        yield f"its part of the cache: {byte_size(facts['cache_bytes'])} for {completions:,} completions at once"
+        yield f"its part of the cache: {byte_size(facts['cache_bytes'])} for {facts['slots']:,} completions at once"
 
 
 def program_lines(facts: dict[str, Any]) -> Iterator[str]:
