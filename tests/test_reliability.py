@@ -115,7 +115,7 @@ def killed_at_each(steps: list[int], name: str, small: Path) -> None:
     assert len(records(whole)) == 20
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param("pretrain", marks=pytest.mark.slow), "sft"])
 def test_a_run_killed_after_any_of_three_steps_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
     killed_at_each([1, 9, 20], name, small)
 
@@ -126,6 +126,7 @@ def test_a_run_killed_after_each_of_twenty_steps_is_the_uninterrupted_run_bit_fo
     killed_at_each(list(range(1, 21)), name, small)
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_two_saves_is_the_uninterrupted_run_and_leaves_nothing_behind(small: Path) -> None:
     changes = {"steps": 8, "save_every": 2, "keep": 1}
     whole, cut = (text_run(small, run_name=run, **changes) for run in ("whole", "cut"))
@@ -210,6 +211,7 @@ def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(
         np.testing.assert_allclose(losses(other), losses(alone)[8:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_grpo_in_two_processes_is_that_in_one(small: Path) -> None:
     rewards = small.parent / "rewards.py"
     rewards.write_text("def length(prompt, completion, row):\n    return len(completion) / 10\n")
@@ -228,7 +230,7 @@ def test_grpo_in_two_processes_is_that_in_one(small: Path) -> None:
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_saved_step(small: Path, signalled: int) -> None:
     config = text_job(small, steps=10_000)
     with Job(config, processes=2) as job:
@@ -245,7 +247,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_saved_step(smal
     ("fault", "victim", "why"),
     [
         ("kill", 0, "process 0 is gone|leader task was preempted/died"),  # whichever is faster: ours, or JAX
-        ("raise", 0, "process 0 on {host} ended: RuntimeError"),
+        pytest.param("raise", 0, "process 0 on {host} ended: RuntimeError", marks=pytest.mark.slow),
         ("raise", 1, "process 1 on {host} ended: RuntimeError"),
     ],
 )
@@ -257,7 +259,8 @@ def test_when_one_of_two_processes_ends_the_other_ends_too_and_says_why(
     assert all(codes) and re.search(why.format(host=socket.gethostname()), output), output
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_stands_still_is_missed_by_its_heartbeat_alone(small: Path, victim: int) -> None:
     config = text_job(small, steps=10_000)
     with Job(config, "short heartbeat", processes=2, faulty=None) as job:

@@ -61,12 +61,17 @@ def after_prompt(
     return jnp.stack(rows, axis=1)
 
 
+DECODED = ("qwen2", "qwen3", "llama3")  # with biases, with norms of queries and keys, with scaled rotation
+
+
 def prompts_of(model: ModelConfig, steps: int) -> np.ndarray:
     shape = (len(LENGTHS), LENGTHS.max() + steps)
     return np.random.default_rng(0).integers(model.vocabulary_size, size=shape, dtype=np.int32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in DECODED else pytest.mark.slow) for name in FAMILIES]
+)
 def test_cached_decoding_has_the_logits_of_the_full_forward_pass(family: str) -> None:
     model, params = load(REFERENCE / family)
     steps = 3
@@ -274,7 +279,7 @@ def test_a_request_gets_the_same_alone_and_in_any_company(small: Sampler, mixed:
         assert replace(backwards[number], request=0) == alone
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
 def test_eight_devices_generate_what_one_does(
     tokenizer: Tokenizer, mixed: list[Completion], shape: tuple[int, int, int]
 ) -> None:
