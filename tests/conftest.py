@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
+from lacuna.apps import report  # noqa: E402
 from lacuna.config import PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
 from lacuna.metrics import RunLog  # noqa: E402
 
@@ -47,6 +48,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     (cache / "lacuna").mkdir()
     (cache / "lacuna" / "programs").symlink_to(PROGRAMS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run writes its report without curves, which take a second, except where a test is about them."""
+    if not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr(report, "plot", lambda *_: ("", 0))
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def test_another_evaluation_is_not_mixed_in(uninterrupted: EvalConfig, model_dir
     [
         ("--tasks generate", "data is required for generate"),
         ("--tasks generatee", "did you mean generate"),
-        ("--samples 4 --data.0.path x.jsonl", "samples = 4 at temperature = 0 are all alike"),
+        ("--samples 4 --data.0.path x.jsonl", "samples = 4 at temperature = 0 are all the same"),
     ],
 )
 def test_tasks_that_cannot_run_are_refused(flags: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,8 +116,8 @@ def killed_at_each(steps: list[int], name: str, small: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("pretrain", marks=pytest.mark.slow), "sft"])
-def test_a_run_killed_after_any_of_three_steps_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
-    killed_at_each([1, 9, 20], name, small)
+def test_a_run_killed_after_either_of_two_steps_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
+    killed_at_each([1, 9], name, small)
 
 
 @pytest.mark.slow
@@ -193,6 +193,7 @@ def losses(config: TrainingConfig) -> list[float]:
     return [record["loss"] for record in records(config)]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(small: Path) -> None:
     alone, together = (text_job(small, run_name=name, fsdp=2, tensor=2) for name in ("alone", "together"))
     finished(alone, devices=4)
@@ -211,7 +212,6 @@ def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(
         np.testing.assert_allclose(losses(other), losses(alone)[8:], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_grpo_in_two_processes_is_that_in_one(small: Path) -> None:
     rewards = small.parent / "rewards.py"
     rewards.write_text("def length(prompt, completion, row):\n    return len(completion) / 10\n")

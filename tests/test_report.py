@@ -11,6 +11,8 @@ from test_metrics import record, write_steps
 from lacuna.apps.report import write_report
 from lacuna.metrics import RunLog, write_summary
 
+pytestmark = pytest.mark.curves
+
 
 @pytest.mark.parametrize("step_count", [0, 1, 3000])
 def test_report_is_one_small_page_of_its_own_at_any_length(step_count: int, tmp_path: Path) -> None:

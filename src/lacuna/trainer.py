@@ -506,13 +506,14 @@ class Run:
                 if unlogged:
                     self.log_step(*unlogged, describe_step)
                 unlogged = record, figures
-                is_stop, is_best = stop.is_due(self.step), False
+                is_best = False
                 is_evaluation = evaluation is not None and self.is_due(config.eval_every, self.step)
                 if evaluation and is_evaluation:
                     jax.block_until_ready(figures)
                     with self.off_the_clock():
                         record |= evaluation.measure(state.params, self.watchdog)
                     is_best = self.is_best(record)
+                is_stop = stop.is_due(self.step)
                 is_save = is_stop or is_best or self.is_due(config.save_every, self.step)
                 if is_save or is_evaluation or not figures:  # without figures the step has ended
                     self.log_step(*unlogged, describe_step)
@@ -628,7 +629,10 @@ class Run:
 
     def write_results(self, facts: dict[str, Any]) -> None:
         directory, command, opened = self.config.run_directory, COMMAND_OF[type(self.config)], self.opened
-        summary = metrics.summarise(metrics.read_json_lines(directory / "metrics.jsonl")) | {
+        records = metrics.read_json_lines(directory / "metrics.jsonl")
+        skipped = (record.get("skipped_updates", "loss" in record and record["loss"] is None) for record in records)
+        summary = metrics.summarise(records) | {
+            "skipped_steps": sum(skipped),
             "command": command,
             "parameters": parameter_counts(opened.model)["all"],
             "wall_seconds": self.seconds,
