@@ -331,6 +331,7 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
 # Tasks of a run
 
 
+@pytest.mark.curves
 def test_a_run_measures_tasks_as_eval_does_on_its_model(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,8 +116,8 @@ def killed_at_each(steps: list[int], name: str, small: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("pretrain", marks=pytest.mark.slow), "sft"])
-def test_a_run_killed_after_either_of_two_steps_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
-    killed_at_each([1, 9], name, small)
+def test_a_run_killed_after_a_step_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
+    killed_at_each([9], name, small)
 
 
 @pytest.mark.slow

@@ -231,8 +231,7 @@ class LineFile:
     """Lines appended to a file; those that find no room on the disk are kept, and written once there is some."""
 
     def __init__(self, path: Path, mode: Literal["ab", "wb"] = "ab") -> None:
-        self.file = path.open(mode, buffering=0)
-        self.waiting = b""
+        self.path, self.file, self.waiting = path, path.open(mode, buffering=0), b""
 
     def write(self, line: str) -> None:
         self.waiting += line.encode("utf-8", "surrogatepass") + b"\n"
@@ -244,7 +243,7 @@ class LineFile:
         """Close the file, with a warning about lines that found no room."""
         self.file.close()
         if self.waiting:
-            print(f"WARNING: {byte_size(len(self.waiting))} of {self.file.name} found no room on the disk")
+            print(f"WARNING: {byte_size(len(self.waiting))} of {self.path} found no room on the disk")
 
 
 class RunLog:
