@@ -390,7 +390,7 @@ def update(
             state = state._replace(step=state.step + 1)
             continue
         rows, count = batch
-        state, facts = trainer.train_step(state, rows, np.float32(1), recipe, model, config.compute_dtype, loss, count)
+        state, facts = trainer.train_step(state, rows, None, recipe, model, config.compute_dtype, loss, count)
         found.append(facts)
     if not found:
         return state, {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}

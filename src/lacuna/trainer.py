@@ -105,7 +105,7 @@ adam = optax.scale_by_adam(ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
 def train_step(
     state: TrainState,
     batch: PyTree[Array],
-    divisor: Float[Array, ""],
+    divisor: Float[Array, ""] | None,
     recipe: Recipe,
     model: ModelConfig,
     dtype: str,
@@ -114,9 +114,10 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One AdamW step (Loshchilov & Hutter 2019) on micro-batches [micro_batch, row, token], and what is logged of it.
 
-    `loss` sums over the tokens of a micro-batch; the sums of all are divided once by `divisor`, so each token weighs
-    the same wherever it lies. Of its facts those named `..._max` are combined by maximum, all others summed. Only the
-    first `count` micro-batches are used; None: all. A loss or gradient that is not finite changes no weight.
+    `loss` sums over the tokens of a micro-batch. The sums of all are divided once by `divisor`, so each token weighs
+    the same wherever it lies; None: its weights are shares already. Of its facts those named `..._max` are combined by
+    maximum, all others summed. Only the first `count` micro-batches are used; None: all. A loss or gradient that is
+    not finite changes no weight.
     """
     compute, rows = cast(state.params, model, dtype), batch.token.shape[1]
     key = jax.random.fold_in(recipe.noise_key, state.step)
@@ -137,8 +138,9 @@ def train_step(
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (state.params, value, facts))
     micro_batches = batch.token.shape[0] if count is None else count
     gradient, value, facts = jax.lax.fori_loop(0, micro_batches, add_micro_batch, zero)
-    value, share = value / divisor, 1 / divisor
-    gradient = jax.tree.map(lambda leaf: leaf * share, gradient)
+    if divisor is not None:
+        value, share = value / divisor, 1 / divisor
+        gradient = jax.tree.map(lambda leaf: leaf * share, gradient)
 
     norm = optax.tree.norm(gradient)
     clip = jnp.minimum(1.0, recipe.clip_norm / norm)

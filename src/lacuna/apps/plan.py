@@ -289,7 +289,7 @@ def grpo_programs(
     yield compiled("decode", scope, sampler.decode_block, *arguments, beside=training)
     shape = update_shape(config, mesh)
     batch, loss = abstract_batch(RolloutBatch, shape, mesh), policy_loss(config)
-    arguments = state, batch, np.float32(1), recipe, model, config.compute_dtype, loss, np.int32(1)
+    arguments = state, batch, None, recipe, model, config.compute_dtype, loss, np.int32(1)
     scope = f"one micro-batch of {shape[1]} row{'s' * (shape[1] > 1)}, of up to {shape[0]:,}, and the optimizer"
     beside = training - device_bytes(state) + generating + weights * (config.updates_per_rollout > 1)
     attention = attention_flops(config, model, shape[1])
