@@ -219,7 +219,7 @@ def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: d
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-@pytest.mark.parametrize(("length", "rows_at_once"), [(64, 4), (16, 3), (16, 1)])
+@pytest.mark.parametrize(("length", "rows_at_once"), [(64, 4), pytest.param(16, 3, marks=pytest.mark.slow), (16, 1)])
 def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
     length: int, rows_at_once: int, is_shared: bool
 ) -> None:
@@ -446,7 +446,7 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log(
     assert record["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-3)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, one_device: None, sign: int) -> None:
     config = run_config(small, rewards_file, steps=10, prompts_per_step=6, completions_per_prompt=8, slots=48,
                       learning_rate=3e-2, reward=(f"{rewards_file}:letters:{sign}.0",))  # fmt: skip

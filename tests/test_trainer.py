@@ -67,7 +67,7 @@ def regrouped(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, leaf.shape[-1]), batch)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama2"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3", marks=pytest.mark.slow), "llama2"])
 def test_fifty_steps_follow_pytorch(family: str) -> None:
     model = read_model_config(REFERENCE / family)
     expected = np.load(REFERENCE / "training.npz")
@@ -119,7 +119,7 @@ def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 5.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 5.0])
 def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
     model = read_model_config(REFERENCE / "qwen3")
     params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
@@ -173,7 +173,9 @@ def one_device() -> np.ndarray:
     return curve(sized(), mesh_of(1, 1, 1), 10, 8, 16)[1]
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 1, 4))), (1, 8, 1), (2, 2, 2)]
+)
 def test_devices_change_nothing_in_ten_steps(shape: tuple[int, int, int], one_device: np.ndarray) -> None:
     mesh = mesh_of(*shape)
     state, several = curve(sized(), mesh, 10, 8, 16)
