@@ -446,6 +446,21 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log(
     assert record["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-3)
 
 
+def test_the_watchdog_does_not_watch_the_first_rollout_which_compiles(
+    small: Path, rewards_file: Path, one_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout, watched = grpo.RolloutSteps.rollout, []
+
+    def noted(steps: grpo.RolloutSteps, asked: Any) -> Any:
+        watched.append(steps.run.watchdog.reported_at is not None)
+        return rollout(steps, asked)
+
+    monkeypatch.setattr(grpo.RolloutSteps, "rollout", noted)
+    held_out = ({"path": str(TINY / "heldout.jsonl"), "split": "train[30:32]"},)
+    cli.run(run_config(small, rewards_file, steps=2, eval_data=held_out))
+    assert watched == [False, True]
+
+
 @pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_what_is_rewarded_is_done_more_often(small: Path, rewards_file: Path, one_device: None, sign: int) -> None:
     config = run_config(small, rewards_file, steps=10, prompts_per_step=6, completions_per_prompt=8, slots=48,

@@ -562,6 +562,8 @@ class RolloutSteps:
     def take(self, state: TrainState) -> Step:
         """One rollout, its rewards and its updates."""
         config, run, began = self.config, self.run, time.perf_counter()
+        if run.first_step_seconds is None:
+            run.watchdog.pause()  # the first step may take its time to compile
         self.sampler.load(state.params)
         asked = problems_of_step(self.inputs, config, run.step)
         groups, reward_seconds = self.rollout(asked)

@@ -744,6 +744,7 @@ class RowSteps:
         if (length := batch.token.shape[-1]) not in self.programs:
             static = {"model": self.run.opened.model, "dtype": self.config.compute_dtype, "loss": self.loss}
             name = f"the step for rows of {length} tokens"
+            jax.block_until_ready(self.running)  # its seconds are its own, and those of compiling no step's
             self.programs[length] = self.run.compile(train_step, name, *arguments, **static)
         state, self.running = self.programs[length](*arguments)
         self.ready = self.prepare(record["step"]) if record["step"] < self.run.steps else None
