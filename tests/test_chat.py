@@ -33,7 +33,7 @@ from lacuna.apps.configs import ChatConfig
 from lacuna.checkpoint import save_model
 from lacuna.cli import parse
 from lacuna.config import DataSource, UserError
-from lacuna.data import jsonl_rows, prepare
+from lacuna.documents import jsonl_rows, prepare
 from lacuna.model import initial_params, read_model_config
 from lacuna.tokenizer import encode, render
 

@@ -42,7 +42,7 @@ CLIENT = """
 import json, sys, time
 from lacuna.checkpoint import resolve_model
 from lacuna.config import DataSource, UserError
-from lacuna.data import read_rows
+from lacuna.documents import read_rows
 
 time.sleep = lambda seconds: None  # the hub's library waits between its attempts
 for wish in sys.argv[1:]:

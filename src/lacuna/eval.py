@@ -21,18 +21,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from lacuna import metrics, trainer
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError
-from lacuna.data import (
-    Batch,
-    Dataset,
-    checked_text,
-    describe,
-    load_dataset,
-    read_rows,
-    slice_between,
-    split_bounds,
-    usable,
-)
+from lacuna.data import Batch, Dataset, describe, load_dataset
 from lacuna.distributed import Watchdog, is_first, put_batch, row_shards
+from lacuna.documents import checked_text, read_rows, slice_between, split_bounds, usable
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, generation_defaults, power_of_two, slots_for
 from lacuna.tokenizer import Message, Tokenizer, check_messages, encode, render
