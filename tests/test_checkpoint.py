@@ -177,8 +177,8 @@ def test_an_export_that_fails_leaves_the_old_model_and_nothing_else(tmp_path: Pa
     params, directory = checkpoint.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 1, 1)), tmp_path / "model"
     checkpoint.save_model(directory, params, MODEL, REFERENCE / "qwen3")
     before = contents(directory)
-    with pytest.raises(FileNotFoundError, match="no_such_template"):
-        checkpoint.save_model(directory, params, MODEL, REFERENCE / "qwen3", "no_such_template")
+    with pytest.raises(FileNotFoundError, match="no_such_directory"):
+        checkpoint.save_model(directory, params, MODEL, REFERENCE / "qwen3", {"no_such_directory/file": ""})
     assert contents(directory) == before and os.listdir(tmp_path) == ["model"]
 
 

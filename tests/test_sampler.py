@@ -473,14 +473,13 @@ def test_text_ends_before_a_stop_string_wherever_tokens_part(tokenizer: Tokenize
 # Defaults
 
 
-def test_generation_config_gives_rules_and_stop_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_generation_config_gives_rules(tmp_path: Path) -> None:
     stated = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": [5, 6]}
     (tmp_path / "generation_config.json").write_text(json.dumps(stated))
-    rules, stop_ids = sampler.generation_defaults(tmp_path, tokenizer)
+    rules = sampler.generation_defaults(tmp_path)
     assert rules == SamplingKeys(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
-    assert stop_ids == tuple(dict.fromkeys([5, 6, tokenizer.eos_id]))
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
-    assert sampler.generation_defaults(tmp_path, tokenizer)[0].temperature == 0
+    assert sampler.generation_defaults(tmp_path).temperature == 0
     (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
     with pytest.raises(UserError, match="generation_config.json: top_p = 7"):
-        sampler.generation_defaults(tmp_path, tokenizer)
+        sampler.generation_defaults(tmp_path)

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from functools import cache
 from os.path import commonprefix
 from pathlib import Path
@@ -23,12 +24,14 @@ from lacuna.tokenizer import (
     TextStream,
     Tokenizer,
     TrainOn,
+    changed_files,
     chat_spans,
     check_messages,
     decode,
     encode,
     encode_spans,
     end_of_text_id,
+    ends_in_words,
     load_tokenizer,
     render,
 )
@@ -191,6 +194,10 @@ def test_generation_tag_gives_the_mask_of_transformers(name: str, cases: list[di
     assert cases or name == "tinyllama-1.1b-chat"
     for case in cases:
         messages = REFERENCE["conversations"][case["conversation"]]["messages"]
+        if tokenizer.backend.token_to_id("<|im_end|>") is None:  # so text in which answers end would stop none
+            with pytest.raises(ValueError, match=r"learned to end in .*<\|im_end\|>', and answers stop only at"):
+                encode_chats(tokenizer, [(messages, None)], "assistant")
+            continue
         (encoded,) = encode_chats(tokenizer, [(messages, None)], "assistant")
         assert encoded.token.tolist() == case["ids"]
         mask = np.array(list(case["mask"])) == "1"
@@ -580,6 +587,92 @@ def test_thought_that_the_template_drops_is_not_missed(tmp_path: Path) -> None:
 def test_tool_call_that_the_template_leaves_out_is_refused(small: dict[str, Tokenizer]) -> None:
     with pytest.raises(ValueError, match="does not write its call of 'add'"):
         chat_spans(small["chatml"], [user("a"), assistant("", tool_calls=[CALL])], None, "assistant")
+
+
+# What ends an answer
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [  # `</s>`, the tokenizer's eos_token, is 1, and the chat template ends turns with `<|im_end|>`, 3
+        ({}, {1: "eos_token", 3: "the chat template"}),
+        ({"config.json": {"eos_token_id": 2}}, {2: "config.json", 1: "eos_token", 3: "the chat template"}),
+        (
+            {"generation_config.json": {"eos_token_id": [1, 0]}, "config.json": {"eos_token_id": 2}},
+            {1: "generation_config.json", 0: "generation_config.json", 3: "the chat template"},
+        ),
+        (
+            {"generation_config.json": {"top_p": 0.5}, "config.json": {"eos_token_id": [3]}},
+            {3: "config.json", 1: "eos_token"},
+        ),
+    ],
+)
+def test_an_answer_ends_at_what_the_files_name_and_at_what_the_template_teaches(
+    files: dict, ends: dict, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, trained_backend())
+    for name, keys in files.items():
+        (tmp_path / name).write_text(json.dumps(keys))
+    tokenizer = load_tokenizer(tmp_path)
+    assert list(tokenizer.ends.items()) == list(ends.items())
+    assert "'<|im_end|>' (3, " in ends_in_words(tokenizer)
+    exported = tmp_path / "exported"
+    shutil.copytree(tmp_path, exported)
+    for name, text in changed_files(tokenizer, "").items():
+        (exported / name).write_text(text)
+    assert set(load_tokenizer(exported).ends) == set(ends)  # the same, and now its consumers read all in one file
+    named = json.loads((exported / "generation_config.json").read_text())
+    assert named == files.get("generation_config.json", {}) | {"eos_token_id": list(ends)}
+    assert changed_files(load_tokenizer(exported), "") == {}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_end_of_a_supervised_turn_ends_an_answer(name: str, small: dict[str, Tokenizer]) -> None:
+    tokenizer = small[name]
+    (encoded,) = encode_chats(tokenizer, [(GOOD, None)], "assistant")
+    assert int(encoded.token[encoded.supervised][-1]) in tokenizer.ends
+
+
+def test_without_a_template_or_with_one_that_refuses_the_files_alone_say_what_ends_an_answer(tmp_path: Path) -> None:
+    assert with_template(tmp_path, "").ends == {1: "eos_token"}
+    assert with_template(tmp_path, "{{ raise_exception('no') }}").ends == {1: "eos_token"}
+    write_tokenizer(tmp_path, trained_backend(), chat_template="", eos_token=None)
+    assert ends_in_words(load_tokenizer(tmp_path)) == "an answer ends at nothing but its limit of tokens"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", r"generation_config.json: holds a list, not an object"),
+        ('{"eos_token_id": "2"}', r"generation_config.json: eos_token_id = '2' is no token id; write one of the \d+"),
+        ('{"eos_token_id": [1, [2]]}', r"eos_token_id = \[2\] is no token id"),
+        ('{"eos_token_id": true}', r"eos_token_id = True is no token id"),
+        ('{"eos_token_id": 99999}', r"eos_token_id = 99999 is no token id"),
+    ],
+)
+def test_an_end_that_is_no_token_is_refused_with_its_file(text: str, reason: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, trained_backend())
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        load_tokenizer(tmp_path)
+
+
+def test_answers_learned_with_an_end_that_would_stop_none_are_refused(tmp_path: Path) -> None:
+    tag = "{% generation %}{{ message.content }}{% endgeneration %}"
+    source = f"{{% for message in messages %}}{tag}{{{{ '<|im_end|>' }}}}{{% endfor %}}"
+    with pytest.raises(ValueError, match=r"learned to end in '.*b', and answers stop only at </s>, <\|im_end\|>"):
+        chat_spans(with_template(tmp_path, source), GOOD, None, "assistant")
+    late = CHATML.replace("'<|im_end|>\\n'", "('<s>' if loop.index > 2 else '<|im_end|>') + '\\n'")
+    with pytest.raises(ValueError, match="answers stop only at"):
+        chat_spans(with_template(tmp_path, late), [*GOOD, *GOOD], None, "assistant")
+
+
+def test_a_template_of_the_users_own_is_exported_wherever_one_is_looked_for(tmp_path: Path) -> None:
+    directory = write_tokenizer(tmp_path, trained_backend())
+    files = changed_files(load_tokenizer(directory, PLAIN), PLAIN)
+    assert files["chat_template.jinja"] == Path(PLAIN).read_text()
+    before = json.loads((directory / "tokenizer_config.json").read_text())
+    assert json.loads(files["tokenizer_config.json"]) == before | {"chat_template": Path(PLAIN).read_text()}
 
 
 # Loading

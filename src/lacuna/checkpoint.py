@@ -358,10 +358,12 @@ def file_tensor(leaf: Any, row: Parameter, layer: int, model: ModelConfig, dtype
     return values.reshape(file_shape(row, model)).astype(dtype)
 
 
-def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path, chat_template: str = "") -> None:
+def save_model(
+    directory: Path, params: PyTree, model: ModelConfig, source: Path, changed: Mapping[str, str] | None = None
+) -> None:
     """Write a model in Hugging Face layout and the config's dtype, with the config and tokenizer files of `source`.
 
-    The file `chat_template`, if given, replaces the source's own. Safetensors files hold at most 5 GB each, with an
+    Files in `changed`, by name, have that text instead. Safetensors files hold at most 5 GB each, with an
     index if there are several; `params`, arrays or stored tensors, are read layer by layer.
     """
     scratch = directory.with_name(directory.name + ".tmp")
@@ -372,8 +374,8 @@ def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path
         for name in ("config.json", *TOKENIZER_FILES):
             if (source / name).is_file():
                 shutil.copyfile(source / name, scratch / name)
-        if chat_template:
-            shutil.copyfile(chat_template, scratch / "chat_template.jinja")
+        for name, text in (changed or {}).items():
+            (scratch / name).write_text(text, "utf-8")
         replace_directory(scratch, directory)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -25,7 +25,7 @@ from lacuna.data import Batch, Dataset, describe, load_dataset
 from lacuna.distributed import Watchdog, is_first, put_batch, row_shards
 from lacuna.documents import checked_text, read_rows, slice_between, split_bounds, usable
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
-from lacuna.sampler import Completion, Request, Sampler, generation_defaults, power_of_two, slots_for
+from lacuna.sampler import Completion, Request, Sampler, power_of_two, slots_for
 from lacuna.tokenizer import Message, Tokenizer, check_messages, encode, render
 from lacuna.trainer import Evaluation
 
@@ -430,7 +430,7 @@ def answer_problems(tasks: Tasks, params: PyTree[Array], predictions: Prediction
     keys: list[Key] = [("generate", row, sample) for row in range(len(problems)) for sample in range(config.samples)]
     rows = list(dict.fromkeys(place // config.samples for place in predictions.missing(keys)))
     rules = SamplingKeys(**config.model_dump(include=set(SamplingKeys.model_fields)))
-    _, stop_ids = generation_defaults(tasks.opened.source, tasks.opened.tokenizer)
+    stop_ids = tuple(tasks.opened.tokenizer.ends)
     requests = [
         Request(problems[row].token, rules, stop_ids, config.stop, seed_of(config.seed, row), config.samples)
         for row in rows
@@ -578,7 +578,7 @@ def evaluation_of_rows(
 
 def sample_requests(config: RowsConfig, opened: OpenedModel) -> list[Request]:
     """The sample prompts as the sampler takes them: in the chat template for sft, as plain text for pretrain."""
-    _, stop_ids = generation_defaults(opened.tokenizer.directory, opened.tokenizer)
+    stop_ids = tuple(opened.tokenizer.ends)
     rules, requests = SamplingKeys(temperature=0.0, max_tokens=config.sample_tokens), []
     for prompt in config.sample_prompts:
         messages: list[Message] = [{"role": "user", "content": prompt}]

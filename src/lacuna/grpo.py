@@ -47,7 +47,7 @@ from lacuna.model import (
     summed_token_loss,
     token_statistics,
 )
-from lacuna.sampler import Completion, Request, Sampler, generation_defaults, slots_for
+from lacuna.sampler import Completion, Request, Sampler, slots_for
 from lacuna.trainer import Evaluation, Recipe, Run, Step, TrainState
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
@@ -440,8 +440,7 @@ def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is more than the {len(problems.problems)} problems there are"
         )
-    stop_ids = generation_defaults(opened.source, opened.tokenizer)[1]
-    return Inputs(opened, problems, held_out, rewards, stop_ids)
+    return Inputs(opened, problems, held_out, rewards, tuple(opened.tokenizer.ends))
 
 
 def problems_of_step(inputs: Inputs, config: GrpoConfig, step: int) -> list[tuple[int, Problem]]:

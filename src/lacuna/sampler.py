@@ -39,7 +39,7 @@ from lacuna.model import (
     prefill,
     rotation_table,
 )
-from lacuna.tokenizer import TextStream, Tokenizer, read_json
+from lacuna.tokenizer import TextStream, read_json
 
 BLOCK = 32  # most tokens between two looks of the host
 STOP_IDS = 8
@@ -721,8 +721,8 @@ def check_memory(model: ModelConfig, slots: int, capacity: int, dtype: str, mesh
         )
 
 
-def generation_defaults(directory: Path, tokenizer: Tokenizer) -> tuple[SamplingKeys, tuple[int, ...]]:
-    """The sampling rules and stop tokens that a model asks for in generation_config.json.
+def generation_defaults(directory: Path) -> SamplingKeys:
+    """The sampling rules that a model asks for in generation_config.json.
 
     Raises:
         UserError: a value there that no rule can have.
@@ -732,10 +732,8 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer) -> tuple[Sampling
     values = {name: stated[name] for name in SamplingKeys.model_fields if name in stated and name != "max_tokens"}
     if stated.get("do_sample") is False:
         values["temperature"] = 0.0
-    end = stated.get("eos_token_id", [])
-    stops = [*(end if isinstance(end, list) else [end]), tokenizer.eos_id]
     try:
-        return SamplingKeys(**values), tuple(dict.fromkeys(token for token in stops if token is not None))
+        return SamplingKeys(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(

@@ -10,7 +10,7 @@ import json
 import os.path
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -42,7 +42,8 @@ TrainOn = Literal["assistant", "all", "last"]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`tokenizer.json`, chat template and special tokens of a directory; `end_of_turn` matches an added token."""
+    """`tokenizer.json`, chat template and special tokens of a directory; `end_of_turn` matches an added token, and
+    `ends` has each id that ends an answer, with what says so."""
 
     directory: Path
     backend: tokenizers.Tokenizer
@@ -53,6 +54,7 @@ class Tokenizer:
     eos_id: int | None
     vocabulary_size: int
     end_of_turn: re.Pattern[str]
+    ends: dict[int, str]
 
 
 class EncodedText(NamedTuple):
@@ -95,7 +97,7 @@ def load_tokenizer(directory: Path, chat_template: str = "", template_date: str 
     source, origin = find_template(directory, settings, chat_template)
     added_tokens = (token.content for token in backend.get_added_tokens_decoder().values())
     written = sorted((token for token in added_tokens if not token.isspace()), key=len, reverse=True)
-    return Tokenizer(
+    tokenizer = Tokenizer(
         directory=directory,
         backend=backend,
         template=compile_template(source, origin, template_date) if source else None,
@@ -105,7 +107,9 @@ def load_tokenizer(directory: Path, chat_template: str = "", template_date: str 
         eos_id=ids.get("eos_token"),
         vocabulary_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         end_of_turn=re.compile(rf"\s*({'|'.join(map(re.escape, written)) or '(?!)'})"),
+        ends={},
     )
+    return replace(tokenizer, ends=answer_ends(tokenizer))
 
 
 def load_backend(directory: Path) -> tokenizers.Tokenizer:
@@ -133,9 +137,77 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, not an object; fetch the file again")
+    return found
+
+
+def answer_ends(tokenizer: Tokenizer) -> dict[int, str]:
+    """Each id that ends an answer, with what says so: generation_config.json, or config.json where that names none; the
+    tokenizer's eos_token; and the token that the chat template writes after an answer, which training teaches.
+
+    Raises:
+        UserError: a file names what is no token.
+    """
+    path, stated = stated_ends(tokenizer.directory)
+    for end in stated:
+        if type(end) is not int or not 0 <= end < tokenizer.vocabulary_size:
+            raise UserError(
+                f"{path}: eos_token_id = {end!r} is no token id; write one of the {tokenizer.vocabulary_size:,} of "
+                "tokenizer.json, or a list of them"
+            )
+    ends = dict.fromkeys(stated, path.name)
+    if tokenizer.eos_id is not None:
+        ends.setdefault(tokenizer.eos_id, "eos_token")
+    if (taught := end_of_template(tokenizer)) is not None:
+        ends.setdefault(taught, "the chat template")
+    return ends
+
+
+def stated_ends(directory: Path) -> tuple[Path, list[Any]]:
+    """What a model's files name as eos_token_id, and the file that does."""
+    paths = [directory / name for name in ("generation_config.json", "config.json")]
+    path = next((path for path in paths if read_json(path).get("eos_token_id") is not None), paths[0])
+    stated = read_json(path).get("eos_token_id")
+    return path, stated if isinstance(stated, list) else [] if stated is None else [stated]
+
+
+def end_of_template(tokenizer: Tokenizer) -> int | None:
+    """The added token that the chat template writes after an answer; None if there is none, or it refuses this chat."""
+    if tokenizer.template is None:
+        return None
+    try:
+        chat = render(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": BLANK}])
+    except ValueError:
+        return None
+    end = tokenizer.end_of_turn.match(chat, chat.rfind(BLANK) + 1) if BLANK in chat else None
+    return tokenizer.backend.token_to_id(end[1]) if end else None
+
+
+def ends_in_words(tokenizer: Tokenizer) -> str:
+    """What ends an answer, for the lines at the start."""
+    ends = [f"{tokenizer.backend.id_to_token(end)!r} ({end}, {origin})" for end, origin in tokenizer.ends.items()]
+    return f"an answer ends at {', '.join(ends) or 'nothing but its limit of tokens'}"
+
+
+def changed_files(tokenizer: Tokenizer, chat_template: str) -> dict[str, str]:
+    """The text of files that an export does not take from the tokenizer's directory: a `chat_template` of the user's
+    own, wherever one is looked for, and generation_config.json where it does not name all that ends an answer."""
+    files: dict[str, dict[str, Any]] = {}
+    directory, ends = tokenizer.directory, list(tokenizer.ends)
+    (path, stated), generation = stated_ends(directory), directory / "generation_config.json"
+    if set(stated) != set(ends) or (generation.is_file() and path != generation):
+        config = read_json(directory / "config.json")
+        others = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+        files[generation.name] = (read_json(generation) or others) | {"eos_token_id": ends}
+    if chat_template:
+        settings = read_json(directory / "tokenizer_config.json")
+        files["tokenizer_config.json"] = settings | {"chat_template": tokenizer.template_source}
+    texts = {name: json.dumps(keys, indent=2, ensure_ascii=False) + "\n" for name, keys in files.items()}
+    return texts | ({"chat_template.jinja": tokenizer.template_source} if chat_template else {})
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
@@ -270,6 +342,7 @@ def chat_spans(tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainO
     if OPEN in marked:
         edges = accumulate(map(len, re.split(f"[{OPEN}{CLOSE}]", marked)))
         spans = list(zip(edges, edges, strict=False))  # without the piece after the last mark
+        check_end(tokenizer, text[: spans[-1][1]])
         return text, spans[-1:] if train_on == "last" else spans
     prompted = render(tokenizer, messages, tools, add_generation_prompt=True)
     header = prompted.removeprefix(text) if prompted.startswith(text) else ""
@@ -281,7 +354,18 @@ def chat_spans(tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainO
                 raise ValueError("it overlaps the answer before it")
         except ValueError as error:
             raise ValueError(f"message {turn + 1} (assistant) can't be found in the rendered chat: {error}") from error
+    check_end(tokenizer, text[: spans[-1][1]])
     return text, spans
+
+
+def check_end(tokenizer: Tokenizer, text: str) -> None:
+    """Raises ValueError if a chat's last answer, with which `text` ends, is learned with an end that stops none."""
+    ends = [str(tokenizer.backend.id_to_token(end)) for end in tokenizer.ends]
+    if not text.rstrip().endswith(tuple(ends)):
+        raise ValueError(
+            f"the last answer is learned to end in {text[-20:]!r}, and answers stop only at {', '.join(ends)}; write "
+            "the end inside {% generation %}, or add its id to eos_token_id in generation_config.json"
+        )
 
 
 def turn_span(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn: int, text: str, header: str) -> Span:

@@ -65,7 +65,7 @@ from lacuna.model import (
     partition_spec,
     summed_token_loss,
 )
-from lacuna.tokenizer import decode
+from lacuna.tokenizer import changed_files, decode, ends_in_words
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.95, 1e-8  # Brown et al. 2020, as Llama after it
 FINAL_LEARNING_RATE = 0.1  # of the peak
@@ -657,7 +657,8 @@ class Run:
         template = self.config.chat_template if isinstance(self.config, SftConfig | GrpoConfig) else ""
         assert self.saver.newest
         params = checkpoint.saved_params(self.saver.newest, opened.model)
-        checkpoint.save_model(directory / "model", params, opened.model, opened.source, template)
+        files = changed_files(opened.tokenizer, template)
+        checkpoint.save_model(directory / "model", params, opened.model, opened.source, files)
         self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
 
 
@@ -673,6 +674,7 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     kind = mesh.devices.flat[0].device_kind
     yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {config.compute_dtype}"
     yield opened.attention_line
+    yield ends_in_words(opened.tokenizer)
     if flags := os.environ.get("XLA_FLAGS"):
         yield f"XLA_FLAGS: {flags}"
     if config.compilation_cache:

@@ -30,7 +30,7 @@ from rich.text import Text
 from lacuna.apps.configs import ChatConfig
 from lacuna.cli import explain
 from lacuna.config import SamplingKeys, UserError, did_you_mean
-from lacuna.tokenizer import REPLACEMENT, Message, check_messages, encode, render
+from lacuna.tokenizer import REPLACEMENT, Message, check_messages, encode, ends_in_words, render
 
 CHAT_COMMANDS = {
     "/system": "TEXT: set the system message; without TEXT, remove it",
@@ -88,7 +88,8 @@ class Local:
         mode = "answers by its chat template" if self.is_chat else "continues plain text, without a chat template"
         self.introduction = (
             f"model: {self.generator.source}{newest}; {mode}\n"
-            f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together"
+            f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together; "
+            f"{ends_in_words(self.tokenizer)}"
         )
 
     def rules(self, config: ChatConfig) -> str:

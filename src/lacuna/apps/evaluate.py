@@ -27,6 +27,7 @@ from lacuna.eval import (
     run_tasks,
 )
 from lacuna.model import check_sequence_length, parameter_counts
+from lacuna.tokenizer import ends_in_words
 
 FREE_ON_RESUME = {"run_name", "output_dir", "overwrite", "batch_size", "slots", "data_parallel", "fsdp", "tensor",
                   "compilation_cache"}  # fmt: skip
@@ -94,6 +95,8 @@ def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
     config, model, problems = tasks.config, tasks.opened.model, tasks.problems
     print(f"model: {config.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
     print(tasks.opened.attention_line)
+    if problems.problems:
+        print(ends_in_words(tasks.opened.tokenizer))
     bad = list(problems.bad)
     if dataset:
         print(f"data: {describe(dataset.facts)}")

@@ -32,12 +32,12 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     )
     opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
     source, model, tokenizer, _, _ = opened
-    defaults, stop_ids = generation_defaults(source, tokenizer)
     enable_compilation_cache(config)
     capacity = model.capacity(config.capacity)
     params = checkpoint.load_params(source, model, mesh)
     sampler = Sampler(params, opened, slots, capacity, config.compute_dtype)
-    return Generator(sampler, source, rules_in_force(config, defaults), stop_ids)
+    rules = rules_in_force(config, generation_defaults(source))
+    return Generator(sampler, source, rules, tuple(tokenizer.ends))
 
 
 def rules_by_origin(config: SamplingKeys, defaults: SamplingKeys) -> str:

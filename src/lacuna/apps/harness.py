@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
 from lacuna.eval import Figures, Key, Predictions, RunHarness, Tasks, complete, log_likelihoods, seed_of
-from lacuna.sampler import Completion, Request, before_stop, generation_defaults
+from lacuna.sampler import Completion, Request, before_stop
 from lacuna.tokenizer import decode, encode, end_of_text_id, render
 
 MAX_TOKENS = 256  # of tasks that do not say, as in the harness's own models
@@ -31,7 +31,7 @@ class Model(TemplateLM):
         super().__init__()
         self.tasks, self.params, self.predictions = tasks, params, predictions
         self.opened = tasks.opened
-        _, self.stop_ids = generation_defaults(self.opened.source, self.opened.tokenizer)
+        self.stop_ids = tuple(self.opened.tokenizer.ends)
 
     @property
     def eot_token_id(self) -> int:

@@ -37,6 +37,7 @@ from lacuna.apps.generator import Generator, load_generator, rules_by_origin
 from lacuna.apps.protocol import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
 from lacuna.config import SamplingKeys, UserError
 from lacuna.sampler import Completion, Sampler
+from lacuna.tokenizer import ends_in_words
 
 STEPS = 8  # tokens between two looks at the batch: the granularity of a stream
 BODY_SECONDS = 30  # for a client to send its request's body
@@ -355,6 +356,7 @@ def make_app(service: Service) -> ASGIApp:
         sampler = service.generator.sampler
         print(f"{service.name} at {service.url}, API under /v1; Ctrl-C stops")
         print(sampler.opened.attention_line)
+        print(ends_in_words(sampler.tokenizer))
         print(f"slots: {len(sampler.running)}, each of {sampler.capacity:,} tokens, prompt and answer together")
         rules = rules_by_origin(service.config, service.generator.rules)
         print(f"rules, unless a request says otherwise: {rules}", flush=True)
