@@ -5,56 +5,78 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from conftest import TINY, assert_trees_close, chat_run, mesh_of, outcome, records, text_run
+from conftest import TINY, assert_trees_close, chat_run, make_small, mesh_of, outcome, records, text_run
 
 from lacuna import checkpoint, cli, trainer
 from lacuna import eval as evaluation
-from lacuna.config import ModelKeys, SamplingKeys, UserError
+from lacuna.apps import report
+from lacuna.config import ModelKeys, PretrainConfig, SamplingKeys, SftConfig, TrainingConfig, UserError
 from lacuna.data import Batch, Dataset
 from lacuna.metrics import RunLog
 from lacuna.model import read_model_config
 from lacuna.sampler import Request, Sampler
 from lacuna.tokenizer import encode, render
 
-RUNS = {
-    "chats, packed, mixed, three epochs, accumulated, with noise": (
-        chat_run, {"neftune_alpha": 5.0, "save_every": 2, "eval_every": 3, "keep": 9},
-    ),
-    "text": (text_run, {"save_every": 3, "keep": 9}),
-}  # fmt: skip
+Run = TypeVar("Run", bound=TrainingConfig)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
-    make, changes = RUNS[name]
-    whole = make(small, run_name="whole", **changes)
-    cli.run(whole)
-    steps = checkpoint.saved_steps(whole.run_directory)
-    assert len(steps) >= 2
-    cut = make(small, run_name="cut", **changes)
-    (cut.run_directory / "checkpoints").mkdir(parents=True)
-    for file in ("config.toml", "metrics.jsonl"):  # killed after the next steps were logged
-        (cut.run_directory / file).write_bytes((whole.run_directory / file).read_bytes())
-    first = checkpoint.checkpoint_directory(whole.run_directory, steps[0])
-    first.rename(checkpoint.checkpoint_directory(cut.run_directory, steps[0]))
-    cli.run(make(small, run_name="cut", resume=True, **changes))
+def finished(directory: Path, make: Callable[..., Run], **changes: Any) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+        patch.setattr(report, "plot", lambda *_: ("", 0))
+        config = make(make_small(directory / "small"), run_name="whole", save_every=2, keep=9, **changes)
+        cli.run(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> SftConfig:
+    """A finished run on chats: packed, mixed, three epochs, accumulated, with noise."""
+    return finished(tmp_path_factory.mktemp("chats"), chat_run, eval_every=3, neftune_alpha=5.0)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    """A finished run of eight steps on texts."""
+    directory = tmp_path_factory.mktemp("texts")
+    held_out = ({"path": str(directory / "small" / "pretrain.jsonl"), "split": "train[-5:]"},)
+    return finished(directory, text_run, eval_every=4, eval_data=held_out)
+
+
+def copy_of(whole: Run, name: str, keeps: tuple[int, ...] = (), **changes: Any) -> Run:
+    """A run of another name that holds of a finished one what a kill leaves: its log and these checkpoints."""
+    copy = whole.model_copy(update={"run_name": name, **changes})
+    (copy.run_directory / "checkpoints").mkdir(parents=True)
+    for file in ("config.toml", "metrics.jsonl"):
+        shutil.copy(whole.run_directory / file, copy.run_directory / file)
+    for step in keeps:
+        saved = checkpoint.checkpoint_directory
+        shutil.copytree(saved(whole.run_directory, step), saved(copy.run_directory, step))
+    return copy
+
+
+@pytest.mark.parametrize("name", ["chats", "texts"])
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str, request: pytest.FixtureRequest) -> None:
+    whole = request.getfixturevalue(name)
+    assert len(checkpoint.saved_steps(whole.run_directory)) >= 4
+    cut = copy_of(whole, "cut", keeps=(2,), resume=True)
+    cli.run(cut)
     assert outcome(cut) == outcome(whole)
     assert [record["step"] for record in records(cut)] == list(range(1, len(records(whole)) + 1))
 
 
-def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
-    config = chat_run(small, epochs=1)
-    cli.run(config)
-    directory = config.run_directory
+def test_a_run_leaves_the_files_of_its_contract(chats: SftConfig) -> None:
+    directory = chats.run_directory
     assert {path.name for path in directory.iterdir()} >= {
         "config.toml", "metrics.jsonl", "run.log", "report.html", "summary.json", "checkpoints", "best", "model",
     }  # fmt: skip
-    rows = records(config)
+    rows = records(chats)
     keys = {
         "step", "loss", "learning_rate", "gradient_norm", "tokens", "target_tokens", "tokens_per_second",
         "target_tokens_per_second", "packing_efficiency", "mfu", "memory_bytes", "step_seconds", "epoch",
@@ -64,13 +86,16 @@ def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["steps"] == len(rows) and summary["command"] == "sft" and summary["skipped_steps"] == 0
     assert summary["tokens"] == sum(row["tokens"] for row in rows)
-    assert summary["best_eval_loss"] == rows[-1]["eval_loss"] and summary["final_loss"] == rows[-1]["loss"]
-    assert (directory / "best").resolve() == checkpoint.checkpoint_directory(directory, len(rows)).resolve()
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert summary["best_eval_loss"] == losses[best] and summary["final_loss"] == rows[-1]["loss"]
+    assert (directory / "best").resolve() == checkpoint.checkpoint_directory(directory, best).resolve()
     exported = read_model_config(directory / "model")
     params = checkpoint.load_params(directory / "model", exported, mesh_of(1, 1, 1))
+    last = checkpoint.checkpoint_directory(directory, len(rows))
     state = checkpoint.load_checkpoint(
-        directory / "best",
-        checkpoint.read_manifest(directory / "best"),
+        last,
+        checkpoint.read_manifest(last),
         trainer.abstract_state(exported, mesh_of(1, 1, 1)),
         trainer.saved_shapes(exported),
     )
@@ -80,7 +105,7 @@ def test_a_run_leaves_the_files_of_its_contract(small: Path) -> None:
 
 def test_each_sample_is_seen_once_an_epoch_and_the_last_batch_is_filled_with_empty_rows(small: Path) -> None:
     config = chat_run(
-        small, data=({"path": str(TINY / "heldout.jsonl"), "split": "train[:100]"},), epochs=2, batch_size=8
+        small, data=({"path": str(small / "heldout.jsonl"), "split": "train[:100]"},), epochs=2, batch_size=8
     )
     cli.run(config)
     summary = json.loads((config.run_directory / "summary.json").read_text())
@@ -89,30 +114,27 @@ def test_each_sample_is_seen_once_an_epoch_and_the_last_batch_is_filled_with_emp
     assert summary["target_tokens"] == 2 * summary["data"]["target_tokens"]
 
 
-def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(small: Path) -> None:
-    config = text_run(small, steps=1)
-    cli.run(config)
-    before = {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")}
+def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(texts: PretrainConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in texts.run_directory.rglob("*")}
     with pytest.raises(UserError, match="--resume .* --overwrite"):
-        cli.run(config)
-    assert {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")} == before
+        cli.run(texts)
     with pytest.raises(UserError, match="seed was 0 and is 1. It may change: .*learning_rate, .*steps, .*save_every"):
-        cli.run(text_run(small, steps=2, seed=1, resume=True))
+        cli.run(texts.model_copy(update={"seed": 1, "resume": True}))
+    assert {path: path.stat().st_mtime_ns for path in texts.run_directory.rglob("*")} == before
 
 
 @pytest.mark.parametrize("place", ["prepare", "evaluate"])
 def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_resume(
-    small: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    texts: PretrainConfig, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    held_out = ({"path": str(TINY / "pretrain.jsonl"), "split": "train[-5:]"},)
-    config = text_run(small, run_name="stopped", eval_data=held_out, eval_every=3)
+    config = texts.model_copy(update={"run_name": f"stopped_in_{place}", "save_every": 0})
     room, name = {"prepare": (trainer.RowSteps, "prepare"), "evaluate": (evaluation, "held_out_loss")}[place]
     usual = getattr(room, name)
 
     def interrupted(*arguments: Any) -> Any:
         if name == "held_out_loss" or arguments[1] == 3:
             os.kill(os.getpid(), signal.SIGINT)
-            monkeypatch.undo()
+            monkeypatch.setattr(room, name, usual)
         return usual(*arguments)
 
     monkeypatch.setattr(room, name, interrupted)
@@ -121,9 +143,7 @@ def test_a_signal_at_any_time_finishes_the_step_saves_and_says_how_to_resume(
     assert step < 8 and records(config)[-1]["step"] == step and not (config.run_directory / "model").exists()
     assert "config.toml --resume" in (config.run_directory / "run.log").read_text()
     cli.run(config.model_copy(update={"resume": True}))
-    whole = config.model_copy(update={"run_name": "whole"})
-    cli.run(whole)
-    assert outcome(config) == outcome(whole)
+    assert outcome(config) == outcome(texts)
 
 
 def test_overwrite_deletes_a_run_and_nothing_else(small: Path) -> None:
@@ -224,9 +244,9 @@ def with_free(bytes_at: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_full_disk_is_logged_as_a_warning_and_training_continues_to_the_next_save(
-    small: Path, monkeypatch: pytest.MonkeyPatch
+    texts: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = text_run(small, steps=8, save_every=2)
+    config = texts.model_copy(update={"run_name": "full"})
     with_free({2: 1000, 4: 1000}, monkeypatch)
     cli.run(config)
     log = (config.run_directory / "run.log").read_text()
@@ -235,23 +255,22 @@ def test_a_full_disk_is_logged_as_a_warning_and_training_continues_to_the_next_s
 
 
 def test_three_full_disks_in_a_row_end_the_run_which_then_resumes_where_it_was_saved(
-    small: Path, monkeypatch: pytest.MonkeyPatch
+    texts: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = text_run(small, steps=12, save_every=2)
+    config, enough = texts.model_copy(update={"run_name": "fuller"}), shutil.disk_usage
     with_free({4: 1000, 6: 1000, 8: 1000}, monkeypatch)
     with pytest.raises(UserError, match="3 saves in a row failed: make room and add --resume"):
         cli.run(config)
     assert checkpoint.saved_steps(config.run_directory) == [2]
-    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", enough)
     cli.run(config.model_copy(update={"resume": True}))
-    whole = config.model_copy(update={"run_name": "whole"})
-    cli.run(whole)
-    assert outcome(config) == outcome(whole)
+    assert outcome(config) == outcome(texts)
 
 
-def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked_for(small: Path) -> None:
-    config = text_run(small, steps=4, save_every=2)
-    cli.run(config)
+def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked_for(
+    texts: PretrainConfig,
+) -> None:
+    config = copy_of(texts, "damaged", keeps=(2, 4), steps=4)
     shards = [
         checkpoint.checkpoint_directory(config.run_directory, step) / "shard-00000.safetensors" for step in (2, 4)
     ]
@@ -268,15 +287,14 @@ def test_a_damaged_checkpoint_is_stepped_around_by_resume_but_refused_when_asked
         cli.run(config.model_copy(update={"resume": True}))
 
 
-def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resumed(small: Path) -> None:
-    config = text_run(small, steps=2)
-    cli.run(config)
-    shutil.rmtree(config.run_directory / "checkpoints")
+def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resumed(texts: PretrainConfig) -> None:
+    config = copy_of(texts, "gone")
+    shutil.copy(texts.run_directory / "summary.json", config.run_directory)
     before = {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")}
     with pytest.raises(UserError, match="whose checkpoints are gone"):
         cli.run(config.model_copy(update={"resume": True}))
     assert {path: path.stat().st_mtime_ns for path in config.run_directory.rglob("*")} == before
-    foreign = text_run(small, steps=2, run_name="foreign", resume=True)
+    foreign = texts.model_copy(update={"run_name": "foreign", "resume": True})
     foreign.run_directory.mkdir()
     (foreign.run_directory / "metrics.jsonl").write_text("mine")
     with pytest.raises(UserError, match="no run of ours"):
