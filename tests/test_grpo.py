@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, TINY, mesh_of, records
+from conftest import REFERENCE, make_small, mesh_of, records
 from test_model import load
 
 from lacuna import cli, grpo, trainer
@@ -56,7 +56,7 @@ def rewards_file(tmp_path: Path) -> Path:
 def run_config(small: Path, rewards_file: Path, **changes: Any) -> GrpoConfig:
     settings: dict[str, Any] = {
         "model_name": str(small), "from_scratch": True, "output_dir": str(small.parent / "runs"), "seed": 3,
-        "data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[:30]"},), "sequence_length": 160,
+        "data": ({"path": str(small / "heldout.jsonl"), "split": "train[:30]"},), "sequence_length": 160,
         "reward": (f"{rewards_file}:letters:2.0", "correct:1.0"), "mask_truncated": False,
     }  # fmt: skip
     return grpo_config(**settings | changes)
@@ -332,12 +332,18 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo, "make_mesh", lambda *_: mesh_of(1, 1, 1))
 
 
-@pytest.fixture
-def finished(small: Path, rewards_file: Path, one_device: None) -> GrpoConfig:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> GrpoConfig:
     """A run of four steps."""
-    config = run_config(small, rewards_file, save_every=2, keep=9, eval_every=2,
-                      eval_data=({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},))  # fmt: skip
-    cli.run(config)
+    directory = tmp_path_factory.mktemp("finished")
+    (directory / "my_rewards.py").write_text(REWARDS)
+    small = make_small(directory / "small")
+    config = run_config(small, directory / "my_rewards.py", save_every=2, keep=9, eval_every=2,
+                      eval_data=({"path": str(small / "heldout.jsonl"), "split": "train[30:36]"},))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "make_mesh", lambda *_: mesh_of(1, 1, 1))
+        patch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+        cli.run(config)
     return config
 
 
@@ -348,10 +354,10 @@ def logged(config: GrpoConfig) -> list[list[Any]]:
     return [[record.get(key) for key in LOGGED] for record in records(config)]
 
 
-@pytest.mark.curves
 def test_a_run_logs_saves_resumes_and_replays(
-    finished: GrpoConfig, rewards_file: Path, capsys: pytest.CaptureFixture[str]
+    finished: GrpoConfig, one_device: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    rewards_file = Path(finished.reward[0].partition(":")[0])
     start, first, *_ = records(finished)
     assert start.keys() == {"step", "eval_reward", "eval_reward/letters", "eval_reward/correct"}
     assert {"reward/letters", "reward/correct", "completion_length", "truncated_fraction", "zero_advantage_fraction",
@@ -456,7 +462,7 @@ def test_the_watchdog_does_not_watch_the_first_rollout_which_compiles(
         return rollout(steps, asked)
 
     monkeypatch.setattr(grpo.RolloutSteps, "rollout", noted)
-    held_out = ({"path": str(TINY / "heldout.jsonl"), "split": "train[30:32]"},)
+    held_out = ({"path": str(small / "heldout.jsonl"), "split": "train[30:32]"},)
     cli.run(run_config(small, rewards_file, steps=2, eval_data=held_out))
     assert watched == [False, True]
 
@@ -513,7 +519,7 @@ def test_what_does_not_fit_is_refused(small: Path, rewards_file: Path, one_devic
 def test_nothing_is_compiled_after_the_first_steps(
     compiled: list[tuple[int, str]], small: Path, rewards_file: Path, one_device: None
 ) -> None:
-    held_out = ({"path": str(TINY / "heldout.jsonl"), "split": "train[30:36]"},)
+    held_out = ({"path": str(small / "heldout.jsonl"), "split": "train[30:36]"},)
     config = run_config(small, rewards_file, steps=8, eval_every=2, save_every=2, eval_data=held_out)
     cli.run(config)
     assert (0, "jit(train_step)") in compiled
