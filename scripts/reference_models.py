@@ -20,7 +20,8 @@ import numpy as np
 import torch  # ty: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM  # ty: ignore[import-not-found]
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config  # ty: ignore[import-not-found]
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding  # ty: ignore[import-not-found]
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference"
 SHELF = Path(__file__).parents[2] / "shared" / "data"
@@ -37,6 +38,7 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LLAMA3_ROPE = {
     "factor": 32.0,
     "high_freq_factor": 4.0,
@@ -44,7 +46,20 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 1024,
     "rope_type": "llama3",
 }
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+# Configs that the shelf lacks, as their authors published them, SmolLM3-3B and OLMo-2-0425-1B, less sizes
+SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "initializer_range": 0.02, "layer_types": ["full_attention"] * 4, "max_window_layers": 28, "mlp_bias": False,
+    "model_type": "smollm3", "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0], "pad_token_id": 2,
+    "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+    "torch_dtype": "bfloat16", "use_cache": False, "use_sliding_window": False,
+}  # fmt: skip
+OLMO2 = {
+    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "initializer_range": 0.02, "model_type": "olmo2", "pad_token_id": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str | dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("Qwen2.5-0.5B-Instruct", {"max_window_layers": 2}),
     "qwen2_untied": ("Qwen2.5-7B-Instruct", {"max_window_layers": 2}),
     "qwen3": ("Qwen3-0.6B", {"head_dim": 16, "max_window_layers": 2}),
@@ -52,6 +67,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama-3.2-1B-Instruct", {"head_dim": 12, "eos_token_id": [1, 2, 3], "rope_scaling": LLAMA3_ROPE}),
     "mistral": ("Mistral-7B-Instruct-v0.3", {"num_key_value_heads": 1}),
     "smollm2": ("SmolLM2-135M", {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "qwen3_yarn": ("Qwen3-0.6B", {"head_dim": 16, "max_window_layers": 2, "rope_scaling": YARN_ROPE}),
+    "smollm3": (SMOLLM3, {"num_hidden_layers": 4}),
+    "olmo2": (OLMO2, {}),
 }
 
 STEPS, WARMUP_STEPS, PEAK_LEARNING_RATE = 50, 5, 1e-3
@@ -69,9 +87,11 @@ def generator(name: str) -> np.random.Generator:
     return np.random.default_rng(list(name.encode()))
 
 
-def config_as_published(published: str, changes: dict[str, Any]) -> dict[str, Any]:
+def config_as_published(published: str | dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a published model with our sizes in it, in the form that model's authors wrote."""
-    config = json.loads((SHELF / "configs" / published / "config.json").read_text()) | SIZES | changes
+    if isinstance(published, str):
+        published = json.loads((SHELF / "configs" / published / "config.json").read_text())
+    config = published | SIZES | changes
     config.pop("_name_or_path", None)
     config["dtype" if "dtype" in config else "torch_dtype"] = "float32"
     return config
@@ -135,6 +155,30 @@ def write_models() -> None:
 
     write_config(REFERENCE / "qwen3_sharded", config_as_published(*FAMILIES["qwen3"]))
     save_sharded(load_file(REFERENCE / "qwen3" / "model.safetensors"), REFERENCE / "qwen3_sharded")
+
+
+def write_rope() -> None:
+    """Radians per position and magnitude of the rotation that transformers makes of keys in a config.json."""
+    plain, yarn = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "yarn", "factor": 8.0}
+    changes: list[dict[str, Any]] = [
+        {"rope_scaling": yarn | {"original_max_position_embeddings": 512}},
+        {"rope_scaling": yarn},
+        {"rope_scaling": yarn | {"truncate": False, "beta_fast": 16, "beta_slow": 2}},
+        {"rope_scaling": yarn | {"attention_factor": 1.25, "rope_theta": 5e5}},
+        {"rope_scaling": yarn | {"mscale": 0.7, "mscale_all_dim": 1.5, "original_max_position_embeddings": 64}},
+        {"rope_scaling": yarn | {"original_max_position_embeddings": 4}},
+        {"rope_parameters": yarn | {"rope_theta": 1e4}},
+        {"rope_parameters": plain, "rope_scaling": yarn, "rope_theta": 1e4},
+        {"rope_parameters": plain, "rope_scaling": LLAMA3_ROPE | {"rope_theta": 1e4}},
+        {"rope_parameters": plain, "rope_scaling": None},
+        {"rope_parameters": {}, "rope_scaling": yarn},
+    ]
+    rows = []
+    for change in changes:
+        config = config_as_published("Qwen3-0.6B", {"head_dim": 32} | change)
+        rope = Qwen3RotaryEmbedding(Qwen3Config(**json.loads(json.dumps(config))))
+        rows.append({"change": change, "frequencies": rope.inv_freq.tolist(), "magnitude": rope.attention_scaling})
+    (REFERENCE / "rope.json").write_text(json.dumps(rows) + "\n")
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -312,6 +356,7 @@ def main() -> None:
     for folder in [path.parent for path in REFERENCE.glob("*/config.json")]:
         shutil.rmtree(folder)
     write_models()
+    write_rope()
     write_expected()
     write_training()
     write_packed()

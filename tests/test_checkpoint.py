@@ -52,7 +52,9 @@ def copied(tmp_path: Path) -> Path:
     return Path(shutil.copytree(REFERENCE / "qwen3", tmp_path / "qwen3"))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_bfloat16", "qwen2_float16", "qwen2_untied", "llama2", "smollm2"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen2_bfloat16", "qwen2_float16", "qwen2_untied", "llama2", "smollm2", "smollm3", "olmo2"]
+)
 def test_save_load_save_is_byte_equal_and_keeps_every_tensor(family: str, tmp_path: Path) -> None:
     source, mesh = REFERENCE / family, mesh_of(1, 1, 1)
     model = read_model_config(source)

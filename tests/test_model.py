@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE, mesh_of
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lacuna import checkpoint
 from lacuna.apps.programs import collectives, read_program
@@ -30,19 +30,21 @@ from lacuna.model import (
     parameter_table,
     partition_spec,
     read_model_config,
+    rotary_frequencies,
+    rotation_at,
     summed_token_loss,
     token_statistics,
 )
 
 FAMILIES = [
     "qwen2", "qwen2_untied", "qwen2_bfloat16", "qwen2_float16", "qwen3", "qwen3_sharded",
-    "llama2", "llama3", "llama3_new", "mistral", "smollm2",
+    "llama2", "llama3", "llama3_new", "mistral", "smollm2", "qwen3_yarn", "smollm3", "olmo2",
 ]  # fmt: skip
 
 
-def load(directory: Path) -> tuple[ModelConfig, Any]:
+def load(directory: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Any]:
     model = read_model_config(directory)
-    return model, checkpoint.load_params(directory, model, mesh_of(1, 1, 1))
+    return model, checkpoint.load_params(directory, model, mesh or mesh_of(1, 1, 1))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -66,9 +68,65 @@ def test_logits_and_losses_equal_transformers(family: str) -> None:
     ids = expected["input_ids"]
     ours = logits(params, model, ids, expected["position_ids"])
     assert np.std(expected["logits"]) > 0.5
-    np.testing.assert_allclose(ours, expected["logits"], atol=2e-4, rtol=0)
+    tolerance = 2e-5 if family in ("qwen3_yarn", "smollm3", "olmo2") else 0
+    np.testing.assert_allclose(ours, expected["logits"], atol=tolerance or 2e-4, rtol=tolerance)
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(ours)), np.roll(ids, -1, axis=1)[..., None], axis=-1)
     np.testing.assert_allclose(nll[:, :-1, 0], expected["nll"], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["smollm3", "olmo2"])
+def test_layers_without_rotation_and_norms_over_all_heads_are_the_same_on_several_devices(family: str) -> None:
+    mesh, expected = mesh_of(1, 2, 2), np.load(REFERENCE / family / "expected.npz")
+    model, params = load(REFERENCE / family, mesh)
+    with jax.set_mesh(mesh):
+        ours = logits(params, model, expected["input_ids"], expected["position_ids"])
+    np.testing.assert_allclose(ours, expected["logits"], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "count"),
+    [
+        ("smollm3", (2048, 11008, 36, 16, 4, 128_256), 3_075_098_624),
+        ("olmo2", (2048, 8192, 16, 16, 16, 100_352), 1_484_916_736),
+    ],
+)
+def test_smollm3_3b_and_olmo2_1b_have_the_parameter_count_of_transformers(
+    family: str, sizes: tuple[int, ...], count: int
+) -> None:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    raw = json.loads((REFERENCE / family / "config.json").read_text())
+    raw |= dict(zip((*names, "vocab_size"), sizes, strict=True), layer_types=None, no_rope_layers=None)
+    assert parameter_counts(model_config(raw, "config.json"))["all"] == count
+
+
+@pytest.mark.parametrize(
+    "case", json.loads((REFERENCE / "rope.json").read_text()), ids=lambda case: str(case["change"])
+)
+def test_rotation_is_that_which_transformers_makes_of_the_same_config(case: dict[str, Any]) -> None:
+    """YaRN in every form, and rope_scaling beside rope_parameters, where the former counts."""
+    raw = json.loads((REFERENCE / "qwen3" / "config.json").read_text()) | {"head_dim": 32} | case["change"]
+    model = model_config(raw, "config.json")
+    np.testing.assert_allclose(rotary_frequencies(model), case["frequencies"], rtol=1e-6)
+    cos, sin = rotation_at(jnp.arange(3)[None], model)
+    np.testing.assert_allclose(jnp.sqrt(cos**2 + sin**2), np.full(cos.shape, case["magnitude"]), rtol=1e-6)
+
+
+def test_yarn_stretches_the_positions_that_a_model_takes() -> None:
+    raw = json.loads((REFERENCE / "qwen3_yarn" / "config.json").read_text())
+    assert raw["max_position_embeddings"] == 2048 == model_config(raw, "config.json").max_positions
+    raw["rope_scaling"]["original_max_position_embeddings"] = 2048
+    assert model_config(raw, "config.json").max_positions == 4 * 2048
+
+
+def test_layers_without_rotation_are_those_of_the_config_or_every_fourth() -> None:
+    raw = json.loads((REFERENCE / "smollm3" / "config.json").read_text()) | {"num_hidden_layers": 8}
+    raw["layer_types"] = raw.pop("no_rope_layers") and None
+    assert model_config(raw, "config.json").unrotated_layers == (3, 7)
+    assert model_config(raw | {"no_rope_layer_interval": 3}, "config.json").unrotated_layers == (2, 5)
+    assert model_config(raw | {"no_rope_layers": [0] + [1] * 7}, "config.json").unrotated_layers == (0,)
+    assert model_config(raw | {"model_type": "llama"}, "config.json").unrotated_layers == ()
+    with pytest.raises(UserError, match="no_rope_layers"):
+        model_config(raw | {"no_rope_layers": [1, 0]}, "config.json")
 
 
 @pytest.mark.reference
@@ -221,7 +279,14 @@ def test_initial_weights_are_the_same_on_every_mesh() -> None:
     [
         ({"model_type": "mixtral"}, "model_type 'mixtral'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope type 'linear'"),
+        ({"rope_scaling": {"rope_type": "linear"}, "rope_parameters": {"rope_type": "default"}}, "rope type 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'factor' is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "'factor' = 0"),
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "yarn", "factor": 4}},
+            "which alone has rope_theta = 1000000.0",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope type 'dynamic'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -238,6 +303,13 @@ def test_initial_weights_are_the_same_on_every_mesh() -> None:
         ({"rope_theta": "x"}, "'rope_theta' = 'x'"),
         ({"attention_bias": "yes"}, "'attention_bias' = 'yes'"),
         ({"layer_types": 3}, "'layer_types' = 3"),
+        ({"num_key_value_heads": 0}, "'num_key_value_heads' = 0"),
+        ({"head_dim": 0}, "'head_dim' = 0"),
+        ({"num_hidden_layers": 10**30}, "'num_hidden_layers' = 1000"),
+        ({"rope_theta": 10**400}, "'rope_theta' = 1000"),
+        ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' = nan"),
+        ({"hidden_size": 2, "head_dim": None}, "head_dim = 1 is odd"),
+        ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}}, "rope_theta = 1.0"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], words: str) -> None:
@@ -255,6 +327,24 @@ def test_rows_beyond_a_sliding_window_or_the_positions_are_refused() -> None:
         check_sequence_length(model, 65)
     with pytest.raises(UserError, match="max_position_embeddings = 2048"):
         check_sequence_length(read_model_config(REFERENCE / "llama2"), 4096)
+
+
+def test_a_window_counts_where_it_binds_a_layer() -> None:
+    qwen, mistral = (json.loads((REFERENCE / name / "config.json").read_text()) for name in ("qwen2", "mistral"))
+    window = {"use_sliding_window": True, "sliding_window": 64}
+    for change, found in (
+        ({"max_window_layers": 1}, 64), ({"max_window_layers": 2}, 0), ({"layer_types": ["full_attention"] * 2}, 0),
+        ({"max_window_layers": None}, 64), ({"layer_types": ["full_attention", "sliding_attention"]}, 64),
+    ):  # fmt: skip
+        assert model_config(qwen | window | change, "config.json").sliding_window == found
+    assert mistral.pop("sliding_window") is None
+    assert model_config(mistral, "config.json").sliding_window == 4096  # as transformers takes a missing key
+
+
+def test_other_words_for_the_same_and_a_bias_that_mistral_never_has_are_taken_as_transformers_takes_them() -> None:
+    raw = json.loads((REFERENCE / "mistral" / "config.json").read_text())
+    other = {"torch_dtype": "torch.float32", "hidden_act": "swish", "attention_bias": True}
+    assert model_config(raw | other, "config.json") == model_config(raw, "config.json")
 
 
 def test_capacity_is_what_is_wanted_within_positions_and_sliding_window() -> None:

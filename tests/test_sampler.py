@@ -61,7 +61,8 @@ def after_prompt(
     return jnp.stack(rows, axis=1)
 
 
-DECODED = ("qwen2", "qwen3", "llama3")  # with biases, with norms of queries and keys, with scaled rotation
+# with biases, with norms of queries and keys, with scaled rotation, without in some layers, with norms of outputs
+DECODED = ("qwen2", "qwen3", "llama3", "smollm3", "olmo2")
 
 
 def prompts_of(model: ModelConfig, steps: int) -> np.ndarray:

@@ -1,10 +1,9 @@
 """The model: a table of parameters from which everything about a weight derives, the forward pass, and the loss.
 
-Qwen2/2.5, Qwen3, Llama 2/3, Mistral and SmolLM2 differ in a few rows and numbers, so a family is a `ModelConfig` read
-from config.json, not a class.
+Qwen2/2.5, Qwen3, Llama 2/3, Mistral, SmolLM2, SmolLM3 and OLMo-2 differ in a few rows and numbers, so a family is a
+`ModelConfig` read from config.json, not a class.
 """
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
+from lacuna.tokenizer import read_json
 
 PAGE = 64  # tokens of the cache
 TRANSPOSED_BLOCK = 64
@@ -37,9 +37,11 @@ Cache = tuple[tuple[Array, Array], ...]
 class ModelConfig:
     """The numbers of config.json that shape the computation; hashable, so a static argument of `jit`.
 
-    `rope_scaling` is Llama 3.1's stretching of the rotary wavelengths beyond the original context (Dubey et al. 2024):
-    the factor, the turns within the original context up to which it applies in full and from which not at all, and that
-    context in tokens; empty without.
+    `rope_scaling` stretches the rotary wavelengths beyond the original context, and is empty without. By rope type
+    llama3 (Dubey et al. 2024) it is the factor, the turns within the original context up to which it applies in full
+    and from which not at all, and that context in tokens; by yarn (Peng et al. 2023) the factor, the pairs of channels
+    up to which it does not apply and from which in full, and what multiplies cosine and sine.
+    `unrotated_layers` are those without rotary embedding (Yang et al. 2025).
     """
 
     family: str
@@ -54,7 +56,9 @@ class ModelConfig:
     sliding_window: int
     norm_epsilon: float
     rope_theta: float
+    rope_type: str
     rope_scaling: tuple[float, ...]
+    unrotated_layers: tuple[int, ...]
     is_tied: bool
     has_bias: bool
     initializer_range: float
@@ -98,7 +102,6 @@ class Parameter:
 LAYER = "model.layers.{layer}."
 EMBEDDING = Parameter("vocab embed", "embedding", "model.embed_tokens.weight", "vocab embed")
 LAYERS = {
-    "attention_norm": Parameter("layer embed", "norm", LAYER + "input_layernorm.weight", "embed"),
     "query": Parameter(
         "layer embed kv_head group head", "matmul", LAYER + "self_attn.q_proj.weight", "kv_head*group*head embed"
     ),
@@ -107,10 +110,17 @@ LAYERS = {
     "output": Parameter(
         "layer kv_head group head embed", "residual", LAYER + "self_attn.o_proj.weight", "embed kv_head*group*head"
     ),
-    "feedforward_norm": Parameter("layer embed", "norm", LAYER + "post_attention_layernorm.weight", "embed"),
     "gate": Parameter("layer embed feedforward", "matmul", LAYER + "mlp.gate_proj.weight", "feedforward embed"),
     "up": Parameter("layer embed feedforward", "matmul", LAYER + "mlp.up_proj.weight", "feedforward embed"),
     "down": Parameter("layer feedforward embed", "residual", LAYER + "mlp.down_proj.weight", "embed feedforward"),
+}
+INPUT_NORMS = {
+    "attention_norm": Parameter("layer embed", "norm", LAYER + "input_layernorm.weight", "embed"),
+    "feedforward_norm": Parameter("layer embed", "norm", LAYER + "post_attention_layernorm.weight", "embed"),
+}
+OUTPUT_NORMS = {
+    "attention_output_norm": Parameter("layer embed", "norm", LAYER + "post_attention_layernorm.weight", "embed"),
+    "feedforward_output_norm": Parameter("layer embed", "norm", LAYER + "post_feedforward_layernorm.weight", "embed"),
 }
 QKV_BIAS = {
     "query_bias": Parameter("layer kv_head group head", "bias", LAYER + "self_attn.q_proj.bias", "kv_head*group*head"),
@@ -122,6 +132,12 @@ QUERY_KEY_NORM = {
     "query_norm": Parameter("layer head", "norm", LAYER + "self_attn.q_norm.weight", "head"),
     "key_norm": Parameter("layer head", "norm", LAYER + "self_attn.k_norm.weight", "head"),
 }
+ALL_HEADS_NORM = {
+    "query_norm": Parameter(
+        "layer kv_head group head", "norm", LAYER + "self_attn.q_norm.weight", "kv_head*group*head"
+    ),
+    "key_norm": Parameter("layer kv_head head", "norm", LAYER + "self_attn.k_norm.weight", "kv_head*head"),
+}
 FINAL_NORM = Parameter("embed", "norm", "model.norm.weight", "embed")
 HEAD = Parameter("vocab embed", "matmul", "lm_head.weight", "vocab embed")
 
@@ -130,6 +146,7 @@ def parameter_table(model: ModelConfig) -> PyTree[Parameter]:
     """Every weight of the model, in the shape of the parameter tree."""
     layers = (
         LAYERS
+        | (OUTPUT_NORMS | ALL_HEADS_NORM if model.family == "olmo2" else INPUT_NORMS)
         | (QKV_BIAS if model.has_bias or model.family == "qwen2" else {})
         | (OUTPUT_BIAS if model.has_bias and model.family != "qwen2" else {})
         | (QUERY_KEY_NORM if model.family == "qwen3" else {})
@@ -168,40 +185,51 @@ def read_model_config(directory: Path) -> ModelConfig:
         UserError: no such file, not JSON, or something that is not supported, by name.
     """
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{directory}: no config.json; model_name must be a model in Hugging Face layout") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds a {type(raw).__name__}, not the object that describes a model")
-    return model_config(raw, str(path))
+    if not path.is_file():
+        raise UserError(f"{directory}: no config.json; model_name must be a model in Hugging Face layout")
+    return model_config(read_json(path), str(path))
 
 
+# The class of each family in transformers, and what that takes where a key is missing
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 4096}),
+    "qwen2": ("Qwen2ForCausalLM", {"max_window_layers": 28}),
+    "qwen3": ("Qwen3ForCausalLM", {"max_window_layers": 28}),
+    "smollm3": ("SmolLM3ForCausalLM", {"tie_word_embeddings": True, "rope_theta": 2e6}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+}
 # Keys of config.json: the type of each, and the default where it may be missing or null
 KEYS: dict[str, tuple[type, Any]] = {
     "vocab_size": (int, None), "hidden_size": (int, None), "intermediate_size": (int, None),
     "num_hidden_layers": (int, None), "num_attention_heads": (int, None), "max_position_embeddings": (int, None),
-    "num_key_value_heads": (int, 0), "head_dim": (int, 0), "sliding_window": (int, 0), "layer_types": (list, []),
+    "sliding_window": (int, 0), "max_window_layers": (int, 0), "layer_types": (list, []),
+    "no_rope_layers": (list, []), "no_rope_layer_interval": (int, 4),
     "rms_norm_eps": (float, None), "rope_theta": (float, 10000.0), "initializer_range": (float, 0.02),
     "use_sliding_window": (bool, False), "attention_bias": (bool, False), "tie_word_embeddings": (bool, False),
     "architectures": (list, []),
 }  # fmt: skip
-ROPE_SCALING_KEYS: dict[str, tuple[type, Any]] = dict.fromkeys(
+LLAMA3_KEYS: dict[str, tuple[type, Any]] = dict.fromkeys(
     ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (float, None)
 )
-# Any other value of these keys asks for what is not implemented
-ONLY_VALUES: dict[str, Any] = {
-    "hidden_act": "silu", "partial_rotary_factor": 1, "mlp_bias": False, "attention_dropout": 0,
-    "rope_interleaved": False, "quantization_config": None, "num_experts": 0, "num_local_experts": 0,
+YARN_KEYS: dict[str, tuple[type, Any]] = {
+    "factor": (float, None), "beta_fast": (float, 32.0), "beta_slow": (float, 1.0), "attention_factor": (float, 0.0),
+    "mscale": (float, 0.0), "mscale_all_dim": (float, 0.0), "truncate": (bool, True),
 }  # fmt: skip
+# Any other value of these keys asks for what is not implemented
+ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "mlp_bias": (), "attention_dropout": (),
+    "rope_interleaved": (), "quantization_config": (), "num_experts": (), "num_local_experts": (),
+}  # fmt: skip
+
+
+LARGEST = {int: 2**31, float: 1e38}
 
 
 def read_keys(fields: Mapping[str, Any], keys: Mapping[str, tuple[type, Any]], where: str) -> dict[str, Any]:
     """The value of each key, or its default; refuses what is missing or not of its type.
 
-    No number is below 0, and a whole number without a default is above it.
+    A number is above 0, or 0 where that is the default, and not beyond all sense.
     """
     values = {}
     for key, (kind, default) in keys.items():
@@ -209,57 +237,105 @@ def read_keys(fields: Mapping[str, Any], keys: Mapping[str, tuple[type, Any]], w
         if value is None:
             raise UserError(f"{where}: {key!r} is missing")
         is_of_kind = type(value) in ((int, float) if kind is float else (kind,))
-        if not is_of_kind or (kind in (int, float) and value < (kind is int and default is None)):
+        if is_of_kind and kind in (int, float):
+            is_of_kind = 0 < value < LARGEST[kind] or value == default == 0
+        if not is_of_kind:
             raise UserError(f"{where}: {key!r} = {value!r} is not a {kind.__name__} that a model can have")
         values[key] = kind(value)
     return values
 
 
+def yarn_scaling(
+    fields: Mapping[str, Any], theta: float, head: int, positions: int, where: str
+) -> tuple[tuple[float, ...], int]:
+    """The `rope_scaling` of a `ModelConfig` by YaRN (Peng et al. 2023), with transformers' defaults, and the positions
+    it reaches."""
+    keys = read_keys(fields, YARN_KEYS | {"original_max_position_embeddings": (float, float(positions))}, where)
+    factor, original = keys["factor"], keys["original_max_position_embeddings"]
+
+    def pair(turns: float) -> float:
+        """The pair of channels that turns so often within the original context."""
+        return head * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(max(factor, 1.0)) + 1
+
+    first, last = pair(keys["beta_fast"]), pair(keys["beta_slow"])
+    if keys["truncate"]:
+        first, last = float(math.floor(first)), float(math.ceil(last))
+    has_scales = keys["mscale"] and keys["mscale_all_dim"]
+    implied = magnitude(keys["mscale"]) / magnitude(keys["mscale_all_dim"]) if has_scales else magnitude(1.0)
+    chosen = keys["attention_factor"] or implied
+    return (factor, max(first, 0.0), min(last, head - 1.0), chosen), int(factor * original)
+
+
 def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
-    """A `ModelConfig` from the fields of a config.json, in the form of transformers 4 or 5; `where` is for messages."""
+    """A `ModelConfig` from the fields of a config.json, in the form of transformers 4 or 5; `where` is for messages.
+
+    Both may be there: as in transformers and vLLM rope_scaling then takes the place of rope_parameters.
+    """
     ropes = read_keys(raw, {"rope_parameters": (dict, {}), "rope_scaling": (dict, {})}, where)
-    rope = ropes["rope_parameters"] or ropes["rope_scaling"]
-    fields = {**raw, **{key: value for key, value in rope.items() if value is not None}}
+    in_force = ropes["rope_scaling"] or ropes["rope_parameters"]
+    rope = {key: value for key, value in in_force.items() if value is not None}
     family, rope_type = raw.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
-    file_dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    file_dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     for name, value, supported in (
-        ("model_type", family, ("llama", "mistral", "qwen2", "qwen3")),
-        ("rope type", rope_type, ("default", "llama3")),
+        ("model_type", family, tuple(FAMILIES)),
+        ("rope type", rope_type, ("default", "llama3", "yarn")),
         ("dtype", file_dtype, ("float32", "bfloat16", "float16")),
     ):
         if value not in supported:
             raise UserError(f"{where}: {name} {value!r} is not supported; supported are {', '.join(supported)}")
+    fields = {**FAMILIES[str(family)][1], **raw, **rope}
     keys = read_keys(fields, KEYS, where)
-    refused = [(key, fields[key]) for key, only in ONLY_VALUES.items() if (fields.get(key) or only) != only]
+    refused = [(key, fields[key]) for key, only in ONLY_VALUES.items() if fields.get(key) and fields[key] not in only]
     refused += [(f"a rope of its own for {key}", value) for key, value in rope.items() if isinstance(value, dict)]
     refused += [("architectures", name) for name in keys["architectures"] if not str(name).endswith("ForCausalLM")]
+    refused += [("rope_theta", keys["rope_theta"])] if keys["rope_theta"] <= 1 else []
     for key, value in refused:
         raise UserError(f"{where}: {key} = {value!r} is not supported")
-    heads = keys["num_attention_heads"]
-    kv_heads, head = keys["num_key_value_heads"] or heads, keys["head_dim"] or keys["hidden_size"] // heads
+    if (theta := ropes["rope_parameters"].get("rope_theta")) not in (None, keys["rope_theta"]):
+        raise UserError(
+            f"{where}: rope_scaling takes the place of rope_parameters, which alone has rope_theta = {theta!r}; "
+            "merge the two into rope_parameters"
+        )
+    heads, layers, positions = keys["num_attention_heads"], keys["num_hidden_layers"], keys["max_position_embeddings"]
+    shape = {"num_key_value_heads": (int, heads), "head_dim": (int, max(keys["hidden_size"] // heads, 1))}
+    kv_heads, head = read_keys(fields, shape, where).values()
     if heads % kv_heads:
         raise UserError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     if head % 2:
         raise UserError(f"{where}: head_dim = {head} is odd, and rotary embedding turns pairs of channels")
-    has_window = keys["use_sliding_window"] or "sliding_attention" in keys["layer_types"]
+    types, is_bound = keys["layer_types"], keys["max_window_layers"] < layers
+    has_window = "sliding_attention" in types if types else keys["use_sliding_window"] and is_bound
     has_window |= family == "mistral" and raw.get("use_sliding_window") is None
-    scaling = read_keys(rope, ROPE_SCALING_KEYS, where) if rope_type == "llama3" else {}
+    scaling: tuple[float, ...] = ()
+    if rope_type == "llama3":
+        scaling = tuple(read_keys(rope, LLAMA3_KEYS, where).values())
+    elif rope_type == "yarn":
+        scaling, reach = yarn_scaling(fields, keys["rope_theta"], head, positions, where)
+        positions = max(positions, reach)
+    is_rotated = keys["no_rope_layers"] or [(layer + 1) % keys["no_rope_layer_interval"] for layer in range(layers)]
+    if len(is_rotated) < layers:
+        raise UserError(f"{where}: no_rope_layers = {is_rotated} says nothing of the last of {layers} layers")
     return ModelConfig(
         family=str(family),
         vocabulary_size=keys["vocab_size"],
         embed=keys["hidden_size"],
-        layers=keys["num_hidden_layers"],
+        layers=layers,
         kv_heads=kv_heads,
         group=heads // kv_heads,
         head=head,
         feedforward=keys["intermediate_size"],
-        max_positions=keys["max_position_embeddings"],
+        max_positions=positions,
         sliding_window=keys["sliding_window"] if has_window else 0,
         norm_epsilon=keys["rms_norm_eps"],
         rope_theta=keys["rope_theta"],
-        rope_scaling=tuple(scaling.values()),
+        rope_type=rope_type,
+        rope_scaling=scaling,
+        unrotated_layers=tuple(layer for layer in range(layers) if family == "smollm3" and not is_rotated[layer]),
         is_tied=keys["tie_word_embeddings"],
-        has_bias=keys["attention_bias"],
+        has_bias=keys["attention_bias"] and family != "mistral",
         initializer_range=keys["initializer_range"],
         file_dtype=file_dtype,
         padded_vocabulary=keys["vocab_size"],
@@ -314,18 +390,20 @@ def rotary_frequencies(model: ModelConfig) -> Float[np.ndarray, " half"]:
     """Radians per position of each channel pair (Su et al. 2021), stretched by the model's rope scaling, if any."""
     frequency = model.rope_theta ** -(np.arange(0, model.head, 2) / model.head)
     if model.rope_scaling:
-        factor, low, high, original_positions = model.rope_scaling
-        keep = np.clip((original_positions * frequency / (2 * np.pi) - low) / (high - low), 0, 1)
+        factor, low, high, last = model.rope_scaling
+        if model.rope_type == "llama3":
+            keep = np.clip((last * frequency / (2 * np.pi) - low) / (high - low), 0, 1)
+        else:
+            keep = 1 - np.clip((np.arange(len(frequency)) - low) / max(high - low, 0.001), 0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / factor
     return frequency.astype(np.float32)
 
 
-def rms_norm(
-    x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], epsilon: float
-) -> Float[Array, "*batch embed"]:
-    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32, returned in the dtype of `x`."""
-    wide = x.astype(jnp.float32)
-    normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+def rms_norm(x: Float[Array, "..."], scale: Float[Array, "*normed"], epsilon: float) -> Float[Array, "..."]:
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the axes of `scale`, computed in float32, returned in the
+    dtype of `x`."""
+    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + epsilon)
     return (normalized * scale).astype(x.dtype)
 
 
@@ -335,7 +413,18 @@ Rotation = tuple[Float[Array, "batch token half"], Float[Array, "batch token hal
 def rotation_at(position: Int[Array, "batch token"], model: ModelConfig) -> Rotation:
     """Cosine and sine for each position and pair of channels."""
     angle = position[..., None] * rotary_frequencies(model)
-    return jnp.cos(angle), jnp.sin(angle)
+    if model.rope_type != "yarn":
+        return jnp.cos(angle), jnp.sin(angle)
+    magnitude = model.rope_scaling[3]
+    return magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)
+
+
+def rotation_of_layer(rotation: Rotation, layer: Int[Array, ""] | int | None, model: ModelConfig) -> Rotation:
+    """The rotation, or none at all in a layer without; the number of the layer matters only where there are such."""
+    if not model.unrotated_layers:
+        return rotation
+    is_rotated = jnp.all(layer != jnp.asarray(model.unrotated_layers))
+    return jnp.where(is_rotated, rotation[0], 1), jnp.where(is_rotated, rotation[1], 0)
 
 
 def rotate(x: Float[Array, "batch token *heads head"], rotation: Rotation) -> Float[Array, "batch token *heads head"]:
@@ -411,23 +500,27 @@ def layer_forward(
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     model: ModelConfig,
 ) -> tuple[Float[Array, "batch token embed"], Any]:
-    """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual.
+    """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual, or
+    with its own output normed.
 
     `attend` maps query, key and value to their mix and a second value, which is returned: decoding's cache.
     """
-    normed = rms_norm(x, layer["attention_norm"], model.norm_epsilon)
+
+    def norm(x: Array, name: str) -> Array:
+        return rms_norm(x, layer[name], model.norm_epsilon) if name in layer else x
+
+    normed = norm(x, "attention_norm")
     query, key, value = (linear(normed, layer[name]) for name in ("query", "key", "value"))
     if "query_bias" in layer:
         query, key, value = query + layer["query_bias"], key + layer["key_bias"], value + layer["value_bias"]
-    if "query_norm" in layer:
-        query = rms_norm(query, layer["query_norm"], model.norm_epsilon)
-        key = rms_norm(key, layer["key_norm"], model.norm_epsilon)
+    query, key = norm(query, "query_norm"), norm(key, "key_norm")
     mixed, kept = attend(rotate(query, rotation), rotate(key, rotation), value)
     mixed = linear(mixed, layer["output"])
-    x = shard_rows(x + (mixed + layer["output_bias"] if "output_bias" in layer else mixed))
-    normed = rms_norm(x, layer["feedforward_norm"], model.norm_epsilon)
+    mixed = mixed + layer["output_bias"] if "output_bias" in layer else mixed
+    x = shard_rows(x + norm(mixed, "attention_output_norm"))
+    normed = norm(x, "feedforward_norm")
     hidden = jax.nn.silu(linear(normed, layer["gate"])) * linear(normed, layer["up"])
-    return shard_rows(x + linear(hidden, layer["down"])), kept
+    return shard_rows(x + norm(linear(hidden, layer["down"]), "feedforward_output_norm")), kept
 
 
 def embed(params: PyTree[Array], token: Int[Array, "batch token"]) -> Float[Array, "batch token embed"]:
@@ -454,7 +547,13 @@ def forward(
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
         return attention(query, key, value, segment, model.attention, prompt_offset), None
 
-    body = partial(layer_forward, rotation=rotation_at(position, model), attend=attend, model=model)
+    rotation = rotation_at(position, model)
+
+    def next_layer(x: Array, numbered: tuple[PyTree[Array], Array | None]) -> tuple[Array, None]:
+        layer, number = numbered
+        return layer_forward(x, layer, rotation_of_layer(rotation, number, model), attend, model)
+
+    body: Callable[..., Any] = next_layer
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
         matmuls = policies.save_from_both_policies(
@@ -462,7 +561,8 @@ def forward(
         )
         policy = policies.nothing_saveable if rematerialisation == "layer" else matmuls
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged
-    x, _ = jax.lax.scan(body, x, params["layers"])
+    numbers = jnp.arange(model.layers) if model.unrotated_layers else None
+    x, _ = jax.lax.scan(body, x, (params["layers"], numbers))
     return rms_norm(x, params["final_norm"], model.norm_epsilon)
 
 
@@ -497,8 +597,8 @@ def prefill(params: PyTree[Array], token: Int[Array, "batch token"], model: Mode
         return attention(query, key, value, segment, model.attention), (jnp.swapaxes(keys, -1, -2), values)
 
     x, cache = shard_rows(params["embedding"][token]), []
-    for layer in params["layers"]:
-        x, kept = layer_forward(x, layer, rotation, attend, model)
+    for number, layer in enumerate(params["layers"]):
+        x, kept = layer_forward(x, layer, rotation_of_layer(rotation, number, model), attend, model)
         cache.append(kept)
     return tuple(cache)
 
@@ -529,8 +629,9 @@ def decode_step(
         return cached_attention(query[:, 0], keys, values, length)[:, None], (keys, values)
 
     x, grown = shard_rows(params["embedding"][token[:, None]]), []
-    for layer, pages in zip(params["layers"], cache, strict=True):
-        x, pages = layer_forward(x, layer, rotation, partial(attend, *pages), model)
+    for number, (layer, pages) in enumerate(zip(params["layers"], cache, strict=True)):
+        turned = rotation_of_layer(rotation, number, model)
+        x, pages = layer_forward(x, layer, turned, partial(attend, *pages), model)
         grown.append(pages)
     return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(grown)
 

@@ -376,7 +376,7 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> 
 def model_facts(model: ModelConfig) -> dict[str, Any]:
     """The model as plain values, without what depends on the devices."""
     kept = {key: value for key, value in asdict(model).items() if key not in ("padded_vocabulary", "attention")}
-    return kept | {"rope_scaling": list(model.rope_scaling)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
 def masked_config(config: TrainingConfig) -> dict[str, Any]:
@@ -448,8 +448,9 @@ class Run:
         if not self.resumed:
             return
         name, before = self.config.model_name, self.resumed[1].run
-        for key, now in model_facts(model).items():
-            if now != (saved := before.model.get(key)):
+        facts = model_facts(model)
+        for key, saved in before.model.items():
+            if saved != (now := facts.get(key)):
                 raise UserError(f"{name}: {key} in config.json was {saved!r} and is {now!r}; restore it")
         for source, now, saved in zip(self.config.data, digests, before.data, strict=True):
             if now != saved:
