@@ -164,7 +164,7 @@ def test_only_the_first_ten_of_many_wrong_tensors_are_listed(copied: Path) -> No
             "'../model.safetensors', which is not in the same directory",
         ),
         (lambda d: (d / "model.safetensors.index.json").write_text("{"), "no index"),
-        (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "config.json").write_text("{"), "not JSON"),
         (lambda d: (d / "config.json").unlink(), "no config.json"),
     ],
 )

@@ -644,6 +644,7 @@ def test_without_a_template_or_with_one_that_refuses_the_files_alone_say_what_en
     ("text", "reason"),
     [
         ("[]", r"generation_config.json: holds a list, not an object"),
+        ("[" * 10**5, r"generation_config.json: not JSON \(maximum recursion depth"),
         ('{"eos_token_id": "2"}', r"generation_config.json: eos_token_id = '2' is no token id; write one of the \d+"),
         ('{"eos_token_id": [1, [2]]}', r"eos_token_id = \[2\] is no token id"),
         ('{"eos_token_id": true}', r"eos_token_id = True is no token id"),

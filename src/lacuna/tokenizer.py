@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, not an object; fetch the file again")
     return found
