@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, mesh_of
+from conftest import REFERENCE, TINY, chat_run, mesh_of, text_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lacuna import checkpoint, trainer
-from lacuna.config import UserError
+from lacuna import checkpoint, distributed, trainer
+from lacuna.config import EvalConfig, SftConfig, UserError, to_toml
 from lacuna.metrics import byte_size
 from lacuna.model import ModelConfig, read_model_config
 
@@ -182,6 +182,61 @@ def test_an_export_that_fails_leaves_the_old_model_and_nothing_else(tmp_path: Pa
     with pytest.raises(FileNotFoundError, match="no_such_directory"):
         checkpoint.save_model(directory, params, MODEL, REFERENCE / "qwen3", {"no_such_directory/file": ""})
     assert contents(directory) == before and os.listdir(tmp_path) == ["model"]
+
+
+# What a config leaves open
+
+
+def eval_of(small: Path, **changes: Any) -> EvalConfig:
+    data = ({"path": str(TINY / "heldout.jsonl")},)
+    return EvalConfig(**{"model_name": str(small), "data": data} | changes)
+
+
+@pytest.mark.parametrize(
+    ("command", "platform", "has_instructions", "dtype"),
+    [
+        (chat_run, "cpu", True, "bfloat16"),
+        (chat_run, "cpu", False, "float32"),
+        (text_run, "cpu", True, "bfloat16"),
+        (text_run, "tpu", False, "bfloat16"),
+        (chat_run, "cuda", False, "bfloat16"),
+        (eval_of, "cpu", True, "float32"),
+        (eval_of, "gpu", False, "bfloat16"),
+    ],
+)
+def test_auto_is_the_type_that_is_fast_on_the_device_for_the_job(
+    command: Any, platform: str, has_instructions: bool, dtype: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda: has_instructions)
+    assert checkpoint.settled(command(small, compute_dtype="auto"), platform).compute_dtype == dtype
+    for named in ("float32", "bfloat16"):
+        assert checkpoint.settled(command(small, compute_dtype=named), platform).compute_dtype == named
+
+
+def test_rows_are_by_default_no_longer_than_the_model_allows(small: Path) -> None:
+    config = eval_of(small)
+    assert config.sequence_length == 2048 and checkpoint.settled(config).sequence_length == 1024
+    assert checkpoint.settled(eval_of(small, sequence_length=2048)).sequence_length == 2048  # and is refused later
+    raw = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (small / "config.json").write_text(json.dumps(raw))
+    assert checkpoint.settled(config).sequence_length == 2048
+
+
+def test_what_a_run_decided_holds_when_it_resumes(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = chat_run(small, resume=True).model_dump(exclude={"sequence_length", "compute_dtype"})
+    config = SftConfig(**keys)
+    began = config.model_copy(update={"compute_dtype": "bfloat16", "sequence_length": 512})
+    config.run_directory.mkdir(parents=True)
+    (config.run_directory / "config.toml").write_text(to_toml(began))
+    assert checkpoint.settled(config) == began
+
+    by_name = config.model_copy(update={"model_name": "acme/tiny"})
+    pinned = began.model_copy(update={"model_name": "acme/tiny@c0ffee"})
+    (config.run_directory / "config.toml").write_text(to_toml(pinned))
+    monkeypatch.setattr(checkpoint, "resolve_model", lambda name, with_weights: small)
+    assert checkpoint.settled(by_name) == pinned
+    other = checkpoint.settled(by_name.model_copy(update={"model_name": "acme/tiny@v2"}))
+    assert other.model_name == f"acme/tiny@{small.name}"  # the commit that the hub has for v2, for the run to refuse
 
 
 # Pieces of tensors

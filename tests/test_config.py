@@ -74,7 +74,7 @@ WRONG_OPTIONS = {
     "inf": ("--learning-rate inf", "--learning-rate inf should be a finite number"),
     "minus inf": ("--weight-decay=-inf", "--weight-decay -inf should be a finite number"),
     "nan": ("--weight-decay nan", "--weight-decay nan should be a finite number"),
-    "choice": ("--compute-dtype fp16", "--compute-dtype fp16 should be 'bfloat16' or 'float32'"),
+    "choice": ("--compute-dtype fp16", "--compute-dtype fp16 should be 'auto', 'bfloat16' or 'float32'"),
     "switch": ("--resume maybe", "--resume maybe should be true or false"),
     "no value": ("--steps --show 3", "--steps needs a value"),
     "twice": ("--steps 5 --steps=6", "--steps is given twice: 5 and 6"),
@@ -252,7 +252,7 @@ def test_help_shows_every_key_with_its_description_and_the_value_in_force(
     for fields in (own_fields, DataSource.model_fields if reads_data else {}):
         for key, field in fields.items():
             assert key.replace("_", "-") in words and field.description and field.description in words
-    here = ("[48 from base.toml]", '["chats.jsonl" from base.toml]', '["bfloat16"]') if reads_data else ("[4096]",)
+    here = ("[48 from base.toml]", '["chats.jsonl" from base.toml]', '["auto"]') if reads_data else ("[4096]",)
     assert all(value in words for value in here)
 
 

@@ -40,8 +40,8 @@ LARGE = bytes(range(251)) * 100_000
 # What the client reads of its environment it reads when imported, so each is a process of its own.
 CLIENT = """
 import json, sys, time
-from lacuna.checkpoint import resolve_model
-from lacuna.config import DataSource, UserError
+from lacuna.checkpoint import resolve_model, settled
+from lacuna.config import DataSource, ModelKeys, UserError
 from lacuna.documents import read_rows
 
 time.sleep = lambda seconds: None  # the hub's library waits between its attempts
@@ -50,6 +50,8 @@ for wish in sys.argv[1:]:
     try:
         if kind == "data":
             print(json.dumps([row for _, row in read_rows(DataSource(path=name, split=split[0]))]))
+        elif kind == "settled":
+            print(json.dumps(settled(ModelKeys(model_name=name)).model_name))
         else:
             print(json.dumps(str(resolve_model(name, with_weights=kind == "model"))))
     except UserError as error:
@@ -269,6 +271,14 @@ def test_only_what_is_read_is_fetched(first: Fetched) -> None:
     files = {"config.json", "tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir(first.answers["tokenizer acme/bare"])) == files
     assert set(os.listdir(first.answers["model acme/tiny"])) == files | {"model.safetensors"}
+
+
+def test_a_revision_is_asked_for_by_name_and_the_commit_that_was_read_is_kept(hub: Hub, tmp_path: Path) -> None:
+    wishes = ("settled acme/tiny", "settled acme/tiny@v2", f"settled acme/tiny@{COMMIT}", "model acme/tiny@v2")
+    found = fetch(hub.endpoint, tmp_path, *wishes).answers
+    assert [found[wish] for wish in wishes[:3]] == [f"acme/tiny@{COMMIT}"] * 3
+    assert Path(found["model acme/tiny@v2"]).name == COMMIT
+    assert "GET /api/models/acme/tiny/revision/v2" in hub.asked
 
 
 def test_a_terminal_shows_how_many_bytes_there_are_to_come(first: Fetched) -> None:

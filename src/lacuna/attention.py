@@ -50,7 +50,7 @@ def choose_backend(config: ModelKeys, mesh: Mesh, head: int) -> tuple[Backend, s
         obstacles["cudnn"] = f"cuDNN runs on NVIDIA GPUs, and this is {device.device_kind}"
     elif not is_hopper(getattr(device, "compute_capability", "")):
         obstacles["cudnn"] = f"cuDNN's packed form needs Hopper or newer, and this is {device.device_kind}"
-    elif config.compute_dtype != "bfloat16":
+    elif config.compute_dtype == "float32":
         obstacles["cudnn"] = f"cuDNN's kernel needs bfloat16, and compute_dtype is {config.compute_dtype}"
     elif head % 8 or head > 256:
         obstacles["cudnn"] = f"cuDNN's kernel needs heads of a multiple of 8 up to 256, and the model's are {head}"

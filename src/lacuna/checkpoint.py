@@ -14,6 +14,7 @@ import re
 import shutil
 import threading
 import time
+import tomllib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from lacuna.attention import choose_backend
-from lacuna.config import ModelKeys, UserError
-from lacuna.distributed import AXIS_RULES, check_divisible, from_first, is_first, to_first
+from lacuna.config import DataKeys, ModelKeys, TrainingConfig, UserError
+from lacuna.distributed import AXIS_RULES, check_divisible, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, duration
 from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
 from lacuna.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +59,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+Config = TypeVar("Config", bound=ModelKeys)
 
 # Models
 
@@ -83,8 +85,12 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
     wanted = ["config.json", *TOKENIZER_FILES]
     if with_weights:
         wanted += ["model*.safetensors", "model.safetensors.index.json"]
+    name, _, revision = model_name.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=wanted, ignore_patterns="*/*"))
+        fetched = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=wanted, ignore_patterns="*/*"
+        )
+        return Path(fetched)
     except Exception as error:  # its HTTP and storage clients raise their own kinds
         if isinstance(error, errors.GatedRepoError):
             reason = "access is restricted; accept its terms on its page on the hub, then log in with `hf auth login`"
@@ -99,6 +105,33 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
                 f"({error.__cause__ or error}); once that is fixed, the same command fetches the rest"
             )
         raise UserError(f"model_name {model_name!r}: {' '.join(reason.split())}") from error
+
+
+def settled(config: Config, platform: str = "") -> Config:
+    """The config with what it leaves open decided for good, or as the run that it resumes decided it: the commit of a
+    hub id, the type of compute on this platform (this machine's, if it is empty), and the length of rows.
+
+    Raises:
+        UserError: no such model.
+    """
+    before, changes = dict[str, Any](), dict[str, Any]()
+    if isinstance(config, TrainingConfig) and config.resume_from:
+        before = read_manifest(Path(config.resume_from)).run.config
+    elif isinstance(config, TrainingConfig) and config.resume and (config.run_directory / "config.toml").is_file():
+        before = tomllib.loads((config.run_directory / "config.toml").read_text())
+    name, known = config.model_name, str(before.get("model_name", ""))
+    if not Path(name).exists():
+        name = known if known.startswith(f"{name}@") else name
+    source = resolve_model(name, with_weights=False)
+    if not Path(name).exists() and name != known:
+        name = f"{name.partition('@')[0]}@{source.name}"
+    changes["model_name"] = name
+    if config.compute_dtype == "auto":
+        changes["compute_dtype"] = before.get("compute_dtype", fast_dtype(config, platform or jax.default_backend()))
+    if isinstance(config, DataKeys) and "sequence_length" not in config.model_fields_set:
+        allowed = read_model_config(source).capacity(config.sequence_length)
+        changes["sequence_length"] = before.get("sequence_length", allowed)
+    return config.model_copy(update=changes)
 
 
 def newest_run(output_dir: str) -> Path:

@@ -78,8 +78,12 @@ class DataSource(Keys):
 class ModelKeys(Keys):
     """Model"""
 
-    model_name: str = Field(min_length=1, description="Directory in Hugging Face layout, run directory, or hub id")
-    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type that matmuls compute in")
+    model_name: str = Field(
+        min_length=1, description="Directory in Hugging Face layout, run or checkpoint of one, or hub id (id@revision)"
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Type that matmuls compute in; auto: float32 where a CPU decodes or lacks bfloat16"
+    )
     attention: Literal["auto", "cudnn", "splash", "xla"] = Field(
         "auto", description="Attention kernel; auto: the fastest that the devices support"
     )
@@ -89,7 +93,9 @@ class DataKeys(Keys):
     """Data"""
 
     data: tuple[DataSource, ...] = Field(description="What to read")
-    sequence_length: int = Field(2048, ge=2, description="Tokens per packed row")
+    sequence_length: int = Field(
+        2048, ge=2, description="Tokens per packed row, by default no more than the model allows"
+    )
     on_bad_data: Literal["error", "skip"] = Field("error", description="Stop at a bad sample, or count and skip it")
 
     @field_validator("data")
@@ -403,4 +409,5 @@ class EvalConfig(SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataK
 
     @property
     def run_directory(self) -> Path:
-        return Path(self.output_dir) / (self.run_name or f"eval_{Path(self.model_name).resolve().name}")
+        model_name = re.sub("@[0-9a-f]{40}$", "", self.model_name)  # a hub id with the commit that was read
+        return Path(self.output_dir) / (self.run_name or f"eval_{Path(model_name).resolve().name}")

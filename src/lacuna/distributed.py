@@ -7,6 +7,7 @@ whatever they agree on may happen in a thread while the devices train.
 import faulthandler
 import math
 import os
+import re
 import signal
 import socket
 import statistics
@@ -28,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lacuna.config import DeviceKeys, UserError
+from lacuna.config import DeviceKeys, ModelKeys, RowsConfig, UserError
 
 ROW_AXES = ("data", "fsdp")
 AXIS_RULES: dict[str, str] = {"embed": "fsdp", "vocab": "tensor", "kv_head": "tensor", "feedforward": "tensor"}
@@ -303,6 +304,20 @@ def check_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> None:
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split; without a mesh there is one."""
     return math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
+
+
+def fast_dtype(config: ModelKeys, platform: str) -> str:
+    """What `compute_dtype = "auto"` stands for on devices of a platform: bfloat16, but on a CPU float32 for all that
+    decodes, as its cache is converted at each token, and for training without instructions for bfloat16."""
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    return "bfloat16" if platform != "cpu" or (isinstance(config, RowsConfig) and multiplies_bfloat16()) else "float32"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, by Linux' list of what it has."""
+    path = Path("/proc/cpuinfo")
+    return path.is_file() and bool(re.search("amx_bf16|avx512_bf16", path.read_text()))
 
 
 def platform() -> str:

@@ -22,7 +22,7 @@ from lacuna import metrics, trainer
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch, Dataset, describe, load_dataset
-from lacuna.distributed import Watchdog, is_first, put_batch, row_shards
+from lacuna.distributed import Watchdog, fast_dtype, is_first, put_batch, row_shards
 from lacuna.documents import checked_text, read_rows, slice_between, split_bounds, usable
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, power_of_two, slots_for
@@ -366,6 +366,7 @@ def prepare_tasks(config: EvalConfig, run_harness: RunHarness | None, opened: Op
     Raises:
         UserError: problems that can't be asked.
     """
+    config = config.model_copy(update={"compute_dtype": fast_dtype(config, jax.default_backend())})
     problems = Problems()
     if {"generate", "choices"} & set(config.tasks):
         longest = opened.model.capacity(config.capacity) - 1

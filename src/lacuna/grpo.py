@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from lacuna import metrics, trainer
+from lacuna import checkpoint, metrics, trainer
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Mixture, first_fit, locate
@@ -481,6 +481,7 @@ def run_grpo(
     Raises:
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
     """
+    config = checkpoint.settled(config)
     with trainer.started_run(config, write_report) as run:
         inputs = read_inputs_of_grpo(config, rewards)
         opened, digests = inputs.opened, inputs.problems.digests

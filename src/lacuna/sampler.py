@@ -472,7 +472,7 @@ class Sampler:
         opened: OpenedModel,
         slots: int,
         capacity: int,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        dtype: str = "bfloat16",
         constraint: Forest | None = None,
     ) -> None:
         """Raises UserError where slots, capacity or constraint do not suit the model and devices, or the cache does not

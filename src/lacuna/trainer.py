@@ -695,6 +695,7 @@ def run_training(
     Raises:
         UserError: whatever about config, model, data or devices can't be trained with.
     """
+    config = checkpoint.settled(config)
     with started_run(config, write_report) as run:
         opened, dataset = read_inputs(config, with_weights=not (run.resumed or config.from_scratch))
         evaluation = prepare_evaluation(config, opened) if prepare_evaluation and config.has_evaluation else None

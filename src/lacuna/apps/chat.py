@@ -89,7 +89,7 @@ class Local:
         self.introduction = (
             f"model: {self.generator.source}{newest}; {mode}\n"
             f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together; "
-            f"{ends_in_words(self.tokenizer)}"
+            f"{ends_in_words(self.tokenizer)}; compute in {self.generator.sampler.dtype}"
         )
 
     def rules(self, config: ChatConfig) -> str:

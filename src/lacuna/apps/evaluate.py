@@ -39,7 +39,8 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
     Raises:
         UserError: whatever about config, model, data or devices can't be evaluated.
     """
-    started, directory = time.perf_counter(), config.run_directory
+    started, config = time.perf_counter(), checkpoint.settled(config)
+    directory = config.run_directory
     with trainer.held_directory(directory) if is_first() else nullcontext():
         if is_first() and (directory / "summary.json").exists() and not config.overwrite:
             raise UserError(
@@ -94,7 +95,7 @@ def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
     """Print what is measured, and on what."""
     config, model, problems = tasks.config, tasks.opened.model, tasks.problems
     print(f"model: {config.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
-    print(tasks.opened.attention_line)
+    print(f"compute in {config.compute_dtype}; {tasks.opened.attention_line}")
     if problems.problems:
         print(ends_in_words(tasks.opened.tokenizer))
     bad = list(problems.bad)

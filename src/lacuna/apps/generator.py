@@ -27,9 +27,8 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
         UserError: whatever about model, devices or memory can't be used.
     """
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
-    config = config.model_copy(
-        update={"model_name": config.model_name or str(checkpoint.newest_run(config.output_dir))}
-    )
+    model_name = config.model_name or str(checkpoint.newest_run(config.output_dir))
+    config = checkpoint.settled(config.model_copy(update={"model_name": model_name}))
     opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
     source, model, tokenizer, _, _ = opened
     enable_compilation_cache(config)

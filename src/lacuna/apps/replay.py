@@ -36,7 +36,7 @@ def replay(config: GrpoConfig, original: GrpoConfig) -> None:
     Raises:
         UserError: no such run or step.
     """
-    directory = Path(config.replay)
+    config, directory = checkpoint.settled(config), Path(config.replay)
     steps = samples_by_step(directory / "rollouts.jsonl", config.step)
     inputs = read_inputs_of_grpo(config, load_rewards(config.reward))
     opened = inputs.opened

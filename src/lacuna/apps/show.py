@@ -6,6 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from lacuna.checkpoint import settled
 from lacuna.config import SftConfig
 from lacuna.data import Batch, describe
 from lacuna.tokenizer import Tokenizer, decode
@@ -15,6 +16,7 @@ from lacuna.trainer import read_inputs
 def show_rows(config: SftConfig) -> None:
     """Print the first rows of a config's data; without colours ⟦ ⟧ are around what is learned."""
     console = Console(highlight=False)
+    config = settled(config)
     opened, dataset = read_inputs(config, with_weights=False)
     for row in range(min(config.show, dataset.rows.row_count(1))):
         console.rule(f"row {row + 1}")
