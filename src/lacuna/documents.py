@@ -367,7 +367,7 @@ def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: Train
     date = tokenizer.template.globals["strftime_now"]("%F") if tokenizer.template else ""
     template = [tokenizer.template_source, tokenizer.special_tokens, date]
     digest = hashlib.sha256(json.dumps([origin, columns, template, train_on, skip_bad]).encode())
-    code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py")]
+    code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py", "sandbox.py")]
     with progress() as line:
         for file in line.track([*files, tokenizer.directory / "tokenizer.json", *code], description="Hashing files"):
             with file.open("rb") as content:

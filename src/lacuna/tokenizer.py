@@ -5,28 +5,23 @@ place of that answer, and by what the template writes when it prompts for one. W
 refused.
 """
 
-import datetime
 import json
 import os.path
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
 from tokenizers.decoders import DecodeStream
 
 from lacuna.config import UserError
+from lacuna.sandbox import compile_template, rendered
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -63,18 +58,6 @@ class EncodedText(NamedTuple):
     token: Int[np.ndarray, " token"]
     supervised: Bool[np.ndarray, " token"]
     straddling_count: int
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` … `{% endgeneration %}`: prints its body between two variables that are empty unless given."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        edges = [jinja2.nodes.Output([jinja2.nodes.Name(f"generation_{edge}", "load")]) for edge in ("start", "end")]
-        return jinja2.nodes.Scope([edges[0], *body, edges[1]]).set_lineno(line)
 
 
 def load_tokenizer(directory: Path, chat_template: str = "", template_date: str = "2024-07-26") -> Tokenizer:
@@ -236,26 +219,6 @@ def find_template(directory: Path, settings: dict[str, Any], chat_template: str)
     return str(template), origin
 
 
-def compile_template(source: str, origin: Path, template_date: str) -> jinja2.Template:
-    """A sandboxed template with the filters and functions that chat templates expect, as transformers gives them."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-    )
-    # Jinja's own filter would write `<` and `'` as HTML entities.
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    today = datetime.datetime.fromisoformat(template_date)
-    try:
-        return environment.from_string(source, {"raise_exception": raise_exception, "strftime_now": today.strftime})
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"{origin}: line {error.lineno} of the chat template: {error.message}; fix the template"
-        ) from error
-
-
 def check_messages(messages: Any, tools: Any) -> None:
     """Raises ValueError with the reason why these are not the messages and tools of a chat."""
     if not isinstance(messages, list) or not messages:
@@ -313,10 +276,7 @@ def render(
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
-    try:
-        return tokenizer.template.render(values)
-    except Exception as error:
-        raise ValueError(f"the chat template refuses this chat: {error}") from error
+    return rendered(tokenizer.template, values)
 
 
 def seen_by_template(message: Message) -> Message:
