@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several processes of one job on this machine:  scripts/launch.sh 2 sft @ configs/sft_tiny.toml --run-name two
 # Each process takes an even share of the accelerators, or DEVICES virtual CPU devices (1 unless set).
-# Ends with the first exit code that is not 0; Ctrl-C and SIGTERM go to all processes.
+# Ends with the first exit code that is not 0; Ctrl-C, SIGTERM and a terminal that closes reach all processes.
 set -euo pipefail
 count=${1:-}
 if [[ ! $count =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
@@ -22,7 +22,7 @@ for ((process = 0; process < count; process++)); do
     JAX_PROCESS_ID=$process uv run "$@" &
     processes+=($!)
 done
-trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM
+trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM HUP
 trap : INT # the terminal sends it to the processes itself
 code=0
 for process in "${processes[@]}"; do

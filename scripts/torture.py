@@ -49,7 +49,7 @@ SAME_DATA = ("tokens", "target_tokens", "epoch")
 SAME_NUMBERS = ("loss", "gradient_norm", "learning_rate", "eval_loss", "eval_accuracy")
 LOSS_TOLERANCE = 1e-5
 PATIENCE_SECONDS = 900
-SURVIVOR_SECONDS = 20 + 10  # heartbeat and ten more
+SURVIVOR_SECONDS = 60 + 10  # heartbeat and ten more
 
 
 class Start(NamedTuple):

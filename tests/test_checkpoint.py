@@ -1,17 +1,21 @@
 """Weights in and out of Hugging Face layout, run states that come back bit for bit on any devices, damage of every kind
 that is found and named, and saves that are killed, held up or out of space."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import resource
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -179,8 +183,8 @@ def test_an_export_that_fails_leaves_the_old_model_and_nothing_else(tmp_path: Pa
     params, directory = checkpoint.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 1, 1)), tmp_path / "model"
     checkpoint.save_model(directory, params, MODEL, REFERENCE / "qwen3")
     before = contents(directory)
-    with pytest.raises(FileNotFoundError, match="no_such_directory"):
-        checkpoint.save_model(directory, params, MODEL, REFERENCE / "qwen3", {"no_such_directory/file": ""})
+    with pytest.raises(FileNotFoundError, match="no_such_source"):
+        checkpoint.save_model(directory, params, MODEL, tmp_path / "no_such_source")
     assert contents(directory) == before and os.listdir(tmp_path) == ["model"]
 
 
@@ -514,6 +518,111 @@ def test_an_error_of_the_program_while_saving_is_raised_where_it_is_noticed(
     saver.wait()
     with pytest.raises(ZeroDivisionError):
         list(saver.news())
+
+
+def fails(number: int, is_due: Callable[..., bool], usual: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the system's that gives an error where due."""
+
+    def failing(*given: Any, **named: Any) -> Any:
+        if is_due(*given):
+            raise OSError(number, os.strerror(number), str(given[0]))
+        return usual(*given, **named)
+
+    return failing
+
+
+def saved_with(saver: checkpoint.Saver, state: trainer.TrainState, step: int, best: float | None = None) -> str:
+    """The line of a save, with a figure that may be the best."""
+    given = facts(step).model_copy(update={"best": best})
+    saver.save(state, trainer.saved_shapes(MODEL), given, best is not None)
+    saver.wait()
+    (line,) = saver.news()
+    return line
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_disk_that_can_not_sync_directories_is_saved_to(
+    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", fails(number, lambda handle: stat.S_ISDIR(os.fstat(handle).st_mode), os.fsync))
+    assert "WARNING" not in saved_with(checkpoint.Saver(tmp_path, 9, "session"), state, 1)
+    monkeypatch.setattr(os, "fsync", fails(number, lambda _: True, os.fsync))
+    assert "step 2 could not be saved" in saved_with(checkpoint.Saver(tmp_path, 9, "session"), state, 2)
+
+
+AFTERWARDS = {
+    "the sync of the folder": (os, "fsync", lambda handle: os.readlink(f"/proc/self/fd/{handle}").endswith("points")),
+    "the removal of an old one": (shutil, "rmtree", lambda path, *_: str(path).endswith(".old")),
+    "the rename of an old one": (os, "rename", lambda path, *_: str(path).endswith("step_00000001")),
+    "the link to the best": (os, "replace", lambda _, path: str(path).endswith("best")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", AFTERWARDS)
+def test_what_fails_after_a_checkpoint_has_its_name_is_a_warning(
+    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    saver = checkpoint.Saver(tmp_path, 1, "session")
+    save(tmp_path, state, 1)
+    owner, name, is_due = AFTERWARDS[what]
+    monkeypatch.setattr(owner, name, fails(errno.EIO, is_due, getattr(owner, name)))
+    line = saved_with(saver, state, 2, best=1.0)
+    assert line.startswith("saved ") and "WARNING" in line and os.strerror(errno.EIO) in line
+    assert saver.failures == 0 and saver.newest and saver.newest.name == "step_00000002"
+    monkeypatch.undo()
+    assert "WARNING" not in saved_with(saver, state, 3, best=0.5)
+    assert os.listdir(tmp_path / "checkpoints") == ["step_00000003"]
+
+
+def test_where_there_are_no_symbolic_links_best_is_a_file_that_names_it(
+    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "symlink", fails(errno.EPERM, lambda *_: True, os.symlink))
+    saver = checkpoint.Saver(tmp_path, 1, "session")
+    lines = [saved_with(saver, state, step, best) for step, best in ((1, 3.0), (2, 2.0), (3, None), (4, None))]
+    assert not any("WARNING" in line for line in lines)
+    assert (tmp_path / "best").read_text() == "checkpoints/step_00000002\n"
+    assert checkpoint.best_checkpoint(tmp_path) == checkpoint.checkpoint_directory(tmp_path, 2).resolve()
+    assert checkpoint.saved_steps(tmp_path) == [2, 4]
+    checkpoint.set_aside_later(tmp_path, 1)
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_copy_that_followed_the_link_to_the_best_becomes_a_link_again(
+    tmp_path: Path, state: trainer.TrainState, is_there: bool
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path / "run", state, step, is_best=step == 1)
+    copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    original = checkpoint.checkpoint_directory(copy, 1)
+    if not is_there:
+        shutil.rmtree(original)
+    assert (copy / "best").is_dir() and not (copy / "best").is_symlink()
+    checkpoint.set_aside_later(copy, 3)
+    assert (copy / "best").is_symlink() and checkpoint.best_checkpoint(copy) == original.resolve()
+    checkpoint.checked_manifest(original)
+    assert saved_with(checkpoint.Saver(copy, 9, "session"), state, 4, best=1.0).startswith("saved ")
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == [f"step_0000000{n}" for n in (1, 2, 3, 4)]
+
+
+def test_the_best_is_that_of_what_is_saved(
+    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = checkpoint.Saver(tmp_path, 9, "session")
+    saved_with(saver, state, 1, best=3.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_pieces", fails(errno.EIO, lambda *_: True, checkpoint.write_pieces))
+        assert "could not be saved" in saved_with(saver, state, 2, best=1.0)
+    assert saver.best == 3.0
+    saved_with(saver, state, 3)
+    assert checkpoint.read_manifest(checkpoint.checkpoint_directory(tmp_path, 3)).run.best == 3.0
+    run: Any = SimpleNamespace(saver=saver)
+    better: Any = partial(trainer.Run.better_figure, run)
+    assert better({"eval_loss": 2.0}) == 2.0 and better({"eval_loss": 3.0}) is None and better({"loss": 1.0}) is None
+    assert better({"eval_reward": 4.0, "eval_loss": 9.0}) == 4.0 and better({"eval_loss": float("nan")}) is None
+    saved_with(saver, state, 4, best=2.0)
+    assert saver.best == 2.0 and checkpoint.best_checkpoint(tmp_path).name == "step_00000004"
 
 
 def test_old_checkpoints_go_but_the_newest_and_the_best_stay(tmp_path: Path, state: trainer.TrainState) -> None:

@@ -1,5 +1,9 @@
 """Processes that find their job, or none, the watchdog that ends a run which hangs, and arrays over the mesh."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from lacuna import distributed
 from lacuna.config import UserError
-from lacuna.distributed import Watchdog, put_batch, shard_rows
+from lacuna.distributed import Stop, Watchdog, put_batch, shard_rows
 from lacuna.model import embed, forward, initial_params, read_model_config
 
 
@@ -48,7 +52,7 @@ def test_a_job_of_slurm_is_joined_as_jax_finds_it(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(f"SLURM_{name}", "1")
     with pytest.raises(UserError, match="can't be reached: no one there"), distributed.cluster():
         pass
-    assert "coordinator_address" not in calls[0] and calls[0]["heartbeat_timeout_seconds"] == 20
+    assert "coordinator_address" not in calls[0] and calls[0]["heartbeat_timeout_seconds"] > 24 * 3600
 
 
 @pytest.mark.parametrize(
@@ -62,59 +66,170 @@ def test_half_a_description_of_a_job_is_refused(described: dict[str, str], monke
         pass
 
 
-class Stall:
-    """A watchdog that looks often and allows for 1 s and 2 usual intervals, on a clock that the test sets."""
+class Ends:
+    """Takes down what would end this process."""
 
-    def __init__(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in {"WATCH_SECONDS": 0.005, "STALL_SECONDS": 1.0, "STALL_MEDIANS": 2}.items():
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lines = list[str]()
+        for name in ("end_job", "exit_at_once"):
+            monkeypatch.setattr(distributed, name, lambda line, code, name=name: self.lines.append(f"{code}: {line}"))
+        for name, value in {"STALL_SECONDS": 3.0, "STALL_MEDIANS": 2, "HEARTBEAT_SECONDS": 3}.items():
             monkeypatch.setattr(distributed, name, value)
-        self.now, self.lines, self.watchdog = 0.0, list[str](), Watchdog(log)
-        monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(distributed, "end_job", lambda line, code: self.lines.append(f"{code}: {line}"))
-
-    def is_noticed_at(self, now: float) -> bool:
-        """Whether the watchdog, looking at this time, would end the job."""
-        self.now, before = now, len(self.lines)
-        time.sleep(0.1)
-        return len(self.lines) > before
 
 
-def test_a_watchdog_ends_a_job_that_reports_nothing_more_and_logs_the_stacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stall = Stall(tmp_path / "log", monkeypatch)
-    with stall.watchdog.watching():
-        stall.watchdog.report_progress()
-        assert not stall.is_noticed_at(0.9)
-        assert stall.is_noticed_at(2.0)
-    assert stall.lines[0].startswith("124: no step has finished for 2 s") and str(tmp_path / "log") in stall.lines[0]
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
+    return Ends(monkeypatch)
+
+
+def look(watcher: Any, count: int) -> None:
+    """Let so many seconds pass for who looks once a second."""
+    for _ in range(count):
+        watcher.look()
+
+
+def test_a_watchdog_ends_a_job_that_reports_nothing_more_and_logs_the_stacks(tmp_path: Path, ends: Ends) -> None:
+    watchdog = Watchdog(tmp_path / "log")
+    watchdog.report_progress()
+    look(watchdog, 3)
+    assert ends.lines == []
+    look(watchdog, 1)
+    assert ends.lines == [f"124: no step has finished for 4 s, so this run has hung; its stacks are in {watchdog.log}"]
     text = (tmp_path / "log").read_text()
-    assert stall.lines[0].endswith(text.splitlines()[0]) and "Thread 0x" in text and "in is_noticed_at" in text
+    assert ends.lines[0].endswith(text.splitlines()[0]) and "hread 0x" in text and "File " in text
 
 
-def test_a_watchdogs_clock_stands_still_before_the_first_report_during_a_pause_and_after_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stall = Stall(tmp_path / "log", monkeypatch)
-    with stall.watchdog.watching():
-        assert not stall.is_noticed_at(100.0)
-        stall.watchdog.report_progress()
-        stall.watchdog.pause()
-        assert not stall.is_noticed_at(200.0)
-        stall.watchdog.report_progress()
-        assert not stall.is_noticed_at(200.9)
-        assert stall.is_noticed_at(202.0)
+def test_a_watchdogs_clock_stands_still_before_the_first_report_and_during_a_pause(tmp_path: Path, ends: Ends) -> None:
+    watchdog = Watchdog(tmp_path / "log")
+    look(watchdog, 9)
+    watchdog.report_progress()
+    watchdog.pause()
+    look(watchdog, 9)
+    watchdog.report_progress()
+    look(watchdog, 3)
+    assert ends.lines == []
+    look(watchdog, 1)
+    assert len(ends.lines) == 1
+
+
+def test_a_watchdog_allows_for_as_many_of_the_usual_intervals(tmp_path: Path, ends: Ends) -> None:
+    watchdog = Watchdog(tmp_path / "log")
+    for seconds in (0, 4, 4, 1):
+        look(watchdog, seconds)
+        watchdog.report_progress()
+    ends.lines.clear()
+    look(watchdog, 8)
+    assert ends.lines == []
+    look(watchdog, 1)
+    assert len(ends.lines) == 1
+
+
+def test_a_process_that_was_stopped_did_not_hang(tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of the machine runs on while a process is stopped; the watchdog's must not."""
+    watchdog = Watchdog(tmp_path / "log")
+    watchdog.report_progress()
+    look(watchdog, 1)
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 1000))
+    look(watchdog, 1)
+    assert ends.lines == []
+
+
+def test_a_watchdog_looks_until_its_context_ends(tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "WATCH_SECONDS", 0.001)
+    watchdog = Watchdog(tmp_path / "log")
+    with watchdog.watching():
+        while watchdog.looks < 3:
+            time.sleep(0.001)
     time.sleep(0.05)
-    assert not stall.is_noticed_at(300.0)
+    looks = watchdog.looks
+    time.sleep(0.05)
+    assert watchdog.looks == looks
 
 
-def test_a_watchdog_allows_for_as_many_of_the_usual_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stall = Stall(tmp_path / "log", monkeypatch)
-    with stall.watchdog.watching():
-        for stall.now in (0.0, 3.0, 6.0, 6.1):
-            stall.watchdog.report_progress()
-        assert not stall.is_noticed_at(12.0)
-        assert stall.is_noticed_at(12.2)
+class FakeStore:
+    """The store of a job with three processes, of which the others give signs when told."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self.is_gone = False
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool) -> None:
+        assert allow_overwrite
+        if self.is_gone:
+            raise RuntimeError("no one there")
+        self.values[key] = value
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        return list(self.values.items())
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_process_that_gives_no_sign_for_a_while_ends_the_job_but_a_pause_of_all_does_not(
+    own: int, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, beats = FakeStore(), distributed.Heartbeats()
+    monkeypatch.setattr(distributed, "store", lambda: store)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: own)
+    for number in range(9):
+        store.values |= {f"lacuna/beats/{other}": str(number) for other in range(3)}
+        beats.exchange()
+        beats.look()
+    assert ends.lines == []
+    for number in range(2):
+        store.values |= {f"lacuna/beats/{1 - own}": f"on {number}"}
+        beats.exchange()
+        beats.look()
+    assert ends.lines == ["1: process 2 has given no heartbeat for 3 s"]
+    ends.lines.clear()
+    beats = distributed.Heartbeats()
+    beats.exchange()
+    store.is_gone = True
+    for _ in range(3):
+        beats.exchange()
+        beats.look()
+    assert ends.lines[0].startswith("1: process 0 has given no heartbeat for 3 s; to continue from")
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_terminal_that_closes_asks_to_stop_unless_that_is_ignored_as_under_nohup(is_ignored: bool) -> None:
+    said, usual = list[str](), signal.getsignal(signal.SIGHUP)
+    before = signal.SIG_IGN if is_ignored else signal.SIG_DFL
+    signal.signal(signal.SIGHUP, before)
+    try:
+        stop = Stop()
+        with stop.listening(said.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.asked_at -= 100
+            os.kill(os.getpid(), signal.SIGHUP)  # comes again, and is no wish to leave at once
+        assert stop.is_due(1) is not is_ignored and len(said) == (not is_ignored)
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+# Directories
+
+
+def test_a_lock_is_not_inherited_by_a_process_that_its_holder_forked(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom lacuna.distributed import held_directory\n"
+        "with held_directory(Path(sys.argv[1])):\n    child = os.fork()\n    if child == 0:\n        time.sleep(100)\n"
+        "    print(child, flush=True)\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        child = int(holder.stdout.readline())
+        try:
+            with pytest.raises(UserError, match=f"process {holder.pid} on .* is using this run"):
+                with distributed.held_directory(tmp_path / "run"):
+                    pass
+            holder.kill()
+            holder.wait()
+            with distributed.held_directory(tmp_path / "run"):
+                assert (tmp_path / "run" / "lock").read_text().startswith(f"process {os.getpid()} on")
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 # Devices

@@ -1,28 +1,31 @@
 """GRPO against TRL's loss, formulas in NumPy, and itself: packed, accumulated, sharded, resumed, replayed."""
 
 import json
+import shutil
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, make_small, mesh_of, records
+from conftest import REFERENCE, TINY, make_small, mesh_of, records
 from test_model import load
 
 from lacuna import cli, grpo, trainer
 from lacuna.apps.rewards import load_rewards
-from lacuna.checkpoint import open_model
+from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
-from lacuna.eval import Problem
-from lacuna.grpo import Sample, rewards_of
+from lacuna.eval import Problem, Problems
+from lacuna.grpo import Inputs, Sample, rewards_of
 from lacuna.metrics import LineFile, drop_later_steps, read_json_lines
-from lacuna.model import embed, forward, head_of
+from lacuna.model import embed, forward, head_of, read_model_config
 from lacuna.sampler import Sampler
+from lacuna.tokenizer import load_tokenizer
 
 REWARDS = '''
 def letters(prompt, completion, row):
@@ -34,6 +37,9 @@ def broken(prompt, completion, row):
 
 def infinite(prompt, completion, row):
     return float("inf")
+
+def leaves(prompt, completion, row):
+    raise SystemExit(0)
 '''
 
 
@@ -301,7 +307,8 @@ def test_rewards_of_ours_judge_answer_and_format() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("broken", "ZeroDivisionError: division by zero"), ("infinite", "it gave inf")]
+    ("name", "why"),
+    [("broken", "ZeroDivisionError: division by zero"), ("infinite", "it gave inf"), ("leaves", "SystemExit: 0")],
 )
 def test_a_reward_that_fails_names_itself_and_the_row(rewards_file: Path, name: str, why: str) -> None:
     (reward,) = load_rewards([f"{rewards_file}:{name}:1"])
@@ -322,6 +329,33 @@ def test_a_reward_that_fails_names_itself_and_the_row(rewards_file: Path, name: 
 def test_a_reward_that_is_not_there_is_refused(rewards_file: Path, spec: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
         load_rewards([spec.replace("{file}", str(rewards_file))])
+
+
+def test_a_reward_file_that_leaves_on_import_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    with pytest.raises(UserError, match="leaves.py fails on import: SystemExit: 0"):
+        load_rewards([f"{tmp_path / 'leaves.py'}:score"])
+
+
+def test_other_weights_of_the_policy_that_a_run_is_held_to_are_refused_by_name(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(REFERENCE / "qwen3", tmp_path / "model"))
+    shutil.copyfile(TINY / "tokenizer.json", source / "tokenizer.json")
+    model, tokenizer = read_model_config(source), load_tokenizer(source)
+    opened = OpenedModel(source, model, tokenizer, mesh_of(1, 1, 1), "")
+    inputs = Inputs(opened, Problems((), (), ("a digest",)), None, load_rewards(["correct"]), ())
+    config = grpo_config(model_name=str(source), kl_weight=0.1)
+    before = grpo.input_digests(config, inputs)
+    facts = {"model": trainer.model_facts(opened.model), "data": ("a digest",), "inputs": before}
+    run: Any = SimpleNamespace(
+        config=config, inputs=before, resumed=(source, SimpleNamespace(run=SimpleNamespace(**facts)))
+    )
+    trainer.Run.check_unchanged(run, opened.model, ("a digest",))
+    for path in source.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    run.inputs = grpo.input_digests(config, inputs)
+    with pytest.raises(UserError, match=f"the weights of {source}: its content has changed"):
+        trainer.Run.check_unchanged(run, opened.model, ("a digest",))
+    assert grpo.input_digests(config.model_copy(update={"kl_weight": 0.0}), inputs) == {}
 
 
 # Whole runs
@@ -355,7 +389,7 @@ def logged(config: GrpoConfig) -> list[list[Any]]:
 
 
 def test_a_run_logs_saves_resumes_and_replays(
-    finished: GrpoConfig, one_device: None, capsys: pytest.CaptureFixture[str]
+    finished: GrpoConfig, one_device: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewards_file = Path(finished.reward[0].partition(":")[0])
     start, first, *_ = records(finished)
@@ -369,19 +403,29 @@ def test_a_run_logs_saves_resumes_and_replays(
     assert "Reward" in (directory / "report.html").read_text()
 
     resumed = finished.model_copy(update={"run_name": "again"})
-    working = rewards_file.read_text()
-    counted = "    calls.append(1)\n    assert len(calls) < 60, 'power cut'\n    return sum("
-    rewards_file.write_text("calls = []\n" + working.replace("    return sum(", counted))
-    with pytest.raises(UserError, match="power cut"):
+    values, usual = iter(range(100)), grpo.value_of
+
+    def value_of(*given: Any) -> float:
+        assert next(values) < 99, "power cut"
+        return usual(*given)
+
+    monkeypatch.setattr(grpo, "value_of", value_of)
+    with pytest.raises(AssertionError, match="power cut"):
         cli.run(resumed)
+    monkeypatch.setattr(grpo, "value_of", usual)
     assert len(records(resumed)) < 5
-    rewards_file.write_text(working)
     cli.run(resumed.model_copy(update={"resume": True}))
     assert logged(resumed) == logged(finished)
     assert (resumed.run_directory / "model" / "model.safetensors").read_bytes() == (
         directory / "model" / "model.safetensors"
     ).read_bytes()
     assert (resumed.run_directory / "rollouts.jsonl").read_text() == (directory / "rollouts.jsonl").read_text()
+
+    working = rewards_file.read_text()
+    rewards_file.write_text(working + "\n")
+    with pytest.raises(UserError, match="the file of reward letters: its content has changed since the checkpoint"):
+        cli.run(resumed.model_copy(update={"resume": True}))
+    rewards_file.write_text(working)
 
     capsys.readouterr()
     arguments = ["--replay", str(directory), "--step", "3"]

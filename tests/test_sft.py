@@ -22,6 +22,7 @@ from lacuna.metrics import RunLog
 from lacuna.model import read_model_config
 from lacuna.sampler import Request, Sampler
 from lacuna.tokenizer import encode, render
+from lacuna.trainer import run_training
 
 Run = TypeVar("Run", bound=TrainingConfig)
 
@@ -164,6 +165,77 @@ def test_overwrite_deletes_a_run_and_nothing_else(small: Path) -> None:
     with pytest.raises(UserError, match="no such file; to train from random weights"):
         cli.run(wrong)
     assert (config.run_directory / "model" / "config.json").exists()
+
+
+def test_the_export_is_whole_whatever_becomes_of_the_models_directory_while_the_run_trains(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = small.parent / "template.jinja"
+    template.write_text((TINY.parent / "chat_template.jinja").read_text())
+    described = {path.name: path.read_bytes() for path in small.glob("*.json")}
+    config, usual = chat_run(small, epochs=1, chat_template=str(template)), trainer.RowSteps.take
+
+    def take(rows: trainer.RowSteps, state: Any) -> Any:
+        if small.exists():
+            shutil.rmtree(small)
+            template.unlink()
+        return usual(rows, state)
+
+    monkeypatch.setattr(trainer.RowSteps, "take", take)
+    cli.run(config)
+    exported = {path.name: path.read_bytes() for path in (config.run_directory / "model").iterdir()}
+    assert exported.keys() == described.keys() | {"model.safetensors", "chat_template.jinja"}
+    assert exported["config.json"] == described["config.json"]
+    assert exported["chat_template.jinja"] == (TINY.parent / "chat_template.jinja").read_bytes()
+
+
+def test_overwrite_spares_the_chat_template_and_the_tasks_that_the_run_reads(small: Path) -> None:
+    config = chat_run(small, overwrite=True)
+    for key in ("chat_template", "eval_config"):
+        inside = config.run_directory / "file"
+        config.run_directory.mkdir(parents=True, exist_ok=True)
+        (config.run_directory / "config.toml").write_text("")
+        with pytest.raises(UserError, match=f"--overwrite would delete {inside}, which this run reads"):
+            trainer.check_free(config.model_copy(update={key: str(inside)}))
+
+
+def test_what_an_aborted_start_left_is_not_exported(small: Path) -> None:
+    config = text_run(small)
+    left = config.run_directory / trainer.SOURCE
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("of another model")
+    opened = checkpoint.open_model(config, mesh_of(1, 1, 1))
+    trainer.prepare_directory(config, opened, 0, print)
+    assert (left / "config.json").read_bytes() == (small / "config.json").read_bytes()
+    (small / "config.json").write_text("changed since")
+    trainer.prepare_directory(config, opened, 5, print)
+    assert "changed since" not in (left / "config.json").read_text()
+
+
+def test_a_report_that_fails_costs_nothing_but_a_line(small: Path) -> None:
+    config = text_run(small, steps=1)
+
+    def fail(directory: Path) -> None:
+        raise ValueError("no such backend")
+
+    run_training(config, write_report=fail)
+    assert (config.run_directory / "model" / "model.safetensors").exists()
+    assert json.loads((config.run_directory / "summary.json").read_text())["steps"] == 1
+    assert "WARNING: no report.html (ValueError: no such backend)" in (config.run_directory / "run.log").read_text()
+
+
+def test_after_saves_that_failed_the_best_of_those_saved_is_linked_and_told(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = ({"path": str(small / "pretrain.jsonl"), "split": "train[-5:]"},)
+    config = text_run(small, steps=5, eval_data=held_out, eval_every=1, keep=9)
+    losses = iter([4.0, 1.0, 3.0, 2.0, 5.0])
+    with_free({2: 1000}, monkeypatch)
+    monkeypatch.setattr(evaluation, "held_out_loss", lambda *_: {"eval_loss": next(losses), "eval_accuracy": 0.5})
+    cli.run(config)
+    assert checkpoint.saved_steps(config.run_directory) == [1, 3, 4, 5]
+    assert checkpoint.best_checkpoint(config.run_directory).name == "step_00000004"
+    assert json.loads((config.run_directory / "summary.json").read_text())["best_eval_loss"] == 2.0
 
 
 def test_data_that_changed_since_the_checkpoint_are_refused(small: Path) -> None:

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 
 from lacuna.attention import choose_backend
 from lacuna.config import DataKeys, ModelKeys, TrainingConfig, UserError
-from lacuna.distributed import AXIS_RULES, check_divisible, fast_dtype, from_first, is_first, to_first
+from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, duration
 from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
 from lacuna.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +47,7 @@ SHARD_BYTES = 5 * 10**9
 LISTED = 10
 MANIFEST_FORMAT = 3
 FAILURES_IN_A_ROW = 3
+NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -391,28 +392,31 @@ def file_tensor(leaf: Any, row: Parameter, layer: int, model: ModelConfig, dtype
     return values.reshape(file_shape(row, model)).astype(dtype)
 
 
-def save_model(
-    directory: Path, params: PyTree, model: ModelConfig, source: Path, changed: Mapping[str, str] | None = None
-) -> None:
+def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path) -> list[str]:
     """Write a model in Hugging Face layout and the config's dtype, with the config and tokenizer files of `source`.
 
-    Files in `changed`, by name, have that text instead. Safetensors files hold at most 5 GB each, with an
-    index if there are several; `params`, arrays or stored tensors, are read layer by layer.
+    Safetensors files hold at most 5 GB each, with an index if there are several; `params`, arrays or stored tensors,
+    are read layer by layer. Returns what went wrong once the model was complete.
     """
     scratch = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
+        copy_description(source, scratch)
         write_weights(scratch, params, model)
-        for name in ("config.json", *TOKENIZER_FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, scratch / name)
-        for name, text in (changed or {}).items():
-            (scratch / name).write_text(text, "utf-8")
-        replace_directory(scratch, directory)
+        return replace_directory(scratch, directory)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def copy_description(source: Path, directory: Path, changed: Mapping[str, str] | None = None) -> None:
+    """Copy what a model has besides weights; files in `changed`, by name, have that text instead."""
+    directory.mkdir(parents=True)
+    for name in ("config.json", *TOKENIZER_FILES):
+        if name == "config.json" or (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    for name, text in (changed or {}).items():
+        (directory / name).write_text(text, "utf-8")
 
 
 def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
@@ -470,26 +474,41 @@ def write_safetensors(
     return digest.hexdigest()
 
 
-def replace_directory(scratch: Path, directory: Path) -> None:
-    """Give a complete directory its final name, in place of what was there, once all of it is on the disk."""
+def replace_directory(scratch: Path, directory: Path) -> list[str]:
+    """Give a complete directory its final name, in place of what was there, once all of it is on the disk.
+
+    Returns what went wrong after it had its name.
+    """
     for path in (*scratch.iterdir(), scratch):
         sync(path)
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
-        os.rename(directory, old)
+        os.rename(directory, directory.with_name(f"{directory.name}.{time.time_ns()}.old"))
     os.rename(scratch, directory)
-    sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    problems = failures_of(partial(sync, directory.parent))
+    for old in directory.parent.glob(f"{directory.name}.*old"):
+        problems += failures_of(partial(shutil.rmtree, old))
+    return problems
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
+    """Wait until a file or directory is on the disk; some file systems (CIFS, 9p) can't tell of directories."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SUCH_SYNC):
+            raise
     finally:
         os.close(handle)
+
+
+def failures_of(work: Callable[[], Any]) -> list[str]:
+    """Do what a save does not depend on; returns why it could not be done, if so."""
+    try:
+        work()
+    except OSError as error:
+        return [describe_error(error)]
+    return []
 
 
 # The manifest of a checkpoint
@@ -507,6 +526,7 @@ class RunFacts(BaseModel, extra="forbid", frozen=True):
     config: dict[str, Any]
     model: dict[str, Any]
     data: tuple[str, ...]
+    inputs: dict[str, str] = {}  # of older runs not known
     versions: dict[str, str]
 
 
@@ -533,6 +553,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def content_hash(content: Any) -> str:
     """Hash of a JSON value, whatever its layout in the file."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A hash of the content of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -656,30 +685,29 @@ def write_pieces(scratch: Path, copies: Mapping[str, np.ndarray], needed: int) -
 # Saving
 
 
-def describe_error(error: OSError) -> str:
-    """Where and what, for a message."""
-    return f"{error.filename or 'disk'}: {error.strerror or error}"
-
-
 class Saver:
     """Saves a run's state: training waits only for the copy off the devices, a thread writes and commits.
 
-    `session` tells apart what different starts of a run leave unfinished.
+    `session` tells apart what different starts of a run leave unfinished; `newest` and `best` are of the run resumed.
     """
 
-    def __init__(self, run_directory: Path, keep: int, session: str) -> None:
+    def __init__(
+        self, run_directory: Path, keep: int, session: str, newest: Path | None = None, best: float | None = None
+    ) -> None:
         self.run_directory, self.keep, self.session = run_directory, keep, session
-        self.newest: Path | None = None
+        self.newest, self.best = newest, best  # of what is saved
         self.failures = 0
         self.saves: deque[futures.Future[str]] = deque()  # begun and not yet reported
 
     def save(self, state: PyTree[Array], shapes: PyTree, facts: RunFacts, is_best: bool) -> float:
         """Start to save, once the previous save has ended; returns for how many seconds this held up the caller.
 
-        `shapes` are those to be saved, without the rows that pad the vocabulary in memory.
+        `shapes` are those to be saved, without the rows that pad the vocabulary in memory. Unless this is the best, the
+        best of `facts` becomes that of what is saved by then.
         """
         began = time.perf_counter()
         self.wait()
+        facts = facts if is_best else facts.model_copy(update={"best": self.best})
         copies, outcome = copied_pieces(state, shapes), futures.Future[str]()
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
@@ -701,7 +729,7 @@ class Saver:
         """
         directory = checkpoint_directory(self.run_directory, facts.step)
         scratch = directory.with_name(f"{directory.name}.{self.session}.tmp")
-        sha256 = problem = ""
+        sha256 = problem = warning = ""
         try:
             sha256 = write_pieces(scratch, copies, needed)
         except OSError as error:
@@ -711,12 +739,13 @@ class Saver:
             problem = next((problem for _, problem in reports if problem), "")
             if not problem:
                 manifest = Manifest(format=MANIFEST_FORMAT, run=facts, shards=tuple(sha256 for sha256, _ in reports))
-                problem = self.commit(scratch, directory, manifest, is_best)
+                problem, warning = self.commit(scratch, directory, manifest, is_best)
         problem = from_first(f"commit {facts.step}", problem)
         if not problem:
-            self.failures, self.newest = 0, directory
+            self.failures, self.newest, self.best = 0, directory, facts.best
             best = ", the best so far" if is_best else ""
-            return f"saved {directory}{best} ({byte_size(needed)} in {duration(time.perf_counter() - began)})"
+            seconds = duration(time.perf_counter() - began)
+            return f"saved {directory}{best} ({byte_size(needed)} in {seconds}){warning}"
         shutil.rmtree(scratch, ignore_errors=True)
         self.failures += 1
         outcome = f"step {facts.step} could not be saved: {problem}"
@@ -724,17 +753,20 @@ class Saver:
             raise UserError(f"{outcome}; {self.failures} saves in a row failed: make room and add --resume")
         return f"WARNING: {outcome}; training continues and the next save tries again ({self.failures} in a row)"
 
-    def commit(self, scratch: Path, directory: Path, manifest: Manifest, is_best: bool) -> str:
-        """Write the manifest, give the checkpoint its name, remove what is no longer kept; returns what went wrong."""
+    def commit(self, scratch: Path, directory: Path, manifest: Manifest, is_best: bool) -> tuple[str, str]:
+        """Write the manifest, give the checkpoint its name, remove what is no longer kept.
+
+        Returns why it is not saved, if so, and a warning of what went wrong after it was.
+        """
         try:
             write_manifest(scratch, manifest)
-            replace_directory(scratch, directory)
-            if is_best:
-                mark_best(self.run_directory, directory)
-            remove_old(self.run_directory, self.keep)
+            problems = replace_directory(scratch, directory)
         except OSError as error:
-            return describe_error(error)
-        return ""
+            return describe_error(error), ""
+        if is_best:
+            problems += failures_of(partial(mark_best, self.run_directory, directory))
+        problems += remove_old(self.run_directory, self.keep)
+        return "", f"; WARNING: {'; '.join(problems)}" if problems else ""
 
     def news(self) -> Iterator[str]:
         """Lines about the saves that have ended since the last call.
@@ -796,33 +828,59 @@ def newest_good(run_directory: Path, say: Callable[[str], None]) -> tuple[Path, 
     return None
 
 
-def remove_old(run_directory: Path, keep: int) -> None:
-    """Remove what was left half-written, and all checkpoints except the newest `keep` and the best."""
-    checkpoints = run_directory / "checkpoints"
-    for leftover in (*checkpoints.glob("*.tmp"), *checkpoints.glob("*.old")):
-        shutil.rmtree(leftover)
-    best = (run_directory / "best").resolve()
-    for step in saved_steps(run_directory)[:-keep]:
-        if (directory := checkpoint_directory(run_directory, step)).resolve() != best:
-            shutil.rmtree(directory.rename(directory.with_name(directory.name + ".old")))
+def remove_old(run_directory: Path, keep: int) -> list[str]:
+    """Remove what was left half-written, and all checkpoints except the newest `keep` and the best.
+
+    Returns what could not be removed.
+    """
+    checkpoints, best = run_directory / "checkpoints", best_checkpoint(run_directory)
+    old = [checkpoint_directory(run_directory, step) for step in saved_steps(run_directory)[:-keep]]
+    problems = []
+    for directory in (*checkpoints.glob("*.tmp"), *checkpoints.glob("*.old"), *old):
+        if directory.resolve() != best:
+            problems += failures_of(partial(remove, directory))
+    return problems
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory which no one takes for a whole one on the way."""
+    if directory.suffix not in (".tmp", ".old"):
+        directory = directory.rename(directory.with_name(directory.name + ".old"))
+    shutil.rmtree(directory)
 
 
 def set_aside_later(run_directory: Path, step: int) -> list[Path]:
     """Rename checkpoints newer than `step`, because the resumed run will diverge from them; returns their new names."""
     moved = []
+    if (best := run_directory / "best").is_dir() and not best.is_symlink():  # a copy that followed the link
+        original = checkpoint_directory(run_directory, read_manifest(best).run.step)
+        if original.exists():
+            best.rename(original.with_name(f"best.{time.time_ns()}.old"))
+        else:
+            best.rename(original)
+        mark_best(run_directory, original)
     for later in saved_steps(run_directory):
         if later > step:
             directory = checkpoint_directory(run_directory, later)
             aside = directory.with_name(f"{directory.name}.aside-{time.time_ns()}")
             moved.append(directory.rename(aside))
-    if not (best := run_directory / "best").exists():
+    if not best_checkpoint(run_directory).is_dir():
         best.unlink(missing_ok=True)
     return moved
 
 
 def mark_best(run_directory: Path, directory: Path) -> None:
-    """Make `best` point to a checkpoint of the run."""
-    link = run_directory / "best.tmp"
+    """Make `best` point to a checkpoint of the run, by a file with its path where there are no symbolic links."""
+    link, target = run_directory / "best.tmp", directory.relative_to(run_directory)
     link.unlink(missing_ok=True)
-    link.symlink_to(directory.relative_to(run_directory))
+    try:
+        link.symlink_to(target)
+    except OSError:
+        link.write_text(f"{target}\n")
     os.replace(link, run_directory / "best")
+
+
+def best_checkpoint(run_directory: Path) -> Path:
+    """Where `best` points, if to anything."""
+    best = run_directory / "best"
+    return (run_directory / best.read_text().strip() if best.is_file() else best).resolve()

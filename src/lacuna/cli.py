@@ -6,6 +6,7 @@ its value came from, and how to fix it.
 """
 
 import inspect
+import io
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
@@ -305,6 +307,7 @@ def start(command: str, arguments: list[str]) -> None:
             arguments = [*run_config(arguments[arguments.index("--replay") + 1]), *arguments]
         config = parse(COMMANDS[command], arguments, command)
         prepare_process()
+        prepare_streams(outlives_console=isinstance(config, TrainingConfig))
         if isinstance(config, PlanKeys | ChatConfig | ServeConfig):
             run(config)
         else:
@@ -405,6 +408,29 @@ def share_memory() -> None:
         except ValueError as error:
             raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION = {share!r} should be a number, as 0.9") from error
         os.environ["XLA_FLAGS"] = f"{flags} {limit}={percentage}".strip()
+
+
+class LastingFile(io.FileIO):
+    """An open descriptor that takes whatever is written, even if its terminal, pipe or disk no longer does."""
+
+    def write(self, content: Any) -> int:
+        with suppress(OSError):
+            return super().write(content)
+        return len(content)
+
+
+def prepare_streams(outlives_console: bool) -> None:
+    """Let standard output escape what its encoding lacks; that of a run may also go away, as its files hold it all."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))
+            continue
+        with suppress(AttributeError, io.UnsupportedOperation):  # of streams that are no files
+            stream.reconfigure(errors="backslashreplace")
+            if outlives_console:
+                raw = io.BufferedWriter(LastingFile(stream.fileno(), "wb", closefd=False))
+                stream = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True)
+        setattr(sys, name, stream)
 
 
 def prepare_process() -> None:

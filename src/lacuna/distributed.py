@@ -5,6 +5,7 @@ whatever they agree on may happen in a thread while the devices train.
 """
 
 import faulthandler
+import fcntl
 import math
 import os
 import re
@@ -15,9 +16,9 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -33,7 +34,7 @@ from lacuna.config import DeviceKeys, ModelKeys, RowsConfig, UserError
 
 ROW_AXES = ("data", "fsdp")
 AXIS_RULES: dict[str, str] = {"embed": "fsdp", "vocab": "tensor", "kv_head": "tensor", "feedforward": "tensor"}
-HEARTBEAT_SECONDS: int = 20
+HEARTBEAT_SECONDS: int = 60
 GRACE_SECONDS = 2.0  # in which the reason of a failure reaches the other processes
 AGREEMENT_SECONDS = 7 * 24 * 3600
 ECHO_SECONDS = 1.0
@@ -41,6 +42,8 @@ WATCH_SECONDS = 1.0
 STALL_SECONDS, STALL_MEDIANS = 300.0, 20
 STALL_EXIT_CODE = 124  # as of timeout(1)
 FAILURE = "lacuna/failure"
+LOCK = "lock"
+CONTINUE = "to continue from the newest checkpoint, run the same command with --resume"
 IS_LEAVING = threading.Event()  # set once this process ends, whatever becomes of the others
 
 # Processes
@@ -61,13 +64,16 @@ def cluster() -> Generator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shell scripts start background jobs without it
     try:
         jax.distributed.initialize(
-            **(job or {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60
+            **(job or {}), heartbeat_timeout_seconds=AGREEMENT_SECONDS, shutdown_timeout_seconds=60
         )
     except RuntimeError as error:
         raise UserError(f"the other processes of this job can't be reached: {error}") from error
     if not is_first():
         sys.stdout = open(os.devnull, "w")
     threading.Thread(target=await_failure, daemon=True).start()
+    heartbeats = Heartbeats()
+    for work in (heartbeats.exchange, heartbeats.look):
+        repeat(work, IS_LEAVING)
     try:
         yield
     except UserError as error:
@@ -154,7 +160,44 @@ def await_failure() -> None:
     except Exception as error:  # of the coordination service, whose kinds are not public
         line = f"process 0 is gone, and with it the job ({str(error).splitlines()[0]})"
     if not IS_LEAVING.is_set():
-        exit_at_once(f"{line}; to continue from the newest checkpoint, run the same command with --resume", 1)
+        exit_at_once(f"{line}; {CONTINUE}", 1)
+
+
+class Heartbeats:
+    """The signs of life that a job's processes give each other; only seconds count in which who listens runs as well.
+
+    JAX's own heartbeats would end a job that was stopped as a whole, and then continued.
+    """
+
+    def __init__(self) -> None:
+        self.given, self.latest, self.silence = 0, dict[str, str](), Counter[tuple[int, str]]()
+
+    def exchange(self) -> None:
+        """Give this process's sign, and take those of all; waits while the first process, which keeps them, stands."""
+        self.given += 1
+        with suppress(Exception):  # `await_failure` reports that the store is gone
+            store().key_value_set(f"lacuna/beats/{jax.process_index()}", str(self.given), allow_overwrite=True)
+            self.latest = dict(store().key_value_dir_get("lacuna/beats/"))
+
+    def look(self) -> None:
+        """End this process if another has given no new sign in the last 60 looks."""
+        signs = [(process, self.latest.get(f"lacuna/beats/{process}", "")) for process in range(jax.process_count())]
+        self.silence = Counter({sign: self.silence[sign] + 1 for sign in signs})
+        silent = [process for process, sign in signs if self.silence[process, sign] >= HEARTBEAT_SECONDS]
+        if jax.process_index() in silent:  # its own signs do not arrive, so the store can't be told either
+            exit_at_once(f"process 0 has given no heartbeat for {HEARTBEAT_SECONDS} s; {CONTINUE}", 1)
+        if silent:
+            end_job(f"process {silent[0]} has given no heartbeat for {HEARTBEAT_SECONDS} s", 1)
+
+
+def repeat(work: Callable[[], None], has_ended: threading.Event) -> None:
+    """Do something once a second in a thread of its own, less often while this process stands still."""
+
+    def work_on() -> None:
+        while not has_ended.wait(WATCH_SECONDS):
+            work()
+
+    threading.Thread(target=work_on, daemon=True).start()
 
 
 def end_job(line: str, code: int) -> NoReturn:
@@ -180,7 +223,8 @@ def exit_at_once(line: str, code: int) -> NoReturn:
 
 
 class Stop:
-    """Whether someone asked to stop: SIGTERM or Ctrl-C once lets the step finish, a second time leaves at once.
+    """Whether someone asked to stop: SIGTERM, Ctrl-C or a terminal that closes lets the step finish; the first two, a
+    second time, leave at once.
 
     In a job of several processes JAX's own handler of SIGTERM makes all of them agree on the step. What follows within
     a second is an echo of the first: a launcher such as uv forwards a signal that the whole group has had already.
@@ -199,7 +243,7 @@ class Stop:
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             if self.is_asked:
-                if time.monotonic() - self.asked_at > ECHO_SECONDS:
+                if number != signal.SIGHUP and time.monotonic() - self.asked_at > ECHO_SECONDS:
                     raise KeyboardInterrupt
                 return
             self.is_asked, self.asked_at = True, time.monotonic()
@@ -208,6 +252,8 @@ class Stop:
                 signal.raise_signal(signal.SIGTERM)
 
         numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, on_signal) for number in numbers}
         try:
             yield
@@ -219,48 +265,101 @@ class Stop:
 class Watchdog:
     """Ends the process when nothing was reported for 300 s and for 20 of its usual intervals.
 
-    Its clock stands still until the first report.
+    Its clock stands still until the first report, and while the process itself was stopped: it counts how often its
+    thread has looked, once a second.
     """
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.reported_at: float | None = None
+        self.looks = 0
+        self.reported_at: int | None = None
         self.intervals: deque[float] = deque(maxlen=100)
 
     def report_progress(self) -> None:
         """A unit of work is done; the clock runs from now on."""
-        now, before = time.monotonic(), self.reported_at
+        now, before = self.looks, self.reported_at
         self.reported_at = now
         if before is not None:
-            self.intervals.append(now - before)
+            self.intervals.append((now - before) * WATCH_SECONDS)
 
     def pause(self) -> None:
         """What comes now may take its time, such as compiling: the clock stands still until the next report."""
         self.reported_at = None
 
+    def look(self) -> None:
+        """End the job if it has stalled; the stacks of all threads go to the log."""
+        self.looks += 1
+        since = self.reported_at
+        seconds = (self.looks - since) * WATCH_SECONDS if since is not None else 0.0
+        if seconds > max(STALL_SECONDS, STALL_MEDIANS * statistics.median(tuple(self.intervals) or (0.0,))):
+            line = f"no step has finished for {seconds:.0f} s, so this run has hung; its stacks are in {self.log}"
+            with suppress(OSError), self.log.open("a") as file:
+                print(line, file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+            end_job(line, STALL_EXIT_CODE)
+
     @contextmanager
     def watching(self) -> Generator[None]:
-        """Watch in a thread of its own; on a stall the stacks of all threads go to the log."""
-        has_ended = threading.Event()
-
-        def watch() -> None:
-            while not has_ended.wait(WATCH_SECONDS):
-                since = self.reported_at
-                seconds = time.monotonic() - since if since is not None else 0.0
-                if seconds > max(STALL_SECONDS, STALL_MEDIANS * statistics.median(tuple(self.intervals) or (0.0,))):
-                    line = (
-                        f"no step has finished for {seconds:.0f} s, so this run has hung; its stacks are in {self.log}"
-                    )
-                    with self.log.open("a") as file:
-                        print(line, file=file, flush=True)
-                        faulthandler.dump_traceback(file, all_threads=True)
-                    end_job(line, STALL_EXIT_CODE)
-
-        threading.Thread(target=watch, daemon=True).start()
+        """Look once a second."""
+        repeat(self.look, has_ended := threading.Event())
         try:
             yield
         finally:
             has_ended.set()
+
+
+# Directories that one process of all holds
+
+
+def describe_error(error: OSError) -> str:
+    """Where and what, for a message."""
+    return f"{error.filename or 'disk'}: {error.strerror or error}"
+
+
+@contextmanager
+def held_directory(directory: Path) -> Generator[None]:
+    """Hold a directory for this process alone, by a lock file with its number and host.
+
+    The lock is of POSIX's kind, which processes that this one forks do not inherit.
+
+    Raises:
+        UserError: another process holds it, or it can't be written.
+    """
+    path = directory / LOCK
+    with writing_to(directory):
+        while True:
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.read(handle, 1000).decode() or "another process"
+                os.close(handle)
+                raise UserError(
+                    f"{directory}: {holder} is using this run; wait for it, or choose another run_name"
+                ) from error
+            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+                break
+            os.close(handle)  # its holder removed the file on leaving, just before it was locked here
+    try:
+        with suppress(OSError):  # a full disk takes no name, but the lock holds
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):  # not empty, as a run that began is
+            directory.rmdir()
+
+
+@contextmanager
+def writing_to(directory: Path, fix: str = "fix that, or choose another output_dir") -> Generator[None]:
+    """Turn what the file system refuses into a UserError that says how to fix it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory}: {describe_error(error)}; {fix}") from error
 
 
 # Devices

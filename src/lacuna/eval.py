@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
-from lacuna import metrics, trainer
+from lacuna import metrics
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch, Dataset, describe, load_dataset
-from lacuna.distributed import Watchdog, fast_dtype, is_first, put_batch, row_shards
+from lacuna.distributed import Watchdog, fast_dtype, is_first, put_batch, row_shards, writing_to
 from lacuna.documents import checked_text, read_rows, slice_between, split_bounds, usable
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, power_of_two, slots_for
@@ -336,7 +336,7 @@ class Predictions:
         self.lines[key] = dict(zip(("task", "row", "sample"), key, strict=True)) | content
         if self.path:
             text = json.dumps(self.lines[key], ensure_ascii=False) + "\n"
-            with trainer.writing_to(self.path.parent), self.path.open("ab", buffering=0) as file:
+            with writing_to(self.path.parent), self.path.open("ab", buffering=0) as file:
                 file.write(text.encode("utf-8", "surrogatepass"))
         self.done += 1
         self.report(self.done, self.total)

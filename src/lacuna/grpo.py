@@ -72,6 +72,7 @@ class Reward:
     weight: float
     function: RewardFunction
     needs_answer: bool = False
+    file: Path | None = None
 
 
 def rewards_of(
@@ -97,7 +98,7 @@ def value_of(reward: Reward, problem: Problem, completion: str) -> float:
     try:
         value = float(reward.function(problem.prompt, completion, problem.row))
         wrong = "" if math.isfinite(value) else f"it gave {value}"
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         value, wrong = 0.0, f"{type(error).__name__}: {error}"
     if wrong:
         raise UserError(f"reward {reward.name} on {problem.origin}: {wrong}; the completion begins {completion[:80]!r}")
@@ -443,6 +444,14 @@ def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs
     return Inputs(opened, problems, held_out, rewards, tuple(opened.tokenizer.ends))
 
 
+def input_digests(config: GrpoConfig, inputs: Inputs) -> dict[str, str]:
+    """Hashes of what a run reads again when it resumes, besides data: its rewards, and the policy it is held to."""
+    files = {f"the file of reward {reward.name}": [reward.file] for reward in inputs.rewards if reward.file}
+    if config.kl_weight and not config.from_scratch:
+        files[f"the weights of {config.model_name}"] = checkpoint.weight_files(inputs.opened.source)
+    return {name: checkpoint.files_digest(paths) for name, paths in files.items()}
+
+
 def problems_of_step(inputs: Inputs, config: GrpoConfig, step: int) -> list[tuple[int, Problem]]:
     """The problems of a step with their places in the run, in an order that is a function of the seed alone."""
     mixture = Mixture(inputs.problems.counts, tuple(source.weight for source in config.data), config.seed, True)
@@ -485,6 +494,7 @@ def run_grpo(
     with trainer.started_run(config, write_report) as run:
         inputs = read_inputs_of_grpo(config, rewards)
         opened, digests = inputs.opened, inputs.problems.digests
+        run.inputs = input_digests(config, inputs) if is_first() else {}
         tasks = prepare(inputs.opened) if prepare else None
         run.check_unchanged(opened.model, digests)
         check_same("config, model or data", json.dumps([trainer.masked_config(config), digests]))
@@ -508,7 +518,8 @@ def run_grpo(
                     what = "its completions are those of step {} in rollouts.jsonl"
                     run.train(state, steps.take, evaluation, what.format)
                 last = metrics.read_json_lines(config.run_directory / "metrics.jsonl")[-1:]
-                run.finish({"best_eval_reward": run.best, "final_reward": last[0].get("reward") if last else None})
+                final = last[0].get("reward") if last else None
+                run.finish({"best_eval_reward": run.saver.best, "final_reward": final})
 
 
 def slot_count(config: GrpoConfig, mesh: Mesh) -> int:

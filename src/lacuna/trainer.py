@@ -3,17 +3,15 @@
 `train_step` is the whole optimizer step and `Run.train` the whole loop; grpo uses both with its own loss and steps.
 """
 
-import fcntl
 import hashlib
 import math
 import os
 import secrets
 import shutil
-import socket
 import time
 import tomllib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,15 +38,18 @@ from lacuna.config import (
 )
 from lacuna.data import Batch, Dataset, StreamRows, describe, load_dataset
 from lacuna.distributed import (
+    LOCK,
     Stop,
     Watchdog,
     check_same,
     enable_compilation_cache,
     from_first,
+    held_directory,
     is_first,
     make_mesh,
     put_batch,
     row_shards,
+    writing_to,
 )
 from lacuna.metrics import RunLog, byte_size
 from lacuna.model import (
@@ -264,7 +265,7 @@ def saved_state(directory: Path, manifest: Manifest, opened: OpenedModel) -> Tra
 
 # The directory of a run
 
-LOCK = "lock"
+SOURCE = "source"  # in it: what its model has besides weights
 FIXED_ON_RESUME = (
     "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
     "train_on", "chat_template", "template_date", "neftune_alpha", "on_bad_data", "system_prompt", "prompt_template",
@@ -272,50 +273,6 @@ FIXED_ON_RESUME = (
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
 COMMAND_OF: dict[type[TrainingConfig], str] = {PretrainConfig: "pretrain", SftConfig: "sft", GrpoConfig: "grpo"}
-
-
-@contextmanager
-def held_directory(directory: Path) -> Generator[None]:
-    """Hold a directory for this process alone, by a lock file with its number and host.
-
-    Raises:
-        UserError: another process holds it, or it can't be written.
-    """
-    path = directory / LOCK
-    with writing_to(directory):
-        while True:
-            directory.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = os.read(handle, 1000).decode() or "another process"
-                os.close(handle)
-                raise UserError(
-                    f"{directory}: {holder} is using this run; wait for it, or choose another run_name"
-                ) from error
-            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-                break
-            os.close(handle)  # its holder removed the file on leaving, just before it was locked here
-    try:
-        with suppress(OSError):  # a full disk takes no name, but the lock holds
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-        with suppress(OSError):  # not empty, as a run that began is
-            directory.rmdir()
-
-
-@contextmanager
-def writing_to(directory: Path, fix: str = "fix that, or choose another output_dir") -> Generator[None]:
-    """Turn what the file system refuses into a UserError that says how to fix it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{directory}: {checkpoint.describe_error(error)}; {fix}") from error
 
 
 def check_free(config: TrainingConfig) -> None:
@@ -337,6 +294,7 @@ def check_free(config: TrainingConfig) -> None:
         return
     if config.overwrite:
         needed = [config.model_name, *(source.path for source in (*config.data, *config.eval_data))]
+        needed += [path for path in (template_of(config), config.eval_config) if path]
         if inside := [path for path in needed if Path(path).resolve().is_relative_to(directory.resolve())]:
             raise UserError(f"--overwrite would delete {inside[0]}, which this run reads; give it another run_name")
     elif steps or (log.exists() and log.stat().st_size):
@@ -384,8 +342,16 @@ def masked_config(config: TrainingConfig) -> dict[str, Any]:
     return tomllib.loads(to_toml(config))
 
 
-def prepare_directory(config: TrainingConfig, first_step: int, say: Callable[[str], None]) -> None:
-    """Delete what --overwrite replaces, rename checkpoints newer than the one resumed, and write config.toml."""
+def template_of(config: TrainingConfig) -> str:
+    """The file of the chat template that replaces the model's own, if any."""
+    return config.chat_template if isinstance(config, SftConfig | GrpoConfig) else ""
+
+
+def prepare_directory(config: TrainingConfig, opened: OpenedModel, first_step: int, say: Callable[[str], None]) -> None:
+    """Delete what --overwrite replaces, rename checkpoints newer than the one resumed, and write config.toml.
+
+    What the model has besides weights is kept for the export, whatever becomes of it while the run trains.
+    """
     directory = config.run_directory
     if config.overwrite:
         for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.toml"):  # last: it names a run
@@ -396,6 +362,12 @@ def prepare_directory(config: TrainingConfig, first_step: int, say: Callable[[st
     for path in checkpoint.set_aside_later(directory, first_step):
         say(f"set aside as {path}: it is newer than the checkpoint this run resumes from")
     metrics.write_atomically(directory / "config.toml", to_toml(config, without=START_ONLY))
+    if first_step == 0 or not (directory / SOURCE).is_dir():
+        scratch = directory / f"{SOURCE}.tmp"
+        for leftover in (scratch, directory / SOURCE):
+            shutil.rmtree(leftover, ignore_errors=True)
+        checkpoint.copy_description(opened.source, scratch, changed_files(opened.tokenizer, template_of(config)))
+        scratch.rename(directory / SOURCE)
 
 
 # The run
@@ -439,7 +411,7 @@ class Run:
         self.lines = list[str]()
         self.resumed = checkpoint_to_resume(config, self.lines.append)
         self.step = self.resumed[1].run.step if self.resumed else 0
-        self.best = self.resumed[1].run.best if self.resumed and (config.run_directory / "best").exists() else None
+        self.inputs = dict[str, str]()  # hashes of what else is read again when the run resumes
         self.compile_seconds, self.save_seconds = 0.0, list[float]()
         self.first_step_seconds: float | None = None
 
@@ -452,11 +424,12 @@ class Run:
         for key, saved in before.model.items():
             if saved != (now := facts.get(key)):
                 raise UserError(f"{name}: {key} in config.json was {saved!r} and is {now!r}; restore it")
-        for source, now, saved in zip(self.config.data, digests, before.data, strict=True):
+        paths = [source.path for source in self.config.data]
+        pairs = [*zip(paths, digests, before.data, strict=True)]
+        pairs += [(name, now, before.inputs.get(name, now)) for name, now in self.inputs.items()]
+        for name, now, saved in pairs:
             if now != saved:
-                raise UserError(
-                    f"{source.path}: its content has changed since the checkpoint; restore it, or start again"
-                )
+                raise UserError(f"{name}: its content has changed since the checkpoint; restore it, or start again")
 
     def first_state(self, opened: OpenedModel) -> TrainState:
         """The state to begin with: that of the checkpoint, or a new one."""
@@ -474,12 +447,13 @@ class Run:
         config, directory = self.config, self.config.run_directory
         self.opened, self.digests, self.steps = opened, digests, steps
         self.watchdog = Watchdog(directory / "run.log")
-        self.saver = Saver(directory, config.keep, session=from_first("session", secrets.token_hex(4)))
-        self.saver.newest = self.resumed[0] if self.resumed else None
+        newest, best = (self.resumed[0], self.resumed[1].run.best) if self.resumed else (None, None)
+        best = best if checkpoint.best_checkpoint(directory).is_dir() else None
+        self.saver = Saver(directory, config.keep, from_first("session", secrets.token_hex(4)), newest, best)
         lines = [*model_lines(config, opened), *lines, *self.lines]
         with writing_to(directory):
             if is_first():
-                prepare_directory(config, self.step, lines.append)
+                prepare_directory(config, opened, self.step, lines.append)
             self.log = RunLog(
                 directory, steps, config.log_every, self.step, config.wandb, masked_config(config), is_first()
             )
@@ -509,21 +483,21 @@ class Run:
                 if unlogged:
                     self.log_step(*unlogged, describe_step)
                 unlogged = record, figures
-                is_best = False
+                best = None
                 is_evaluation = evaluation is not None and self.is_due(config.eval_every, self.step)
                 if evaluation and is_evaluation:
                     jax.block_until_ready(figures)
                     with self.off_the_clock():
                         record |= evaluation.measure(state.params, self.watchdog)
-                    is_best = self.is_best(record)
+                        best = self.better_figure(record)
                 is_stop = stop.is_due(self.step)
-                is_save = is_stop or is_best or self.is_due(config.save_every, self.step)
+                is_save = is_stop or best is not None or self.is_due(config.save_every, self.step)
                 if is_save or is_evaluation or not figures:  # without figures the step has ended
                     self.log_step(*unlogged, describe_step)
                     unlogged = None
                 if is_save:
                     with self.off_the_clock():
-                        self.save(state, is_best)
+                        self.save(state, best)
                 self.log_saves()
                 if is_stop:
                     break
@@ -538,13 +512,17 @@ class Run:
         """Whether what comes `every` so many steps, 0 only at the end, comes after this step."""
         return step == self.steps or (every > 0 and step % every == 0)
 
-    def is_best(self, figures: dict[str, Any]) -> bool:
-        """Whether these figures are the best so far: the lowest held-out loss, the highest held-out reward."""
+    def better_figure(self, figures: dict[str, Any]) -> float | None:
+        """The held-out loss or reward, if lower or higher than that of every state that is saved; waits for a save
+        under way, which could be of a better one."""
         sign, value = (1, figures.get("eval_reward")) if "eval_reward" in figures else (-1, figures.get("eval_loss"))
-        if value is None or (self.best is not None and sign * value <= sign * self.best):
-            return False
-        self.best = value
-        return True
+
+        def is_better() -> bool:
+            return value is not None and (self.saver.best is None or sign * value > sign * self.saver.best)
+
+        if is_better():
+            self.saver.wait()
+        return value if is_better() else None
 
     @contextmanager
     def off_the_clock(self) -> Generator[None]:
@@ -604,19 +582,22 @@ class Run:
         earlier = self.resumed[1].run.wall_seconds if self.resumed else 0.0
         return earlier + time.perf_counter() - self.began
 
-    def save(self, state: TrainState, is_best: bool) -> None:
-        """Begin to save the checkpoint of this step; training waits only for the copy off the devices."""
+    def save(self, state: TrainState, best: float | None) -> None:
+        """Begin to save the checkpoint of this step, whose figure may be the best; training waits only for the copy off
+        the devices."""
         self.log.sync()
         facts = RunFacts(
             step=self.step,
-            best=self.best,
+            best=best,
             wall_seconds=self.seconds,
             config=masked_config(self.config),
             model=model_facts(self.opened.model),
             data=self.digests,
+            inputs=self.inputs,
             versions=metrics.versions(),
         )
-        self.save_seconds.append(self.saver.save(state, saved_shapes(self.opened.model), facts, is_best))
+        shapes = saved_shapes(self.opened.model)
+        self.save_seconds.append(self.saver.save(state, shapes, facts, is_best=best is not None))
 
     def log_saves(self) -> None:
         """Log every save that finished since the last call."""
@@ -624,7 +605,7 @@ class Run:
             self.log.info(line)
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Write summary.json, with these facts of the loop, the report, and the model if all steps are done."""
+        """Write the model if all steps are done, summary.json, with these facts of the loop, and the report."""
         if is_first():
             with writing_to(self.config.run_directory, "all steps are saved: make room and add --resume"):
                 self.write_results(facts)
@@ -632,6 +613,11 @@ class Run:
 
     def write_results(self, facts: dict[str, Any]) -> None:
         directory, command, opened = self.config.run_directory, COMMAND_OF[type(self.config)], self.opened
+        if is_ended := self.step == self.steps:
+            assert self.saver.newest
+            params = checkpoint.saved_params(self.saver.newest, opened.model)
+            problems = checkpoint.save_model(directory / "model", params, opened.model, directory / SOURCE)
+            self.log.info("; WARNING: ".join([f"model in Hugging Face layout: {directory / 'model'}", *problems]))
         records = metrics.read_json_lines(directory / "metrics.jsonl")
         skipped = (record.get("skipped_updates", "loss" in record and record["loss"] is None) for record in records)
         summary = metrics.summarise(records) | {
@@ -649,18 +635,14 @@ class Run:
         }
         metrics.write_summary(directory, summary | facts)
         if self.write_report:
-            self.write_report(directory)
-            self.log.info(f"report: {directory / 'report.html'}")
-        if self.step < self.steps:
+            try:
+                self.write_report(directory)
+                self.log.info(f"report: {directory / 'report.html'}")
+            except Exception as error:  # of whatever draws it; nothing else needs it
+                self.log.info(f"WARNING: no report.html ({type(error).__name__}: {error}); all else is written")
+        if not is_ended:
             again = f"{command} @ {directory / 'config.toml'} --resume"
             self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to resume: uv run {again}")
-            return
-        template = self.config.chat_template if isinstance(self.config, SftConfig | GrpoConfig) else ""
-        assert self.saver.newest
-        params = checkpoint.saved_params(self.saver.newest, opened.model)
-        files = changed_files(opened.tokenizer, template)
-        checkpoint.save_model(directory / "model", params, opened.model, opened.source, files)
-        self.log.info(f"model in Hugging Face layout: {directory / 'model'}")
 
 
 def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
@@ -780,6 +762,7 @@ class RowSteps:
     def facts(self) -> dict[str, Any]:
         """What summary.json holds of rows."""
         return {
+            "best_eval_loss": self.run.saver.best,
             "effective_batch_size": self.config.batch_size,
             "accumulation_steps": self.accumulation,
             "data": dict(self.dataset.facts),

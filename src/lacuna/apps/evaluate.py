@@ -12,10 +12,18 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from lacuna import checkpoint, metrics, trainer
+from lacuna import checkpoint, metrics
 from lacuna.config import EvalConfig, UserError, to_toml
 from lacuna.data import Dataset, describe, load_dataset
-from lacuna.distributed import check_same, enable_compilation_cache, from_first, is_first, make_mesh
+from lacuna.distributed import (
+    check_same,
+    enable_compilation_cache,
+    from_first,
+    held_directory,
+    is_first,
+    make_mesh,
+    writing_to,
+)
 from lacuna.eval import (
     Figures,
     Predictions,
@@ -41,7 +49,7 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
     """
     started, config = time.perf_counter(), checkpoint.settled(config)
     directory = config.run_directory
-    with trainer.held_directory(directory) if is_first() else nullcontext():
+    with held_directory(directory) if is_first() else nullcontext():
         if is_first() and (directory / "summary.json").exists() and not config.overwrite:
             raise UserError(
                 f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
@@ -121,7 +129,7 @@ def begin_evaluation(tasks: Tasks) -> None:
         "weights of model_name": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
     identity = directory / "identity.json"
-    with trainer.writing_to(directory):
+    with writing_to(directory):
         if config.overwrite:
             for name in ("summary.json", "predictions.jsonl", "identity.json"):
                 (directory / name).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 import tomllib
 from collections.abc import Callable
@@ -78,6 +79,7 @@ def plot(chart: Chart, records: list[dict[str, Any]]) -> tuple[str, int]:
 
     Long runs show median and range of up to 300 groups of steps; only in the loss may rare large values set the scale.
     """
+    os.environ["MPLBACKEND"] = "svg"  # a notebook exports its own, which need not be installed here
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator

@@ -45,16 +45,16 @@ def load_rewards(specs: Sequence[str]) -> list[Reward]:
             name, number = spec, 1.0
         if not math.isfinite(number):
             raise UserError(f"reward {spec!r}: its weight is {weight}; write a finite number")
-        function = BUILT_IN.get(name) or users_function(name, spec)
-        rewards.append(Reward(name.rpartition(":")[2], number, function, needs_answer=function is correct))
+        function, file = (BUILT_IN[name], None) if name in BUILT_IN else users_function(name, spec)
+        rewards.append(Reward(name.rpartition(":")[2], number, function, function is correct, file))
     names = [reward.name for reward in rewards]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"reward: {twice.pop()} is named twice; keep one, with its weight")
     return rewards
 
 
-def users_function(name: str, spec: str) -> RewardFunction:
-    """A function of a Python file or an importable module."""
+def users_function(name: str, spec: str) -> tuple[RewardFunction, Path | None]:
+    """A function of a Python file or an importable module, and its file."""
     place, _, function_name = name.rpartition(":")
     if not place:
         raise UserError(f"reward {spec!r}: no such reward; ours are {', '.join(BUILT_IN)}, yours FILE.py:FUNCTION")
@@ -71,9 +71,9 @@ def users_function(name: str, spec: str) -> RewardFunction:
             module = importlib.import_module(place)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {spec!r}: {place} fails on import: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"reward {spec!r}: {place} has no function {function_name}")
-    return function
+    return function, Path(module.__file__) if module.__file__ else None
