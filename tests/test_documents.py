@@ -445,7 +445,7 @@ def test_everything_the_tokens_depend_on_has_its_own_place_in_the_cache(tmp_path
     source = write(tmp_path, "rows.jsonl", json_lines(CHATS))
     files = {name: (TINY / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
 
-    def tokenizer_with(name: str = "", before: str = "", after: str = "", **options: str) -> Tokenizer:
+    def tokenizer_with(name: str = "", before: str = "", after: str = "", **options: Any) -> Tokenizer:
         directory = tmp_path / "tokenizer"
         directory.mkdir(exist_ok=True)
         for file, content in files.items():

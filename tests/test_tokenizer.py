@@ -27,11 +27,14 @@ from lacuna.tokenizer import (
     changed_files,
     chat_spans,
     check_messages,
+    check_written,
     decode,
     encode,
+    encode_apart,
     encode_spans,
     end_of_text_id,
     ends_in_words,
+    left_out_thoughts,
     load_tokenizer,
     render,
 )
@@ -194,6 +197,10 @@ def test_generation_tag_gives_the_mask_of_transformers(name: str, cases: list[di
     assert cases or name == "tinyllama-1.1b-chat"
     for case in cases:
         messages = REFERENCE["conversations"][case["conversation"]]["messages"]
+        if any(message.get("tool_calls") for message in messages):
+            with pytest.raises(ValueError, match="does not write its call of|leaves it out"):
+                chat_spans(tokenizer, messages, None, "assistant")
+            continue
         if tokenizer.backend.token_to_id("<|im_end|>") is None:  # so text in which answers end would stop none
             with pytest.raises(ValueError, match=r"learned to end in .*<\|im_end\|>', and answers stop only at"):
                 encode_chats(tokenizer, [(messages, None)], "assistant")
@@ -269,6 +276,8 @@ def test_real_chats_supervise_each_answer_and_its_end_and_nothing_else(name: str
     tokenizer = shelf(name)
     chats = [chat for chat in shelf_chats(50) if not any("tool_calls" in message for message in chat[0])]
     assert len(chats) > 350
+    if name == "tinyllama-1.1b-chat":  # writes no tools
+        chats = [(messages, None) for messages, _ in chats]
     for (messages, tools), encoded in zip(chats, encode_chats(tokenizer, chats, "assistant"), strict=True):
         expected = ANSWERS[name](messages)
         assert supervised_texts(tokenizer, messages, tools) == expected
@@ -283,10 +292,11 @@ def test_real_chats_supervise_each_answer_and_its_end_and_nothing_else(name: str
 def test_supervision_starts_where_the_generation_prompt_ends(name: str) -> None:
     tokenizer, found = shelf(name), 0
     for messages, tools in shelf_chats(25):
+        tools = None if name == "tinyllama-1.1b-chat" else tools  # it writes none
         try:
             text, spans = chat_spans(tokenizer, messages, tools, "assistant")
         except ValueError as error:
-            assert re.search("single tool-calls|does not write its call", str(error))
+            assert re.search("single tool-calls|does not write its call|leaves it out", str(error))
             continue
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for turn, (start, end) in zip(turns, spans, strict=True):
@@ -534,10 +544,10 @@ def with_template(directory: Path, source: str) -> Tokenizer:
         ),
         (CHATML.replace("message.content", "message.content | upper"), "does not write its content as it is"),
         (CHATML.replace("message.content", "message.content + message.content"), "writes its content 2 times"),
-        (CHATML.replace("message.content", "''"), "writes its content 0 times"),
+        (CHATML.replace("message.content", "''"), r"message 1 \(user\): the chat template leaves it out of this chat"),
+        (CHATML.replace("message.content", "(message.content if loop.first else '')"), "writes its content 0 times"),
         (CHATML + "{{- messages[1].content | length }}", "writes what follows differently"),
         ("{{- '<%d' % messages[1].content | length }}" + CHATML, "writes what precedes differently"),
-        ("{{- messages | length }}" + BRACKETS, "its beginning is not where the chat template would prompt"),
         (
             CHATML.replace("assistant\\n' }}", "model\\n' }}").replace("'<|im_start|>' +", "'# ' +"),
             "its beginning is not",
@@ -659,7 +669,8 @@ def test_an_end_that_is_no_token_is_refused_with_its_file(text: str, reason: str
 
 
 def test_answers_learned_with_an_end_that_would_stop_none_are_refused(tmp_path: Path) -> None:
-    tag = "{% generation %}{{ message.content }}{% endgeneration %}"
+    content = "{{ message.content }}"
+    tag = f"{{% if loop.first %}}{content}{{% else %}}{{% generation %}}{content}{{% endgeneration %}}{{% endif %}}"
     source = f"{{% for message in messages %}}{tag}{{{{ '<|im_end|>' }}}}{{% endfor %}}"
     with pytest.raises(ValueError, match=r"learned to end in '.*b', and answers stop only at </s>, <\|im_end\|>"):
         chat_spans(with_template(tmp_path, source), GOOD, None, "assistant")
@@ -674,6 +685,193 @@ def test_a_template_of_the_users_own_is_exported_wherever_one_is_looked_for(tmp_
     assert files["chat_template.jinja"] == Path(PLAIN).read_text()
     before = json.loads((directory / "tokenizer_config.json").read_text())
     assert json.loads(files["tokenizer_config.json"]) == before | {"chat_template": Path(PLAIN).read_text()}
+
+
+# What a chat carries is written, learned, counted or refused
+
+ROLES_BY_NAME = """{{- '<|im_start|>system\\nDefault<|im_end|>\\n' if messages[0].role != 'system' }}
+{%- for message in messages %}{% if message.role in ('system', 'user', 'assistant', 'tool') %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+CALLS = CHATML.replace(
+    "message.content",
+    "(message.content or '') + ((message.tool_calls[0].function.arguments | tojson) if message.tool_calls else '')",
+)
+# As Mistral's: turns must alternate but for calls, and the system message stands before a user message that is last.
+ALTERNATING = """{%- set system = messages[0].content if messages[0].role == 'system' %}{{- bos_token }}
+{%- set turns = messages[1:] if system else messages %}{% set ns = namespace(i=0) %}
+{%- for m in turns if not (m.role == 'tool' or m.tool_calls is defined) %}
+    {%- if (m.role == 'user') != (ns.i % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {%- set ns.i = ns.i + 1 %}{% endfor %}
+{%- for m in turns %}
+{%- if m.role == 'user' %}{{- ('[TOOLS]' + (tools | tojson) if tools and loop.last) }}
+    {{- '[INST] ' + (system + ' ' if system and loop.last else '') + m.content + '[/INST]' }}
+{%- elif m.tool_calls is defined %}
+    {{- '[CALLS]' + (m.tool_calls | map(attribute='function') | list | tojson) + '</s>' }}
+{%- elif m.role == 'assistant' %}{{- ' ' + m.content + '</s>' }}
+{%- else %}{{- '[RESULT]' + m.content + '[/RESULT]' }}{% endif %}{% endfor %}"""
+
+
+def test_a_role_that_the_template_does_not_name_is_written_as_one_it_knows(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, ROLES_BY_NAME)
+    chat = [{"role": "developer", "content": "Be brief."}, user("a"), assistant("b")]
+    assert chat_spans(tokenizer, chat, None, "assistant")[0].startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    chat = [user("a"), assistant("b"), {"role": "function", "name": "f", "content": "31"}, assistant("c")]
+    assert "<|im_start|>tool\n31<|im_end|>" in chat_spans(tokenizer, chat, None, "assistant")[0]
+    known = with_template(tmp_path, ROLES_BY_NAME.replace("'tool')", "'developer')"))
+    assert render(known, [{"role": "developer", "content": "Be brief."}]).endswith("developer\nBe brief.<|im_end|>\n")
+
+
+@pytest.mark.parametrize("source", [CHATML, GENERATION])
+def test_a_message_of_weight_0_is_context_only(tmp_path: Path, source: str) -> None:
+    tokenizer = with_template(tmp_path, source)
+    chat = [user("2 + 2?"), assistant("wrong", weight=0), user("Again."), assistant("4", weight=1)]
+    assert supervised_texts(tokenizer, chat) == supervised_texts(tokenizer, chat, None, "last") == ["4<|im_end|>"]
+    with pytest.raises(ValueError, match="weight 0 .*contradicts train_on = all"):
+        chat_spans(tokenizer, chat, None, "all")
+    with pytest.raises(ValueError, match="weight 0 leaves nothing to learn from"):
+        chat_spans(tokenizer, chat[:2], None, "assistant")
+    with pytest.raises(ValueError, match=r"message 2: weight is 0.5; write 0"):
+        check_messages([user("a"), assistant("b", weight=0.5)], None)
+
+
+def test_arguments_in_json_are_parsed_and_stay_text_where_a_template_takes_text(tmp_path: Path) -> None:
+    arguments = '{"city":"Rome","days":null}'
+    chat = [
+        user("a"),
+        assistant(None, tool_calls=[{"type": "function", "function": {"name": "f", "arguments": arguments}}]),
+    ]
+    parsed = [
+        user("a"),
+        assistant(
+            None, tool_calls=[{"type": "function", "function": {"name": "f", "arguments": json.loads(arguments)}}]
+        ),
+    ]
+    tokenizer = with_template(tmp_path, CALLS)
+    assert render(tokenizer, chat) == render(tokenizer, parsed)
+    assert '{"city": "Rome", "days": null}' in render(tokenizer, chat)
+    for written in ("{{ call }}", "{{ 'a' + call }}", "{{ call + 'a' }}", "{{ call ~ 'a' }}"):
+        source = "{% set call = messages[1].tool_calls[0].function.arguments %}" + written
+        assert arguments in render(with_template(tmp_path, source), chat)
+    asked = "{% set call = messages[1].tool_calls[0].function %}{{ call.arguments if call.arguments is string }}"
+    assert render(with_template(tmp_path, asked), chat) == arguments
+
+
+def test_an_empty_list_of_calls_is_no_call(tmp_path: Path) -> None:
+    tokenizer = with_template(
+        tmp_path,
+        CHATML.replace("{{- '<|im_start|>'", "{{- 'calls' if message.tool_calls is defined }}{{- '<|im_start|>'"),
+    )
+    chat = [user("a"), assistant("b", tool_calls=[], refusal=None)]
+    assert render(tokenizer, chat) == render(tokenizer, GOOD) and "calls" not in render(tokenizer, chat)
+
+
+def test_a_message_or_tool_that_the_template_leaves_out_is_refused(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    tokenizer = with_template(tmp_path, CHATML)
+    with pytest.raises(ValueError, match="does not write the tool 'add'; take a template that does"):
+        chat_spans(tokenizer, GOOD, tools, "assistant")
+    only_turns = CHATML.replace(
+        "{{- '<|im_start|>' + message", "{{- '' if message.role == 'system' else '<|im_start|>' + message"
+    )
+    with pytest.raises(ValueError, match=r"message 1 \(system\): the chat template leaves it out of this chat"):
+        check_written(with_template(tmp_path, only_turns), [{"role": "system", "content": "x"}, user("a")])
+    with pytest.raises(ValueError, match="does not write its call of 'add'"):
+        chat_spans(
+            with_template(tmp_path, GENERATION), [user("a"), assistant("", tool_calls=[CALL])], None, "assistant"
+        )
+
+
+def test_a_template_that_is_stable_in_part_works_or_says_what_it_leaves_out(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, ALTERNATING)
+    calls = [user("a"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "31"}, assistant("b")]
+    written = '[CALLS][{"name": "add", "arguments": {"values": [1, "é<"]}}]</s>'
+    assert supervised_texts(tokenizer, calls) == [written, " b</s>"]
+    turns = [*GOOD, user("c"), assistant("d")]
+    assert supervised_texts(tokenizer, [*turns, user("e")], [{"name": "add"}]) == [" b</s>", " d</s>"]
+    with pytest.raises(ValueError, match=r"message 1 \(system\): .* leaves it out where an answer is last; join it"):
+        chat_spans(tokenizer, [{"role": "system", "content": "x"}, *GOOD], None, "assistant")
+
+
+def test_thoughts_and_texts_that_are_left_out_are_counted() -> None:
+    chat = [
+        user("a"),
+        assistant("b", reasoning_content=" one \n", thinking="one"),
+        assistant("<think>\ntwo\n</think>\n\nc"),
+        assistant("three", tool_calls=[CALL]),
+    ]
+    assert left_out_thoughts(chat, "one two three") == 0
+    assert left_out_thoughts(chat, "b c add") == 3
+
+
+def test_variables_reach_the_template_from_its_tokenizer_and_from_a_chat(tmp_path: Path) -> None:
+    directory = write_tokenizer(tmp_path, trained_backend(), chat_template="{{ mode }} {{ enable_thinking }}")
+    tokenizer = load_tokenizer(directory, "", "2024-07-26", {"mode": "brief", "enable_thinking": True})
+    assert render(tokenizer, GOOD) == "brief True"
+    assert render(tokenizer, GOOD, variables={"enable_thinking": False}) == "brief False"
+    assert render(tokenizer, GOOD, variables={"messages": []}) == "brief True"
+
+
+def test_a_chat_with_tools_takes_the_template_for_tools(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | tojson }}"}]
+    directory = write_tokenizer(tmp_path, trained_backend(), chat_template=named)
+    assert render(load_tokenizer(directory), GOOD, [{"name": "add"}]) == '[{"name": "add"}]'
+    assert render(load_tokenizer(directory), GOOD) == render(load_tokenizer(directory), GOOD, []) == "plain"
+    (directory / "chat_template.jinja").write_text("file")
+    assert render(load_tokenizer(directory), GOOD, [{"name": "add"}]) == "file"
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert render(load_tokenizer(directory), GOOD, [{"name": "add"}]) == "tools"
+
+
+@pytest.mark.parametrize(
+    "place", ["added_tokens_decoder", "added_tokens.json", "additional_special_tokens", "extra_special_tokens"]
+)
+def test_a_token_named_beside_the_tokenizer_is_one_token(tmp_path: Path, place: str) -> None:
+    size = load_tokenizer(write_tokenizer(tmp_path, trained_backend())).vocabulary_size
+
+    def named(id: int) -> Tokenizer:
+        values: dict[str, Any] = {
+            "added_tokens_decoder": {str(id): {"content": "<|new|>", "special": True}},
+            "additional_special_tokens": ["<|new|>"],
+            "extra_special_tokens": {"x_token": "<|new|>"},
+        }
+        write_tokenizer(tmp_path, trained_backend(), **{key: value for key, value in values.items() if key == place})
+        if place == "added_tokens.json":
+            (tmp_path / place).write_text(json.dumps({"<|new|>": id}))
+        return load_tokenizer(tmp_path)
+
+    tokenizer = named(size)
+    assert size in encode(tokenizer, "a<|new|>b", add_special_tokens=False) and tokenizer.vocabulary_size == size + 1
+    if place.startswith("added"):
+        with pytest.raises(UserError, match=rf"'<\|new\|>' is token {size + 5} by .*, and {size} after"):
+            named(size + 5)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path: Path) -> None:
+    backend = Backend.from_str(trained_backend())
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, backend.to_str()))
+    plain, written = (encode(tokenizer, text, add_special_tokens=True).tolist() for text in ("hello", "<s>hello"))
+    assert plain == written and plain.count(tokenizer.bos_id) == 1
+    assert encode(tokenizer, "<s><s>hello", add_special_tokens=True).tolist() == [0, *plain]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_shelf) for name in (*WITH_TEMPLATE, "gpt2")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Sentiment: ", "positive"), ("a\n", "\nb"), ("x", "y"), ("1", " 2")]
+)
+def test_a_completion_encoded_apart_is_learned_whole_and_asked_for_as_trained(
+    name: str, prompt: str, completion: str
+) -> None:
+    tokenizer = shelf(name)
+    encoded = encode_apart(tokenizer, prompt, completion)
+    asked = encode(tokenizer, prompt, add_special_tokens=False)
+    assert encoded.token[~encoded.supervised].tolist() == asked.tolist()
+    text = decode(tokenizer, encoded.token)
+    assert text == prompt + completion
+    assert decode(tokenizer, encoded.token[encoded.supervised]).strip() == completion.strip()
 
 
 # Loading
@@ -833,7 +1031,7 @@ def test_plain_template_writes_a_line_for_each_message(small: dict[str, Tokenize
 @pytest.mark.parametrize("name", ["weights/stories260k", "tokenizers/gpt2"])
 def test_plain_template_trains_answers_of_models_without_one(name: str) -> None:
     tokenizer = load_tokenizer(SHELF / name, PLAIN)
-    chats = [chat for chat in shelf_chats(20) if not any("tool_calls" in message for message in chat[0])]
+    chats = [(chat[0], None) for chat in shelf_chats(20) if not any("tool_calls" in message for message in chat[0])]
     eos = tokenizer.special_tokens["eos_token"]
     for (messages, _), encoded in zip(chats, encode_chats(tokenizer, chats, "assistant"), strict=True):
         answers = [f" {message['content']}{eos}" for message in messages if message["role"] == "assistant"]

@@ -35,7 +35,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from lacuna.attention import choose_backend
-from lacuna.config import DataKeys, ModelKeys, TrainingConfig, UserError
+from lacuna.config import DataKeys, ModelKeys, TemplateKeys, TrainingConfig, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, duration
 from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
@@ -154,15 +154,15 @@ class OpenedModel(NamedTuple):
     attention_line: str
 
 
-def open_model(config: ModelKeys, mesh: Mesh, *template: str, with_weights: bool = True) -> OpenedModel:
-    """The model of a config on a mesh, its parts checked against each other; `template` is as for `load_tokenizer`.
+def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> OpenedModel:
+    """The model of a config on a mesh, its parts checked against each other.
 
     Raises:
         UserError: no such model, or one that is not supported or does not fit the mesh or the config.
     """
     source = resolve_model(config.model_name, with_weights)
     model, attention_line = model_on(source, config, mesh)
-    tokenizer = load_tokenizer(source, *template)
+    tokenizer = load_tokenizer(source, *(config.template if isinstance(config, TemplateKeys) else ()))
     if tokenizer.vocabulary_size > model.vocabulary_size:
         raise UserError(
             f"{source}: the tokenizer has {tokenizer.vocabulary_size} tokens, config.json's vocab_size is "

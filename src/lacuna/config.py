@@ -73,6 +73,11 @@ class DataSource(Keys):
     prompt_column: str = Field("prompt", description="Column of prompts, each with a completion")
     completion_column: str = Field("completion", description="Column of completions")
     text_column: str = Field("text", description="Column of plain text")
+    prompt_format: Literal["auto", "chat", "text"] = Field(
+        "auto",
+        description="How prompts with completions are written: by the chat template, or as plain text; auto: by the "
+        "template, if there is one and the prompt does not begin with one of its tokens",
+    )
 
 
 class ModelKeys(Keys):
@@ -111,6 +116,29 @@ class TemplateKeys(Keys):
 
     chat_template: str = Field("", description="Jinja file to use instead of the model's chat template")
     template_date: str = Field("2024-07-26", description="Day that templates see, fixed so that data never changes")
+    template_variables: tuple[str, ...] = Field(
+        (), description="NAME=VALUE of each variable of the template, VALUE in JSON, as in enable_thinking=false"
+    )
+
+    @property
+    def template(self) -> tuple[str, str, dict[str, Any]]:
+        """How a tokenizer is to render chats: the template's file, the day, and its variables."""
+        pairs = (each.partition("=") for each in self.template_variables)
+        return self.chat_template, self.template_date, {name.strip(): json.loads(value) for name, _, value in pairs}
+
+    @field_validator("template_variables")
+    @classmethod
+    def template_variables_are_pairs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            name, _, text = each.partition("=")
+            try:
+                json.loads(text)
+            except ValueError as error:
+                raise ValueError(
+                    f"has {each!r}, which is no NAME=VALUE with a value in JSON; write enable_thinking=false, or "
+                    f'{name.strip() or "mode"}="text"'
+                ) from error
+        return value
 
     @field_validator("template_date", mode="before")
     @classmethod

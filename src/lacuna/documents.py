@@ -365,7 +365,8 @@ def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: Train
     columns = source.model_dump(exclude={"path", "split", "weight"})
     origin = [file.name for file in files] or [source.path, hub_table(source)._fingerprint]
     date = tokenizer.template.globals["strftime_now"]("%F") if tokenizer.template else ""
-    template = [tokenizer.template_source, tokenizer.special_tokens, date]
+    sources = tokenizer.template_source, tokenizer.tool_source
+    template = [*sources, tokenizer.variables, tokenizer.special_tokens, date]
     digest = hashlib.sha256(json.dumps([origin, columns, template, train_on, skip_bad]).encode())
     code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py", "sandbox.py")]
     with progress() as line:

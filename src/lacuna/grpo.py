@@ -429,8 +429,7 @@ class Inputs(NamedTuple):
 def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs:
     """Devices, model, problems and rewards of a config, each checked against the others."""
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
-    template = config.chat_template, config.template_date
-    opened = open_model(config, mesh, *template, with_weights=not config.from_scratch)
+    opened = open_model(config, mesh, with_weights=not config.from_scratch)
     check_sequence_length(opened.model, config.sequence_length)
     longest = config.sequence_length - config.max_completion_tokens
     wants_answers = any(reward.needs_answer for reward in rewards)

@@ -8,10 +8,12 @@ refused.
 import json
 import os.path
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jinja2
@@ -24,6 +26,8 @@ from lacuna.config import UserError
 from lacuna.sandbox import compile_template, rendered
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+KNOWN_ROLES = {"developer": "system", "function": "tool", "ipython": "tool"}  # for templates that don't know the first
+ADDED_TOKEN_KEYS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Unicode reserves these code points for use inside a program: they are never part of a text.
 BLANK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -33,17 +37,25 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
 TrainOn = Literal["assistant", "all", "last"]
+Variables = Mapping[str, Any]
+NO_VARIABLES: Variables = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """`tokenizer.json`, chat template and special tokens of a directory; `end_of_turn` matches an added token, and
-    `ends` has each id that ends an answer, with what says so."""
+    `ends` has each id that ends an answer, with what says so.
+
+    `template_source` and `template` are for all chats, and `tool_source` and `tool_template` for those with tools, as a
+    directory may name another for them. `variables` are what every chat gives its template."""
 
     directory: Path
     backend: tokenizers.Tokenizer
     template: jinja2.Template | None
     template_source: str
+    tool_template: jinja2.Template | None
+    tool_source: str
+    variables: dict[str, Any]
     special_tokens: dict[str, str]
     bos_id: int | None
     eos_id: int | None
@@ -60,11 +72,17 @@ class EncodedText(NamedTuple):
     straddling_count: int
 
 
-def load_tokenizer(directory: Path, chat_template: str = "", template_date: str = "2024-07-26") -> Tokenizer:
+def load_tokenizer(
+    directory: Path,
+    chat_template: str = "",
+    template_date: str = "2024-07-26",
+    variables: Variables = NO_VARIABLES,
+) -> Tokenizer:
     """The tokenizer of a Hugging Face directory; `chat_template` is a file that replaces its template, `template_date`
     the day that templates take for today. Raises UserError if a file is missing or can't be read."""
     backend = load_backend(directory)
     settings = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    add_named_tokens(backend, directory, settings)
     special_tokens = {
         name: str(token["content"] if isinstance(token, dict) else token)
         for name, token in settings.items()
@@ -77,14 +95,18 @@ def load_tokenizer(directory: Path, chat_template: str = "", template_date: str 
                 f"{directory}: {name} {special_tokens[name]!r} is not in tokenizer.json; "
                 "do tokenizer_config.json and tokenizer.json belong to the same model?"
             )
-    source, origin = find_template(directory, settings, chat_template)
+    sources, origin = find_templates(directory, settings, chat_template)
+    compiled = {name: compile_template(source, origin, template_date) for name, source in sources.items() if source}
     added_tokens = (token.content for token in backend.get_added_tokens_decoder().values())
     written = sorted((token for token in added_tokens if not token.isspace()), key=len, reverse=True)
     tokenizer = Tokenizer(
         directory=directory,
         backend=backend,
-        template=compile_template(source, origin, template_date) if source else None,
-        template_source=source,
+        template=compiled.get("default"),
+        template_source=sources["default"],
+        tool_template=compiled.get("tool_use", compiled.get("default")),
+        tool_source=sources.get("tool_use", sources["default"]),
+        variables=dict(variables),
         special_tokens=special_tokens,
         bos_id=ids.get("bos_token"),
         eos_id=ids.get("eos_token"),
@@ -113,6 +135,31 @@ def load_backend(directory: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def add_named_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: dict[str, Any]) -> None:
+    """Add the tokens that only the files beside tokenizer.json name, as transformers does.
+
+    Raises:
+        UserError: one of them would not get the id that it is named with.
+    """
+    extra = settings.get("extra_special_tokens") or ()
+    extra = extra.values() if isinstance(extra, dict) else extra
+    named = [*(settings.get("additional_special_tokens") or ()), *extra]
+    tokens = {id: token for token, id in read_json(directory / "added_tokens.json").items()}
+    tokens |= {int(id): token for id, token in (settings.get("added_tokens_decoder") or {}).items()}
+    for id, token in [*sorted(tokens.items()), *((None, token) for token in named)]:
+        settings = token if isinstance(token, dict) else {"special": True, "normalized": False}
+        content = str(token["content"] if isinstance(token, dict) else token)
+        if backend.token_to_id(content) is None:
+            chosen = {key: settings[key] for key in ADDED_TOKEN_KEYS if key in settings}
+            backend.add_tokens([tokenizers.AddedToken(content, **chosen)])
+        if id not in (None, found := backend.token_to_id(content)):
+            raise UserError(
+                f"{directory}: {content!r} is token {id} by tokenizer_config.json or added_tokens.json, and "
+                f"{found} after those of tokenizer.json; write the files again with transformers' "
+                f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained(…)"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -203,20 +250,23 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
-def find_template(directory: Path, settings: dict[str, Any], chat_template: str) -> tuple[str, Path]:
-    """The template's text, empty if there is none, and the file it came from."""
+def find_templates(directory: Path, settings: dict[str, Any], chat_template: str) -> tuple[dict[str, str], Path]:
+    """The templates by name: "default", empty if there is none, and "tool_use", if there is one for chats with tools;
+    and the file they came from."""
     path = Path(chat_template) if chat_template else directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text("utf-8"), path
+        tool_use = directory / "additional_chat_templates" / "tool_use.jinja"
+        named = {"tool_use": tool_use.read_text("utf-8")} if not chat_template and tool_use.is_file() else {}
+        return named | {"default": path.read_text("utf-8")}, path
     if chat_template:
         raise UserError(f"chat_template: {chat_template}: no such file; give the path of a Jinja template")
     origin, template = directory / "tokenizer_config.json", settings.get("chat_template") or ""
-    if isinstance(template, list):
-        named = {item["name"]: item["template"] for item in template}
-        if "default" not in named:
-            raise UserError(f"{origin}: no chat template is named 'default', only {sorted(named)}; give chat_template")
-        template = named["default"]
-    return str(template), origin
+    if not isinstance(template, list):
+        return {"default": str(template)}, origin
+    named = {item["name"]: item["template"] for item in template}
+    if "default" not in named:
+        raise UserError(f"{origin}: no chat template is named 'default', only {sorted(named)}; give chat_template")
+    return {name: named[name] for name in ("default", "tool_use") if name in named}, origin
 
 
 def check_messages(messages: Any, tools: Any) -> None:
@@ -234,6 +284,8 @@ def check_messages(messages: Any, tools: Any) -> None:
             raise ValueError(f"{where}: role {role!r} is unknown; write one of {', '.join(ROLES)}")
         if calls is not None and not (isinstance(calls, list) and all(called_name(call) for call in calls)):
             raise ValueError(f"{where}: tool_calls is not a list of objects with the name of a function")
+        if message.get("weight") not in (None, 0, 1):
+            raise ValueError(f"{where}: weight is {message['weight']!r}; write 0 for context only, or 1")
         texts = {key: message[key] for key in REASONING_KEYS if message.get(key) is not None}
         for key, text in (texts if content is None and calls else texts | {"content": content}).items():
             if not isinstance(text, str):
@@ -259,61 +311,153 @@ def render(
     messages: list[Message],
     tools: Tools = None,
     add_generation_prompt: bool = False,
-    **variables: object,
+    variables: Variables = NO_VARIABLES,
 ) -> str:
     """The chat as text, the same as transformers' `apply_chat_template`; `variables` are the template's own, such as
     `enable_thinking`. Raises ValueError if the template, which is foreign code, refuses the chat or fails."""
-    if tokenizer.template is None:
+    template, source = tokenizer.template, tokenizer.template_source
+    if tools:
+        template, source = tokenizer.tool_template, tokenizer.tool_source
+    if template is None:
         raise UserError(
             f"{tokenizer.directory}: no chat template in chat_template.jinja or tokenizer_config.json; "
             "give one with --chat-template configs/chat_template.jinja"
         )
     values = {
-        **tokenizer.special_tokens,
-        **variables,
-        "messages": [seen_by_template(message) for message in messages],
-        "tools": tools,
         "documents": None,
+        **tokenizer.special_tokens,
+        **tokenizer.variables,
+        **variables,
+        "messages": [seen_by_template(message, source) for message in messages],
+        "tools": tools,
         "add_generation_prompt": add_generation_prompt,
     }
-    return rendered(tokenizer.template, values)
+    return rendered(template, values)
 
 
-def seen_by_template(message: Message) -> Message:
-    """A message as transformers shows it: keys without a value left out, reasoning under every name in use."""
+class Arguments(dict):
+    """Arguments of a call that came as JSON text, which they still are where a template prints or joins them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(json.loads(text))
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __radd__(self, before: str) -> str:
+        return before + self.text
+
+    def __add__(self, after: str) -> str:
+        return self.text + after
+
+
+def seen_by_template(message: Message, source: str) -> Message:
+    """A message as transformers shows it: keys without a value left out, reasoning under every name in use.
+
+    Besides, an empty list of calls is none, arguments of calls are parsed for a template that does not ask whether they
+    are a string, as OpenAI's format has them as JSON, and a role that the template does not name is the one it knows.
+    """
     present = {key: value for key, value in message.items() if value is not None}
+    if not present.get("tool_calls", True):
+        del present["tool_calls"]
+    if "tool_calls" in present and "arguments is string" not in source:
+        present["tool_calls"] = [with_parsed_arguments(call) for call in present["tool_calls"]]
+    role = present.get("role")
+    if role in KNOWN_ROLES and not re.search(rf"['\"]{role}['\"]", source):
+        present["role"] = KNOWN_ROLES[role]
     for key in REASONING_KEYS:
         if key in present:
             return {"thinking": present[key], **present, "reasoning_content": present[key]}
     return present
 
 
-def chat_spans(tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainOn) -> tuple[str, list[Span]]:
+def with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": with_parsed_arguments(call["function"])}
+    try:
+        return call | {"arguments": Arguments(call["arguments"])}
+    except (KeyError, TypeError, ValueError):  # there are none, or they are parsed already, or not JSON of an object
+        return call
+
+
+def check_written(
+    tokenizer: Tokenizer, messages: list[Message], tools: Tools = None, variables: Variables = NO_VARIABLES
+) -> None:
+    """Raises ValueError if the chat template leaves out a message that is no answer, or a tool."""
+
+    def missing(messages: list[Message]) -> set[int]:
+        marked, marks = [], {}
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant" and (content := message.get("content")):
+                marks[number], middle = f"{BLANK}{number}{BLANK}", len(content) // 2
+                message = message | {"content": content[:middle] + marks[number] + content[middle:]}
+            marked.append(message)
+        text = render(tokenizer, marked, tools, variables=variables)
+        if names := [name for tool in tools or () if (name := called_name(tool)) and name not in text]:
+            raise ValueError(
+                f"the chat template does not write the tool {names[0]!r}; take a template that does "
+                "(--chat-template), or leave the tools out (--data.0.tools-column none)"
+            )
+        return {number for number, mark in marks.items() if mark not in text}
+
+    if left_out := missing(messages):
+        number = min(left_out)
+        is_answered = messages[-1]["role"] == "assistant" and number not in missing(messages[:-1])
+        where = "where an answer is last" if is_answered else "of this chat"
+        raise ValueError(
+            f"message {number + 1} ({messages[number]['role']}): the chat template leaves it out {where}; join it with "
+            "the first user message, or take a template that writes it (--chat-template)"
+        )
+
+
+def left_out_thoughts(messages: list[Message], text: str) -> int:
+    """How many thoughts of answers, and texts beside their calls, are not in a rendered chat."""
+    found: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            content = message.get("content") or ""
+            found += [str(message[key]) for key in REASONING_KEYS if message.get(key)][:1]
+            found += re.findall(r"<think>(.*?)</think>", content, re.DOTALL)
+            found += [content.split("</think>")[-1]] if message.get("tool_calls") else []
+    return sum(each.strip() not in text for each in found)
+
+
+def chat_spans(
+    tokenizer: Tokenizer, messages: Any, tools: Any, train_on: TrainOn, variables: Variables = NO_VARIABLES
+) -> tuple[str, list[Span]]:
     """The rendered chat and the ranges of its characters that the model learns: what it would have generated, each
     answer with its end-of-turn token. Raises ValueError with the reason if they can't be found for certain."""
     check_messages(messages, tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ValueError("no assistant message, so nothing to learn from; drop the line or add an answer")
-    marked = render(tokenizer, messages, tools, generation_start=OPEN, generation_end=CLOSE)
+    learned = [turn for turn in turns if messages[turn].get("weight") != 0]
+    if not learned or train_on == "all" and learned != turns:
+        raise ValueError("weight 0 leaves nothing to learn from, or contradicts train_on = all; change one of them")
+    show = partial(render, tokenizer, tools=tools, variables=variables)
+    marked = show(messages, variables={**variables, "generation_start": OPEN, "generation_end": CLOSE})
     text = marked.replace(OPEN, "").replace(CLOSE, "")
+    check_written(tokenizer, messages, tools, variables)
     if train_on == "all":
         return text, [(0, len(text))]
-    if OPEN in marked:
-        edges = accumulate(map(len, re.split(f"[{OPEN}{CLOSE}]", marked)))
-        spans = list(zip(edges, edges, strict=False))  # without the piece after the last mark
-        check_end(tokenizer, text[: spans[-1][1]])
-        return text, spans[-1:] if train_on == "last" else spans
-    prompted = render(tokenizer, messages, tools, add_generation_prompt=True)
+    edges = accumulate(map(len, re.split(f"[{OPEN}{CLOSE}]", marked)))
+    found = list(zip(edges, edges, strict=False))  # without the piece after the last mark
+    if found and len(found) != len(turns):
+        raise ValueError(f"the chat template marks {len(found)} answers as generated, and there are {len(turns)}")
+    prompted = "" if found else show(messages, add_generation_prompt=True)
     header = prompted.removeprefix(text) if prompted.startswith(text) else ""
-    spans = []
-    for turn in turns[-1:] if train_on == "last" else turns:
+    spans: list[Span] = []
+    for turn in learned[-1:] if train_on == "last" else learned:
         try:
-            spans.append(turn_span(tokenizer, messages, tools, turn, text, header))
-            if len(spans) > 1 and spans[-1][0] < spans[-2][1]:
+            how = show, tokenizer.end_of_turn, messages, turn, text, header
+            span = found[turns.index(turn)] if found else turn_span(*how)
+            check_answer(messages[turn], text[slice(*span)])
+            if spans and span[0] < spans[-1][1]:
                 raise ValueError("it overlaps the answer before it")
         except ValueError as error:
             raise ValueError(f"message {turn + 1} (assistant) can't be found in the rendered chat: {error}") from error
+        spans.append(span)
     check_end(tokenizer, text[: spans[-1][1]])
     return text, spans
 
@@ -328,17 +472,23 @@ def check_end(tokenizer: Tokenizer, text: str) -> None:
         )
 
 
-def turn_span(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn: int, text: str, header: str) -> Span:
+def check_answer(answer: Message, written: str) -> None:
+    """Raises ValueError if what is learned as an answer lacks its calls or, where it has none, its content."""
+    names = [called_name(call) for call in answer.get("tool_calls") or []]
+    if missing := [name for name in names if name not in written]:
+        raise ValueError(f"the chat template does not write its call of {missing[0]!r}")
+    if not names and str(answer["content"]).split("</think>")[-1].strip() not in written:
+        raise ValueError("the chat template does not write its content as it is")
+
+
+def turn_span(
+    show: Callable[..., str], end: re.Pattern[str], messages: list[Message], turn: int, text: str, header: str
+) -> Span:
     """The range of one answer in `text`, found by rendering a mark in place of its content; `header` is what the
-    template writes to prompt for an answer. Raises ValueError if it can't be found for certain, or is not written."""
-    answer = messages[turn]
-    blank = {key: value for key, value in answer.items() if key not in (*REASONING_KEYS, "tool_calls")}
-    blanked = [*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]]
-    before, *afters = render(tokenizer, blanked, tools).split(BLANK)
-    if len(afters) != 1:
-        raise ValueError(f"the chat template writes its content {len(afters)} times")
-    after = afters[0]
-    end_of_turn = tokenizer.end_of_turn.match(after)
+    template writes to prompt for an answer, `end` matches the end of a turn. Raises ValueError if it can't be found for
+    certain, or is not written."""
+    before, after = around_answer(show, end, messages, turn)
+    end_of_turn = end.match(after)
     if end_of_turn is None:
         raise ValueError(
             f"the chat template continues with {after[:20]!r}, which is no end-of-turn token; "
@@ -350,20 +500,45 @@ def turn_span(tokenizer: Tokenizer, messages: list[Message], tools: Tools, turn:
     common = before if text.startswith(before) else os.path.commonprefix([before, text])
     if end_of_turn[1] in before[len(common) :]:
         raise ValueError("the chat template writes what precedes differently if the answer differs")
-    if header:
-        start = start_after_header(common, header, end_of_turn[1])
+    if not header and text.startswith(prompt := show(messages[:turn], add_generation_prompt=True)):
+        start = len(prompt)
     else:
-        prompt = render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
-        start = len(prompt) if text.startswith(prompt) else None
+        header = header or after_last_message(show, messages[:turn])
+        start = start_after_header(common, header, end_of_turn[1]) if header else None
     if start is None or start > content_end:
         raise ValueError("its beginning is not where the chat template would prompt for it")
-    written = text[start:content_end]
-    names = [called_name(call) for call in answer.get("tool_calls") or []]
-    if missing := [name for name in names if name not in written]:
-        raise ValueError(f"the chat template does not write its call of {missing[0]!r}")
-    if not names and str(answer["content"]).split("</think>")[-1].strip() not in written:
-        raise ValueError("the chat template does not write its content as it is")
     return start, content_end + end_of_turn.end()
+
+
+def around_answer(
+    show: Callable[..., str], end: re.Pattern[str], messages: list[Message], turn: int
+) -> tuple[str, str]:
+    """What the template writes before and after an answer's content; if it refuses the chat without the answer's calls,
+    before the name in the last of them and after that call."""
+    answer, calls = messages[turn], messages[turn].get("tool_calls")
+    blank = {key: value for key, value in answer.items() if key not in (*REASONING_KEYS, "tool_calls")}
+    try:
+        shown = show([*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]])
+        before, *afters = shown.split(BLANK)
+    except ValueError:
+        if not calls:
+            raise
+        name = {"name": BLANK, "arguments": {}}
+        last = calls[-1] | ({"function": calls[-1]["function"] | name} if "function" in calls[-1] else name)
+        shown = show([*messages[:turn], answer | {"tool_calls": [*calls[:-1], last]}, *messages[turn + 1 :]])
+        before, *afters = shown.split(BLANK)
+        afters = [after[found.start() if (found := end.search(after)) else 0 :] for after in afters]
+    if len(afters) != 1:
+        raise ValueError(f"the chat template writes its content {len(afters)} times")
+    return before, afters[0]
+
+
+def after_last_message(show: Callable[..., str], messages: list[Message]) -> str:
+    """What the template writes between the last message's content and the answer it prompts for."""
+    if not messages:
+        return ""
+    marked = [*messages[:-1], messages[-1] | {"content": BLANK}]
+    return show(marked, add_generation_prompt=True).split(BLANK)[-1]
 
 
 def start_after_header(before: str, header: str, end_of_turn: str) -> int | None:
@@ -377,8 +552,31 @@ def start_after_header(before: str, header: str, end_of_turn: str) -> int | None
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Int[np.ndarray, " token"]:
-    """Token ids; `add_special_tokens` adds the BOS that the tokenizer asks for, which a rendered chat already has."""
-    return np.array(tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
+    """Token ids; `add_special_tokens` adds the BOS that the tokenizer asks for, which a rendered chat
+    already has, and a text may have."""
+    ids = tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    return np.array(ids[1:] if has_bos(tokenizer, text) and ids[:2] == [tokenizer.bos_id] * 2 else ids, np.int32)
+
+
+def has_bos(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a text begins with the tokenizer's BOS, written out."""
+    return tokenizer.bos_id is not None and text.startswith(tokenizer.special_tokens["bos_token"])
+
+
+def encode_apart(tokenizer: Tokenizer, prompt: str, completion: str) -> EncodedText:
+    """A prompt and its completion encoded each by itself, as in generation, and all of the completion supervised."""
+    token = encode(tokenizer, prompt, add_special_tokens=False), encode_continuation(tokenizer, completion)
+    return EncodedText(np.concatenate(token), np.repeat([False, True], [len(each) for each in token]), 0)
+
+
+def encode_continuation(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " token"]:
+    """Token ids of a text that follows another, so without the space that some tokenizers put before any text."""
+    for before in ("\n", "x"):
+        encoding = tokenizer.backend.encode(before + text, add_special_tokens=False)
+        place = sum(end <= len(before) for _, end in encoding.offsets)
+        if all(start >= len(before) for start, _ in encoding.offsets[place:]):
+            return np.array(encoding.ids[place:], np.int32)
+    return encode(tokenizer, text, add_special_tokens=False)
 
 
 def encode_spans(tokenizer: Tokenizer, texts: Sequence[tuple[str, list[Span]]]) -> Iterator[EncodedText]:

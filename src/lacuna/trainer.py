@@ -268,8 +268,9 @@ def saved_state(directory: Path, manifest: Manifest, opened: OpenedModel) -> Tra
 SOURCE = "source"  # in it: what its model has besides weights
 FIXED_ON_RESUME = (
     "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
-    "train_on", "chat_template", "template_date", "neftune_alpha", "on_bad_data", "system_prompt", "prompt_template",
-    "prompts_per_step", "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
+    "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data", "system_prompt",
+    "prompt_template", "prompts_per_step", "completions_per_prompt", "max_completion_tokens", "updates_per_rollout",
+    "reward",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
 COMMAND_OF: dict[type[TrainingConfig], str] = {PretrainConfig: "pretrain", SftConfig: "sft", GrpoConfig: "grpo"}
@@ -702,8 +703,7 @@ def read_inputs(config: RowsConfig, with_weights: bool) -> tuple[OpenedModel, Da
     """The model and the data of a config, each checked against the other and the devices."""
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(mesh))
-    template = [config.chat_template, config.template_date] if isinstance(config, SftConfig) else []
-    opened = open_model(config, mesh, *template, with_weights=with_weights)
+    opened = open_model(config, mesh, with_weights=with_weights)
     check_sequence_length(opened.model, config.sequence_length)
     is_stream = isinstance(config, PretrainConfig)
     return opened, load_dataset(config.data, opened.tokenizer, config, is_stream=is_stream, is_shuffled=True)

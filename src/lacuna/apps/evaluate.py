@@ -55,7 +55,7 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
                 f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
             )
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
-        opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
+        opened = checkpoint.open_model(config, mesh)
         dataset = None
         if "loss" in config.tasks:
             check_sequence_length(opened.model, config.sequence_length)

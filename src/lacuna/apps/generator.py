@@ -29,7 +29,7 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     model_name = config.model_name or str(checkpoint.newest_run(config.output_dir))
     config = checkpoint.settled(config.model_copy(update={"model_name": model_name}))
-    opened = checkpoint.open_model(config, mesh, config.chat_template, config.template_date)
+    opened = checkpoint.open_model(config, mesh)
     source, model, tokenizer, _, _ = opened
     enable_compilation_cache(config)
     capacity = model.capacity(config.capacity)
