@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import REFERENCE, TINY, chat_run, mesh_of, text_run
@@ -27,16 +28,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lacuna import checkpoint, distributed, trainer
-from lacuna.config import EvalConfig, SftConfig, UserError, to_toml
+from lacuna import checkpoint, distributed, trainer, weights
+from lacuna.config import EvalConfig, ModelKeys, SftConfig, UserError, to_toml
 from lacuna.metrics import byte_size
-from lacuna.model import ModelConfig, read_model_config
+from lacuna.model import ModelConfig, head_of, initial_params, read_model_config
 
 MODEL = read_model_config(REFERENCE / "qwen3")
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def load(directory: Path) -> dict[str, np.ndarray]:
+    return load_file(directory / "model.safetensors")
 
 
 def padded(vocabulary: int) -> ModelConfig:
@@ -62,8 +67,8 @@ def copied(tmp_path: Path) -> Path:
 def test_save_load_save_is_byte_equal_and_keeps_every_tensor(family: str, tmp_path: Path) -> None:
     source, mesh = REFERENCE / family, mesh_of(1, 1, 1)
     model = read_model_config(source)
-    checkpoint.save_model(tmp_path / "one", checkpoint.load_params(source, model, mesh), model, source)
-    again = checkpoint.load_params(tmp_path / "one", model, mesh)
+    checkpoint.save_model(tmp_path / "one", weights.load_params(source, model, mesh), model, source)
+    again = weights.load_params(tmp_path / "one", model, mesh)
     checkpoint.save_model(tmp_path / "two", again, model, tmp_path / "one")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     given, saved = load_file(source / "model.safetensors"), load_file(tmp_path / "one" / "model.safetensors")
@@ -75,21 +80,21 @@ def test_save_load_save_is_byte_equal_and_keeps_every_tensor(family: str, tmp_pa
 
 def test_a_model_saved_in_shards_loads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = mesh_of(1, 1, 1)
-    params = checkpoint.load_params(REFERENCE / "qwen3", MODEL, mesh)
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 50_000)
+    params = weights.load_params(REFERENCE / "qwen3", MODEL, mesh)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 50_000)
     checkpoint.save_model(tmp_path / "out", params, MODEL, REFERENCE / "qwen3")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
     assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
     sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in shards.values()]
     assert len(shards) > 2 and max(sizes) <= 50_000 and index["metadata"]["total_size"] == sum(sizes)
-    assert_trees_equal(checkpoint.load_params(tmp_path / "out", MODEL, mesh), params)
+    assert_trees_equal(weights.load_params(tmp_path / "out", MODEL, mesh), params)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 1, 2)])
 def test_every_device_gets_its_part_of_the_same_weights(shape: tuple[int, int, int]) -> None:
-    whole = checkpoint.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 1, 1))
-    parted = checkpoint.load_params(REFERENCE / "qwen3", MODEL, mesh_of(*shape))
+    whole = weights.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 1, 1))
+    parted = weights.load_params(REFERENCE / "qwen3", MODEL, mesh_of(*shape))
     assert_trees_equal(parted, whole)
     part, full = parted["layers"]["query"].addressable_shards[0].data.size, whole["layers"]["query"].size
     assert part * shape[1] * shape[2] == full
@@ -106,16 +111,16 @@ def test_devices_read_no_more_than_they_hold(monkeypatch: pytest.MonkeyPatch) ->
             read.append(self.piece[slices])
             return read[-1]
 
-    opened = checkpoint.open_tensors
+    opened = weights.open_tensors
     monkeypatch.setattr(
-        checkpoint,
+        weights,
         "open_tensors",
         lambda paths: {
             name: replace(tensor, pieces=[(box, Counted(piece)) for box, piece in tensor.pieces])
             for name, tensor in opened(paths).items()
         },
     )
-    params = checkpoint.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 4, 2))
+    params = weights.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 4, 2))
     shards = [shard for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
     assert 0 < sum(part.nbytes for part in read) <= sum(shard.data.nbytes for shard in shards)
     assert max(part.nbytes for part in read) <= max(shard.data.nbytes for shard in shards)
@@ -125,7 +130,7 @@ def test_devices_read_no_more_than_they_hold(monkeypatch: pytest.MonkeyPatch) ->
 def test_padded_rows_of_the_vocabulary_are_zero_in_memory_and_gone_from_the_file(rows: int, tmp_path: Path) -> None:
     source, mesh = REFERENCE / "qwen2_untied", mesh_of(1, 1, 2)
     model = replace(read_model_config(source), padded_vocabulary=rows)
-    params = checkpoint.load_params(source, model, mesh)
+    params = weights.load_params(source, model, mesh)
     for name, file_name in (("embedding", "model.embed_tokens.weight"), ("head", "lm_head.weight")):
         given = load_file(source / "model.safetensors")[file_name]
         np.testing.assert_array_equal(params[name], np.pad(given, ((0, rows - 160), (0, 0))))
@@ -141,7 +146,7 @@ def test_tensors_that_do_not_fit_are_listed_with_both_shapes(copied: Path) -> No
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copied / "model.safetensors")
     with pytest.raises(UserError) as refusal:
-        checkpoint.load_params(copied, MODEL, mesh_of(1, 1, 1))
+        weights.load_params(copied, MODEL, mesh_of(1, 1, 1))
     assert set(str(refusal.value).splitlines()[1:]) == {
         "  model.layers.1.mlp.up_proj.weight: missing in the files, (64, 48) by config.json",
         f"  model.norm.weight: (7,) in the files, ({MODEL.embed},) by config.json",
@@ -152,8 +157,41 @@ def test_tensors_that_do_not_fit_are_listed_with_both_shapes(copied: Path) -> No
 def test_only_the_first_ten_of_many_wrong_tensors_are_listed(copied: Path) -> None:
     save_file({}, copied / "model.safetensors")
     with pytest.raises(UserError) as refusal:
-        checkpoint.load_params(copied, MODEL, mesh_of(1, 1, 1))
+        weights.load_params(copied, MODEL, mesh_of(1, 1, 1))
     assert str(refusal.value).count(": missing") == 10 and "… and 14 more" in str(refusal.value)
+
+
+def parted(directory: Path, kept: list[int], is_single: bool = False, scale: int = 1) -> None:
+    """Put the tensors into two shards with an index, of which some are kept, and the single file too if asked to."""
+    tensors = load_file(directory / "model.safetensors")
+    names = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    for number in kept:
+        part = {key: scale * tensors[key] for key in sorted(tensors)[number::2]}
+        save_file(part, directory / names[number])
+    index = {"weight_map": {key: names[at % 2] for at, key in enumerate(sorted(tensors))}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    if not is_single:
+        (directory / "model.safetensors").unlink()
+
+
+def adapted(directory: Path) -> None:
+    """Turn the directory into one of an adapter, config.json beside it."""
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
+def stored(directory: Path, name: str, dtype: Any) -> None:
+    """Store the projections in another dtype, which numpy's own writer may not know."""
+    header: dict[str, Any] = {}
+    content = b""
+    for key, values in load_file(directory / "model.safetensors").items():
+        is_other = "q_proj" in key
+        raw = values.astype(dtype if is_other else np.float32).tobytes()
+        span = [len(content), len(content) + len(raw)]
+        header[key] = {"dtype": name if is_other else "F32", "shape": values.shape, "data_offsets": span}
+        content += raw
+    text = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +205,26 @@ def test_only_the_first_ten_of_many_wrong_tensors_are_listed(copied: Path) -> No
             lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
             "'../model.safetensors', which is not in the same directory",
         ),
-        (lambda d: (d / "model.safetensors.index.json").write_text("{"), "no index"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json: not JSON"),
+        (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'), "no index"),
+        (
+            lambda d: parted(d, [0, 1], is_single=True, scale=2),
+            "model.safetensors.index.json are both there and differ",
+        ),
+        (lambda d: parted(d, [0], is_single=True), "are both there and differ; remove what is stale"),
+        (lambda d: parted(d, [0]), "model-00002-of-00002.safetensors: no such file, but model.safetensors.index.json"),
+        (
+            lambda d: parted(d, [0, 1]) or (d / "model.safetensors.index.json").unlink(),
+            "no model.safetensors.index.json",
+        ),
+        (lambda d: (d / "model.safetensors").rename(d / "weights.safetensors"), "weights.safetensors is there, but no"),
+        (adapted, "an adapter of 'some/base', no model; merge it"),
+        (
+            lambda d: stored(d, "F8_E4M3", ml_dtypes.float8_e4m3fn),
+            "q_proj.weight is stored as F8_E4M3; float32, bfloat16",
+        ),
+        (lambda d: stored(d, "I32", np.int32), "q_proj.weight is stored as int32; float32, bfloat16"),
+        (lambda d: (d / "config.json").write_text("[" * 10**5), "config.json: not JSON"),
         (lambda d: (d / "config.json").write_text("{"), "not JSON"),
         (lambda d: (d / "config.json").unlink(), "no config.json"),
     ],
@@ -175,12 +232,90 @@ def test_only_the_first_ten_of_many_wrong_tensors_are_listed(copied: Path) -> No
 def test_damaged_models_are_refused_naming_the_file(copied: Path, spoil: Any, words: str) -> None:
     spoil(copied)
     with pytest.raises(UserError) as refusal:
-        checkpoint.load_params(copied, read_model_config(copied), mesh_of(1, 1, 1))
+        weights.load_params(copied, read_model_config(copied), mesh_of(1, 1, 1))
     assert words in str(refusal.value) and str(copied) in str(refusal.value)
 
 
+def test_an_index_beside_a_single_file_of_the_same_tensors_loads(copied: Path) -> None:
+    parted(copied, [0, 1], is_single=True)
+    ours, expected = (
+        weights.load_params(directory, MODEL, mesh_of(1, 1, 1)) for directory in (copied, REFERENCE / "qwen3")
+    )
+    assert_trees_equal(ours, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_untied"])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "language_model.", "base_model.model.", "less"])
+def test_the_prefix_of_a_wrapper_is_taken_off(family: str, prefix: str, tmp_path: Path) -> None:
+    """Before every name, or within the body's alone, which may also lack its `model.`."""
+    source, model = REFERENCE / family, read_model_config(REFERENCE / family)
+    expected, tensors = (read(source) for read in (lambda d: weights.load_params(d, model, mesh_of(1, 1, 1)), load))
+    inner = {
+        name.replace("model.", "" if prefix == "less" else f"model.{prefix}"): value for name, value in tensors.items()
+    }
+    for number, renamed in enumerate([inner, {f"{prefix}{name}": value for name, value in tensors.items()}]):
+        if prefix != "less" or not number:
+            (directory := tmp_path / str(number)).mkdir()
+            save_file(renamed, directory / "model.safetensors")
+            assert_trees_equal(weights.load_params(directory, model, mesh_of(1, 1, 1)), expected)
+
+
+def test_of_missing_and_of_unknown_tensors_ten_are_listed(copied: Path) -> None:
+    tensors = load_file(copied / "model.safetensors")
+    save_file(
+        {name.replace("layers", "blocks"): value for name, value in tensors.items()}, copied / "model.safetensors"
+    )
+    with pytest.raises(UserError) as refusal:
+        weights.load_params(copied, MODEL, mesh_of(1, 1, 1))
+    assert [str(refusal.value).count(word) for word in (": missing", ", unknown by", "… and 12 more")] == [10, 10, 2]
+
+
+def test_an_untied_model_without_a_head_is_told_of_tying(tmp_path: Path) -> None:
+    model, tensors = read_model_config(REFERENCE / "qwen2_untied"), load(REFERENCE / "qwen2_untied")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="if the embedding is the head, set tie_word_embeddings to true"):
+        weights.load_params(tmp_path, model, mesh_of(1, 1, 1))
+
+
+def test_a_head_of_its_own_counts_in_a_model_that_is_tied_by_its_config(copied: Path, tmp_path: Path) -> None:
+    tensors, mesh, config = load(copied), mesh_of(1, 1, 1), ModelKeys(model_name=str(copied))
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding}, copied / "model.safetensors")
+    model, line = checkpoint.model_on(copied, config, mesh)
+    assert model.is_tied and "lm_head" not in line
+    save_file(tensors | {"lm_head.weight": 2 * embedding}, copied / "model.safetensors")
+    model, line = checkpoint.model_on(copied, config, mesh)
+    assert not model.is_tied and "lm_head.weight is not the embedding" in line
+    params = weights.load_params(copied, model, mesh)
+    np.testing.assert_array_equal(head_of(params, model), 2 * embedding)
+    checkpoint.save_model(tmp_path / "out", params, model, copied)
+    assert not read_model_config(tmp_path / "out").is_tied
+    np.testing.assert_array_equal(load(tmp_path / "out")["lm_head.weight"], 2 * embedding)
+    random = text_run(copied, from_scratch=True)
+    assert checkpoint.model_on(copied, random, mesh)[0].is_tied
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        ("qwen3", {"head_dim": 12, "num_key_value_heads": 4, "architectures": ["Qwen3ForCausalLM"]}),
+        ("mistral", {"num_key_value_heads": 4, "architectures": ["MistralForCausalLM"]}),
+        ("olmo2", {"architectures": ["Olmo2ForCausalLM"]}),
+    ],
+)
+def test_an_export_states_what_its_config_left_out(family: str, left_out: dict[str, Any], tmp_path: Path) -> None:
+    raw = json.loads((REFERENCE / family / "config.json").read_text())
+    (source := tmp_path / "source").mkdir()
+    (source / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key not in left_out}))
+    model = read_model_config(source)
+    checkpoint.save_model(tmp_path / "out", initial_params(jax.random.key(0), model), model, source)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == raw | left_out
+    assert read_model_config(tmp_path / "out") == model
+
+
 def test_an_export_that_fails_leaves_the_old_model_and_nothing_else(tmp_path: Path) -> None:
-    params, directory = checkpoint.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 1, 1)), tmp_path / "model"
+    params, directory = weights.load_params(REFERENCE / "qwen3", MODEL, mesh_of(1, 1, 1)), tmp_path / "model"
     checkpoint.save_model(directory, params, MODEL, REFERENCE / "qwen3")
     before = contents(directory)
     with pytest.raises(FileNotFoundError, match="no_such_source"):
@@ -263,7 +398,7 @@ def test_pieces_are_accepted_if_they_cover_each_element_once_and_read_back_withi
             boxes[place] = tuple((a + 1, b + 1) if n == axis else (a, b) for n, (a, b) in enumerate(boxes[place]))
     values = np.asarray(np.arange(1, np.prod(shape) + 1).reshape(shape), np.float32)
     parts = [(box, values[tuple(slice(a, b) for a, b in box)]) for box in boxes]
-    tensor = checkpoint.StoredTensor(values.dtype, parts)
+    tensor = weights.StoredTensor(values.dtype, parts)
     covered = np.zeros([size + 2 for size in shape], int)
     for box in boxes:
         covered[tuple(slice(a + 1, b + 1) for a, b in box)] += 1
@@ -286,7 +421,7 @@ def facts(step: int) -> checkpoint.RunFacts:
 
 
 def state_on(shape: tuple[int, int, int], model: ModelConfig = MODEL) -> trainer.TrainState:
-    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(*shape))
+    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(*shape))
     state = trainer.fresh_state(params)
     moments = jax.tree.map(lambda leaf: leaf * 2 + (leaf != 0), state.moments)
     return state._replace(moments=moments, step=jnp.int32(7))

@@ -14,7 +14,7 @@ import pytest
 from conftest import REFERENCE, TINY, chat_run, make_small, mesh_of, records
 from pydantic import ValidationError
 
-from lacuna import checkpoint, cli, trainer
+from lacuna import checkpoint, cli, trainer, weights
 from lacuna import eval as evaluation
 from lacuna.apps import evaluate
 from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, to_toml
@@ -100,7 +100,7 @@ def log_probabilities(directory: Path, context: str, text: str) -> tuple[np.ndar
     model, tokenizer = read_model_config(directory), load_tokenizer(directory)
     token = encode(tokenizer, context + text, add_special_tokens=False)
     start = len(encode(tokenizer, context, add_special_tokens=False))
-    params = checkpoint.load_params(directory, model, mesh_of(1, 1, 1))
+    params = weights.load_params(directory, model, mesh_of(1, 1, 1))
     padded = jnp.array(np.pad(token, (0, 128 - len(token))))[None]
     logits = np.asarray(logits_alone(params, padded, model), np.float64)[0, start - 1 : len(token) - 1]
     values = logits[np.arange(len(logits)), token[start:]] - np.log(np.exp(logits).sum(axis=1))
@@ -320,7 +320,7 @@ def test_likelihoods_do_not_depend_on_batch_or_devices(shelf: Path) -> None:
         opened = checkpoint.open_model(ModelKeys(model_name=str(directory)), mesh)
         config = config_of(directory, Path("runs"), batch_size=batch_size, capacity=512)
         with jax.set_mesh(mesh):
-            params = checkpoint.load_params(directory, opened.model, mesh)
+            params = weights.load_params(directory, opened.model, mesh)
             scored = sorted(log_likelihoods(Tasks(config, opened, Problems(), None), params, pairs))
         found.append([log_likelihood for _, log_likelihood, _ in scored])
         assert [is_greedy for *_, is_greedy in scored] == greedy

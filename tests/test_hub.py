@@ -24,8 +24,8 @@ import pytest
 from conftest import REFERENCE, mesh_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lacuna.checkpoint import load_params
 from lacuna.model import read_model_config
+from lacuna.weights import load_params
 
 COMMIT = "c0ffee" * 6 + "c0de"
 TOKEN = "hf_a_token_of_ours"
@@ -182,6 +182,11 @@ def hub() -> Iterator[Hub]:
     files = {
         "models/acme/tiny": wanted | dict.fromkeys(others, b"not wanted"),
         "models/acme/bare": wanted,
+        "models/acme/pickled": tokenizer_files() | {"config.json": b"{}", "pytorch_model.bin": b"", "a/b.bin": b""},
+        "models/acme/adapter": {
+            "adapter_config.json": b'{"base_model_name_or_path": "acme/tiny"}',
+            "adapter_model.bin": b"",
+        },
         "models/acme/flaky": {"config.json": b"{}", "model.safetensors": LARGE},
         "models/acme/broken": wanted,
         "models/acme/gated": wanted,
@@ -251,7 +256,7 @@ def sft(endpoint: str, home: Path, model_name: str) -> subprocess.CompletedProce
 @pytest.fixture(scope="module")
 def first(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Fetched:
     """All that a client with an empty cache asks for at first."""
-    models = [f"model acme/{name}" for name in ("tiny", "flaky", "broken", "gated", "absent")]
+    models = [f"model acme/{name}" for name in ("tiny", "flaky", "broken", "gated", "absent", "pickled", "adapter")]
     splits = ("chats test", "chats valid", "gated train", "broken train", "absent train")
     data = [f"data acme/{split}" for split in splits]
     wishes = (*models, *data, "tokenizer acme/bare", "model ./no/such/place")
@@ -302,6 +307,8 @@ def test_a_dropped_connection_is_resumed_where_it_broke(first: Fetched, hub: Hub
         ("model ./no/such/place", ["model_name './no/such/place'", "no such directory", "Qwen/Qwen2.5-0.5B"]),
         ("model acme/gated", ["model_name 'acme/gated'", "accept its terms", "`hf auth login`"]),
         ("model acme/broken", ["model_name 'acme/broken'", "download failed", "peer closed", "the same command"]),
+        ("model acme/pickled", ["model_name 'acme/pickled'", "pickled weights are never read; convert them"]),
+        ("model acme/adapter", ["model_name 'acme/adapter'", "an adapter of 'acme/tiny', no model"]),
         ("data acme/absent train", ["data path 'acme/absent'", "no such file", "doesn't exist", "`hf auth login`"]),
         ("data acme/chats valid", ["data path 'acme/chats'", "valid", "['train', 'test']; set split to one"]),
         ("data acme/gated train", ["data path 'acme/gated'", "gated", "accept its terms", "`hf auth login`"]),

@@ -12,7 +12,7 @@ import pytest
 from conftest import REFERENCE, mesh_of
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lacuna import checkpoint
+from lacuna import weights
 from lacuna.apps.programs import collectives, read_program
 from lacuna.config import UserError
 from lacuna.model import (
@@ -44,7 +44,7 @@ FAMILIES = [
 
 def load(directory: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Any]:
     model = read_model_config(directory)
-    return model, checkpoint.load_params(directory, model, mesh or mesh_of(1, 1, 1))
+    return model, weights.load_params(directory, model, mesh or mesh_of(1, 1, 1))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -205,9 +205,9 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
     np.testing.assert_allclose(packed, expected["nll"], rtol=1e-5, atol=1e-5)
     table = parameter_table(model)
     files = {
-        name: checkpoint.file_tensor(leaf, row, number, model, np.float32)
+        name: weights.file_tensor(leaf, row, number, model, np.float32)
         for row, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(gradients), strict=True)
-        for number, name in enumerate(checkpoint.file_names(row, model))
+        for number, name in enumerate(weights.file_names(row, model))
     }
     assert sorted(files) == sorted(expected["gradient_names"])
     for number, name in enumerate(expected["gradient_names"]):

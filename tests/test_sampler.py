@@ -16,7 +16,7 @@ from conftest import REFERENCE, TINY, mesh_of
 from test_model import FAMILIES, load, logits, positions
 
 from lacuna import sampler
-from lacuna.checkpoint import OpenedModel, load_params
+from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
 from lacuna.metrics import byte_size
 from lacuna.model import (
@@ -38,6 +38,7 @@ from lacuna.model import (
 )
 from lacuna.sampler import Completion, Forest, Request, Rules, Sampler
 from lacuna.tokenizer import TextStream, Tokenizer, decode, encode, load_tokenizer
+from lacuna.weights import load_params
 
 QWEN3 = read_model_config(REFERENCE / "qwen3")
 GREEDY = SamplingKeys(temperature=0.0, max_tokens=12)

@@ -28,7 +28,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from lacuna import checkpoint, model, sampler
+from lacuna import checkpoint, model, sampler, weights
 from lacuna.apps import serve
 from lacuna.apps.configs import ServeConfig
 from lacuna.apps.generator import Generator as ModelGenerator
@@ -60,7 +60,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def new_generator(directory: Path) -> Callable[[], ModelGenerator]:
     shape, mesh, tokenizer = model.read_model_config(directory), mesh_of(1, 1, 1), load_tokenizer(directory)
-    params = checkpoint.load_params(directory, shape, mesh)
+    params = weights.load_params(directory, shape, mesh)
     rules = SamplingKeys(temperature=0.0, max_tokens=30)
 
     def make() -> ModelGenerator:

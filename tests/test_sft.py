@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_trees_close, chat_run, make_small, mesh_of, outcome, records, text_run
 
-from lacuna import checkpoint, cli, trainer
+from lacuna import checkpoint, cli, trainer, weights
 from lacuna import eval as evaluation
 from lacuna.apps import report
 from lacuna.config import ModelKeys, PretrainConfig, SamplingKeys, SftConfig, TrainingConfig, UserError
@@ -92,7 +92,7 @@ def test_a_run_leaves_the_files_of_its_contract(chats: SftConfig) -> None:
     assert summary["best_eval_loss"] == losses[best] and summary["final_loss"] == rows[-1]["loss"]
     assert (directory / "best").resolve() == checkpoint.checkpoint_directory(directory, best).resolve()
     exported = read_model_config(directory / "model")
-    params = checkpoint.load_params(directory / "model", exported, mesh_of(1, 1, 1))
+    params = weights.load_params(directory / "model", exported, mesh_of(1, 1, 1))
     last = checkpoint.checkpoint_directory(directory, len(rows))
     state = checkpoint.load_checkpoint(
         last,
@@ -383,7 +383,7 @@ def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
     mesh = mesh_of(1, 1, 1)
     opened = checkpoint.open_model(ModelKeys(model_name=str(run.run_directory)), mesh)
     source, model, tokenizer, _, _ = opened
-    sampler = Sampler(checkpoint.load_params(source, model, mesh), opened, 1, 64, "float32")
+    sampler = Sampler(weights.load_params(source, model, mesh), opened, 1, 64, "float32")
     for prompt in prompts:
         text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         token = encode(tokenizer, text, add_special_tokens=False)

@@ -13,7 +13,7 @@ from conftest import REFERENCE, SIZES, assert_trees_close, mesh_of
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from lacuna import checkpoint, trainer
+from lacuna import checkpoint, trainer, weights
 from lacuna.config import SftConfig
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
@@ -71,7 +71,7 @@ def regrouped(batch: Batch, micro_batches: int) -> Batch:
 def test_fifty_steps_follow_pytorch(family: str) -> None:
     model = read_model_config(REFERENCE / family)
     expected = np.load(REFERENCE / "training.npz")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
     losses, norms, rates = [], [], []
     for number in range(50):
         token, target = (expected[name][number][None].astype(np.int32) for name in ("tokens", "targets"))
@@ -87,15 +87,15 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
     np.testing.assert_allclose(norms, expected[f"{family}/gradient_norms"], rtol=1e-3)
     rows, leaves = jax.tree.leaves(parameter_table(model)), jax.tree.leaves(state.params)
     for row, leaf in zip(rows, leaves, strict=True):
-        for layer, name in enumerate(checkpoint.file_names(row, model)):
-            norm = np.linalg.norm(checkpoint.file_tensor(leaf, row, layer, model, np.float32))
+        for layer, name in enumerate(weights.file_names(row, model)):
+            norm = np.linalg.norm(weights.file_tensor(leaf, row, layer, model, np.float32))
             index = list(expected[f"{family}/parameter_names"]).index(name)
             np.testing.assert_allclose(norm, expected[f"{family}/parameter_norms"][index], rtol=1e-4, err_msg=name)
 
 
 def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
     model = read_model_config(REFERENCE / "qwen2")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
     batch = random_batch(0, 1, 4, 24, model.vocabulary_size)
     loss, gradients = loss_and_gradient(state.params, batch, model)
     after, facts = take_step(state, batch, model, clip_norm=0.5)
@@ -122,7 +122,7 @@ def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
 @pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 5.0])
 def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
     whole = random_batch(1, 1, 8, 24, model.vocabulary_size)
     expected = loss_and_gradient(params, whole, model, step=3, neftune_alpha=alpha)
     for count in (2, 4):
@@ -230,7 +230,7 @@ def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[in
 
 def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     good = random_batch(0, 1, 4, 16, model.vocabulary_size)
     bad = good._replace(weight=good.weight + jnp.inf)
     broken, facts = take_step(state, bad, model)
@@ -247,7 +247,7 @@ def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
 
 def test_another_learning_rate_or_seed_compiles_nothing_again() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     batch = random_batch(0, 1, 2, 8, model.vocabulary_size)
     recipes = trainer.recipe_of(config(), 50), trainer.recipe_of(config(learning_rate=1.0, seed=7), 9)
     programs = {
@@ -259,7 +259,7 @@ def test_another_learning_rate_or_seed_compiles_nothing_again() -> None:
 
 def test_bfloat16_compute_stays_near_float32_also_for_a_token_met_a_thousand_times() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    params = checkpoint.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
+    params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1))
     batch = random_batch(0, 1, 8, 256, model.vocabulary_size)
     batch = batch._replace(token=jnp.where(np.arange(256) % 2, 7, batch.token))
     found = {dtype: loss_and_gradient(params, batch, model, compute_dtype=dtype) for dtype in ("float32", "bfloat16")}

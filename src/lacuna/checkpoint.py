@@ -1,4 +1,4 @@
-"""Files of models and runs: Hugging Face layout in and out, and run states saved beside training and loaded anywhere.
+"""Directories of models and runs: models found and exported, and run states saved beside training and loaded anywhere.
 
 A checkpoint is a directory of safetensors files, one for each process, which hold the pieces of all tensors, and a
 manifest that hashes every file, itself included. Directories are written under another name, synced and renamed, so
@@ -16,35 +16,42 @@ import threading
 import time
 import tomllib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.tree_util import keystr
 from jaxtyping import Array, PyTree
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
 
 from lacuna.attention import choose_backend
 from lacuna.config import DataKeys, ModelKeys, TemplateKeys, TrainingConfig, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, duration
-from lacuna.model import ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
-from lacuna.tokenizer import Tokenizer, load_tokenizer
+from lacuna.model import FAMILIES, ModelConfig, parameter_table, read_model_config
+from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json
+from lacuna.weights import (
+    ADAPTER,
+    PICKLED,
+    StoredTensor,
+    has_own_head,
+    open_tensors,
+    overlap,
+    shard_box,
+    whole,
+    within,
+    without_weights,
+    write_safetensors,
+    write_weights,
+)
 
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # ours, in a file's header
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-SHARD_BYTES = 5 * 10**9
-LISTED = 10
 MANIFEST_FORMAT = 3
 FAILURES_IN_A_ROW = 3
 NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
@@ -79,19 +86,25 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
     if (path / "config.toml").is_file():
         raise UserError(f"{path}: a run that has not ended, so it has no model yet; continue it with --resume")
     if path.is_dir():
+        if not (path / "config.json").is_file() and (path / ADAPTER).is_file():
+            raise UserError(f"{path}: {without_weights(path, os.listdir(path))}")
         return path
     import huggingface_hub
     from huggingface_hub import errors
 
-    wanted = ["config.json", *TOKENIZER_FILES]
+    wanted = ["config.json", ADAPTER, *TOKENIZER_FILES]
     if with_weights:
         wanted += ["model*.safetensors", "model.safetensors.index.json"]
     name, _, revision = model_name.partition("@")
     try:
-        fetched = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=wanted, ignore_patterns="*/*"
+        found = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=wanted, ignore_patterns="*/*"
+            )
         )
-        return Path(fetched)
+        if not with_weights or any(found.glob("*.safetensors")):
+            return found
+        names = huggingface_hub.list_repo_files(name, revision=revision or None)
     except Exception as error:  # its HTTP and storage clients raise their own kinds
         if isinstance(error, errors.GatedRepoError):
             reason = "access is restricted; accept its terms on its page on the hub, then log in with `hf auth login`"
@@ -106,6 +119,7 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
                 f"({error.__cause__ or error}); once that is fixed, the same command fetches the rest"
             )
         raise UserError(f"model_name {model_name!r}: {' '.join(reason.split())}") from error
+    raise UserError(f"model_name {model_name!r}: {without_weights(found, names)}")
 
 
 def settled(config: Config, platform: str = "") -> Config:
@@ -174,222 +188,20 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
 def model_on(source: Path, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, str]:
     """A directory's model, its vocabulary padded and its attention chosen for the mesh, and a line about the latter.
 
+    A head in the files that is not the embedding counts, whatever config.json says, as in transformers and vLLM.
+
     Raises:
         UserError: the model is not supported, or does not fit the mesh or the config.
     """
     model = read_model_config(source)
+    is_random = isinstance(config, TrainingConfig) and config.from_scratch
+    own_head = model.is_tied and not is_random and has_own_head(source)
     shards = mesh.shape[AXIS_RULES["vocab"]]
     backend, line = choose_backend(config, mesh, model.head)
-    model = replace(model, padded_vocabulary=math.ceil(model.vocabulary_size / shards) * shards, attention=backend)
+    padded = math.ceil(model.vocabulary_size / shards) * shards
+    model = replace(model, is_tied=model.is_tied and not own_head, padded_vocabulary=padded, attention=backend)
     check_divisible(mesh, model.sizes)
-    return model, line
-
-
-# Tensors in files, whole or in pieces
-
-Box = tuple[tuple[int, int], ...]  # of each axis the first index and the one after the last
-
-
-def whole(shape: Sequence[int]) -> Box:
-    """The box of a whole tensor."""
-    return tuple((0, size) for size in shape)
-
-
-def shard_box(index: Any, shape: Sequence[int]) -> Box:
-    """The box of a shard, from JAX's slices."""
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def overlap(one: Box, other: Box) -> Box | None:
-    """What two boxes share, if anything."""
-    shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
-    return shared if all(begin < end for begin, end in shared) else None
-
-
-def within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Slices that take a box out of an array that holds the box `outer`."""
-    return tuple(slice(begin - first, end - first) for (begin, end), (first, _) in zip(box, outer, strict=True))
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that lies in files in one or more pieces, read box by box when needed."""
-
-    dtype: np.dtype
-    pieces: list[tuple[Box, Any]]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Where the last of the pieces end."""
-        return tuple(max(end for _, end in spans) for spans in zip(*(box for box, _ in self.pieces), strict=True))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the pieces cover every index exactly once."""
-        boxes = [box for box, _ in self.pieces]
-        is_apart = not any(overlap(*pair) is not None for pair in combinations(boxes, 2))
-        return is_apart and sum(math.prod(end - begin for begin, end in box) for box in boxes) == math.prod(self.shape)
-
-    def read(self, box: Box) -> np.ndarray:
-        """The values within a box, zeros beyond the tensor."""
-        values = np.zeros([end - begin for begin, end in box], self.dtype)
-        for held, piece in self.pieces:
-            if (shared := overlap(box, held)) is not None:
-                values[within(shared, box)] = piece[within(shared, held)]
-        return values
-
-    def __getitem__(self, layer: int) -> np.ndarray:
-        return self.read(((layer, layer + 1), *whole(self.shape[1:])))[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.read(whole(self.shape))
-
-
-def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor of safetensors files by name; a key such as `name@64,0` is of a piece that begins at that index.
-
-    Floats are read as float32.
-
-    Raises:
-        UserError: a file is missing or damaged, or the pieces of a tensor do not make it up.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for path in paths:
-        try:
-            file = safe_open(path, "numpy")
-            for key in file.keys():
-                name, _, begin = key.partition("@")
-                piece = file.get_slice(key)
-                shape = piece.get_shape()
-                first = map(int, begin.split(",")) if begin else [0] * len(shape)
-                box = tuple((start, start + size) for start, size in zip(first, shape, strict=True))
-                dtype = np.dtype(np.int32 if piece.get_dtype() == "I32" else np.float32)
-                tensors.setdefault(name, StoredTensor(dtype, [])).pieces.append((box, piece))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"{path}: damaged or not safetensors ({error}); copy or fetch the file again") from error
-    for name, tensor in tensors.items():
-        if not tensor.is_whole:
-            where = sorted(box for box, _ in tensor.pieces)
-            raise UserError(f"{path.parent}: the pieces of {name}, at {where}, do not make it up exactly once")
-    return tensors
-
-
-# Weights in Hugging Face layout
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, single or with an index.
-
-    Raises:
-        UserError: there are none, or the index is damaged.
-    """
-    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: no index of safetensors files ({error!r}); fetch the file again") from error
-        if outside := [name for name in names if Path(name).name != name]:
-            raise UserError(f"{index}: names the file {outside[0]!r}, which is not in the same directory")
-    paths = [directory / name for name in names]
-    if missing := [path for path in paths if not path.is_file()]:
-        what_to_do = "to train from random weights, add --from-scratch"
-        if any(path.suffix in PICKLED for path in directory.iterdir()):
-            loader = f"transformers' AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(…)"
-            what_to_do = f"pickled weights are never read; convert them with {loader}"
-        raise UserError(f"{missing[0]}: no such file; {what_to_do}")
-    return paths
-
-
-def load_params(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array]:
-    """Float32 weights from `directory`, each device reading only its part.
-
-    Raises:
-        UserError: no weights, or tensors that are missing, unknown or of another shape (the first ten are listed).
-    """
-    tensors = open_tensors(weight_files(directory))
-    check_tensors(directory, model, tensors)
-    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh), parameter_table(model))
-
-
-def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a model whose files do not hold exactly the tensors that its config asks for."""
-    found = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
-        found.pop("lm_head.weight", None)
-    wanted = {
-        name: file_shape(row, model)
-        for row in jax.tree.leaves(parameter_table(model))
-        for name in file_names(row, model)
-    }
-    wrong = [
-        f"{name}: {found.get(name, 'missing')} in the files, {wanted.get(name, 'unknown')} by config.json"
-        for name in wanted | found
-        if found.get(name) != wanted.get(name)
-    ]
-    if wrong:
-        listed = "\n  ".join(wrong[:LISTED] + ([f"… and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []))
-        raise UserError(f"{directory}: the weights do not fit config.json; do they belong together?\n  {listed}")
-
-
-def has_layers(row: Parameter) -> bool:
-    """Whether the file has a tensor of this row for each layer."""
-    return row.axes.startswith("layer ")
-
-
-def file_names(row: Parameter, model: ModelConfig) -> list[str]:
-    """Names of a row's tensors in the file."""
-    return [row.file_name.format(layer=layer) for layer in range(model.layers if has_layers(row) else 1)]
-
-
-def file_shape(row: Parameter, model: ModelConfig) -> tuple[int, ...]:
-    """Shape of each of a row's tensors in the file, where the vocabulary is not padded."""
-    sizes = model.sizes | {"vocab": model.vocabulary_size}
-    return tuple(math.prod(sizes[axis] for axis in merged.split("*")) for merged in row.file_axes.split())
-
-
-def file_order(row: Parameter) -> list[str]:
-    """Axes of a row's tensors in the file, merged ones apart."""
-    return row.file_axes.replace("*", " ").split()
-
-
-def load_parameter(row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh) -> Array:
-    """One weight over the mesh; each shard reads its part of each layer's tensor."""
-    shape, names = shape_of(row, model.sizes), file_names(row, model)
-
-    def shard(index: Any) -> np.ndarray:
-        spans = dict(zip(row.axes.split(), shard_box(index, shape), strict=True))
-        layers = slice(*spans.pop("layer", (0, 1)))
-        parts = [from_file(tensors[name], row, spans) for name in names[layers]]
-        return np.stack(parts) if has_layers(row) else parts[0]
-
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, partition_spec(row)), shard)
-
-
-def from_file(tensor: StoredTensor, row: Parameter, spans: Mapping[str, tuple[int, int]]) -> np.ndarray:
-    """The part of a file's tensor within the spans of its axes, split into those axes and transposed to their order.
-
-    Of merged axes only the first may be cut, so what is read is in one piece.
-    """
-    sizes = {axis: end - begin for axis, (begin, end) in spans.items()}
-    box = []
-    for first, *inner in (merged.split("*") for merged in row.file_axes.split()):
-        stride = math.prod(sizes[axis] for axis in inner)
-        box.append((spans[first][0] * stride, spans[first][1] * stride))
-    axes = file_order(row)
-    values = tensor.read(tuple(box)).reshape([sizes[axis] for axis in axes])
-    return values.transpose([axes.index(axis) for axis in spans])
-
-
-def file_tensor(leaf: Any, row: Parameter, layer: int, model: ModelConfig, dtype: Any) -> np.ndarray:
-    """A file's tensor from a weight in memory: its layer without padding, transposed, merged and cast."""
-    axes = row.axes.split()
-    if has_layers(row):
-        leaf, axes = leaf[layer], axes[1:]
-    values = np.asarray(leaf).transpose([axes.index(axis) for axis in file_order(row)])
-    if "vocab" in axes:
-        values = values[: model.vocabulary_size]
-    return values.reshape(file_shape(row, model)).astype(dtype)
+    return model, f"{line}; lm_head.weight is not the embedding, so tie_word_embeddings is false" if own_head else line
 
 
 def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path) -> list[str]:
@@ -401,7 +213,7 @@ def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path
     scratch = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        copy_description(source, scratch)
+        copy_description(source, scratch, model)
         write_weights(scratch, params, model)
         return replace_directory(scratch, directory)
     except OSError:
@@ -409,69 +221,27 @@ def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path
         raise
 
 
-def copy_description(source: Path, directory: Path, changed: Mapping[str, str] | None = None) -> None:
-    """Copy what a model has besides weights; files in `changed`, by name, have that text instead."""
+def copy_description(
+    source: Path, directory: Path, model: ModelConfig, changed: Mapping[str, str] | None = None
+) -> None:
+    """Copy what a model has besides weights; files in `changed`, by name, have that text instead.
+
+    config.json then states what it left out and readers would take to be something else.
+    """
     directory.mkdir(parents=True)
     for name in ("config.json", *TOKENIZER_FILES):
         if name == "config.json" or (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     for name, text in (changed or {}).items():
         (directory / name).write_text(text, "utf-8")
-
-
-def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
-    """Write the safetensors files of a model."""
-    dtype, table = jnp.dtype(model.file_dtype), parameter_table(model)
-    tensors = {
-        name: (leaf, row, layer)
-        for row, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(params), strict=True)
-        for layer, name in enumerate(file_names(row, model))
-    }
-    shapes = {name: (dtype, file_shape(row, model)) for name, (_, row, _) in tensors.items()}
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape) in shapes.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    files = {"model.safetensors": shards[0]}
-    if len(shards) > 1:
-        files = {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, 1)}
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for file, names in files.items():
-        values = (file_tensor(*tensors[name], model, dtype) for name in names)
-        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values)
-
-
-# Writing
-
-
-def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]
-) -> str:
-    """Write and sync tensors one by one in the order of `shapes`; the file's SHA-256, computed on the way.
-
-    The library's own writer wants a second copy of all tensors in memory and blocks every other thread meanwhile.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    contents = (np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data for tensor in tensors)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in chain((len(text).to_bytes(8, "little"), text), contents):
-            file.write(part)
-            digest.update(part)
-        assert file.tell() == 8 + len(text) + end
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    path, (architecture, defaults) = directory / "config.json", FAMILIES[model.family]
+    raw, stated = read_json(path), {"architectures": [architecture], "num_key_value_heads": model.kv_heads}
+    stated |= {"head_dim": model.head} if model.family == "qwen3" else {}
+    changes = {key: value for key, value in stated.items() if not raw.get(key)}
+    if raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False)) != model.is_tied:
+        changes["tie_word_embeddings"] = model.is_tied
+    if changes:
+        path.write_text(json.dumps(raw | changes, indent=2) + "\n")
 
 
 def replace_directory(scratch: Path, directory: Path) -> list[str]:

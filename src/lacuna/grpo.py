@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from lacuna import checkpoint, metrics, trainer
+from lacuna import checkpoint, metrics, trainer, weights
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Mixture, first_fit, locate
@@ -447,7 +447,7 @@ def input_digests(config: GrpoConfig, inputs: Inputs) -> dict[str, str]:
     """Hashes of what a run reads again when it resumes, besides data: its rewards, and the policy it is held to."""
     files = {f"the file of reward {reward.name}": [reward.file] for reward in inputs.rewards if reward.file}
     if config.kl_weight and not config.from_scratch:
-        files[f"the weights of {config.model_name}"] = checkpoint.weight_files(inputs.opened.source)
+        files[f"the weights of {config.model_name}"] = weights.weight_files(inputs.opened.source)
     return {name: checkpoint.files_digest(paths) for name, paths in files.items()}
 
 

@@ -24,7 +24,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from lacuna import checkpoint, metrics
+from lacuna import checkpoint, metrics, weights
 from lacuna.checkpoint import Manifest, OpenedModel, RunFacts, Saver, open_model
 from lacuna.config import (
     GrpoConfig,
@@ -253,7 +253,7 @@ def starting_state(config: TrainingConfig, opened: OpenedModel) -> TrainState:
     if config.from_scratch:
         random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
         return random(jax.random.key(config.seed))
-    params = checkpoint.load_params(opened.source, model, opened.mesh)
+    params = weights.load_params(opened.source, model, opened.mesh)
     return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -367,7 +367,8 @@ def prepare_directory(config: TrainingConfig, opened: OpenedModel, first_step: i
         scratch = directory / f"{SOURCE}.tmp"
         for leftover in (scratch, directory / SOURCE):
             shutil.rmtree(leftover, ignore_errors=True)
-        checkpoint.copy_description(opened.source, scratch, changed_files(opened.tokenizer, template_of(config)))
+        changed = changed_files(opened.tokenizer, template_of(config))
+        checkpoint.copy_description(opened.source, scratch, opened.model, changed)
         scratch.rename(directory / SOURCE)
 
 

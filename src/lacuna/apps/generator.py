@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from lacuna import checkpoint
+from lacuna import checkpoint, weights
 from lacuna.apps.configs import GenerationConfig
 from lacuna.config import SamplingKeys
 from lacuna.distributed import enable_compilation_cache, make_mesh
@@ -33,7 +33,7 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     source, model, tokenizer, _, _ = opened
     enable_compilation_cache(config)
     capacity = model.capacity(config.capacity)
-    params = checkpoint.load_params(source, model, mesh)
+    params = weights.load_params(source, model, mesh)
     sampler = Sampler(params, opened, slots, capacity, config.compute_dtype)
     rules = rules_in_force(config, generation_defaults(source))
     return Generator(sampler, source, rules, tuple(tokenizer.ends))

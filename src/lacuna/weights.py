@@ -1,0 +1,354 @@
+"""Tensors in safetensors files, whole or in pieces, and a model's weights among them, in Hugging Face layout."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, PyTree
+from safetensors import SafetensorError, safe_open
+
+from lacuna.config import UserError
+from lacuna.model import EMBEDDING, HEAD, ModelConfig, Parameter, parameter_table, partition_spec, shape_of
+from lacuna.tokenizer import read_json
+
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # ours, in a file's header
+STORED_DTYPES = dict.fromkeys(("F64", "F32", "BF16", "F16"), np.dtype(np.float32)) | {"I32": np.dtype(np.int32)}
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+BLOCK_ROWS = 4096
+SHARD_BYTES = 5 * 10**9
+LISTED = 10
+ADAPTER = "adapter_config.json"
+Box = tuple[tuple[int, int], ...]  # of each axis the first index and the one after the last
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box of a whole tensor."""
+    return tuple((0, size) for size in shape)
+
+
+def shard_box(index: Any, shape: Sequence[int]) -> Box:
+    """The box of a shard, from JAX's slices."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def overlap(one: Box, other: Box) -> Box | None:
+    """What two boxes share, if anything."""
+    shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return shared if all(begin < end for begin, end in shared) else None
+
+
+def within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Slices that take a box out of an array that holds the box `outer`."""
+    return tuple(slice(begin - first, end - first) for (begin, end), (first, _) in zip(box, outer, strict=True))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in files in one or more pieces, read box by box when needed."""
+
+    dtype: np.dtype
+    pieces: list[tuple[Box, Any]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Where the last of the pieces end."""
+        return tuple(max(end for _, end in spans) for spans in zip(*(box for box, _ in self.pieces), strict=True))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pieces cover every index exactly once."""
+        boxes = [box for box, _ in self.pieces]
+        is_apart = not any(overlap(*pair) is not None for pair in combinations(boxes, 2))
+        return is_apart and sum(math.prod(end - begin for begin, end in box) for box in boxes) == math.prod(self.shape)
+
+    def read(self, box: Box) -> np.ndarray:
+        """The values within a box, zeros beyond the tensor."""
+        values = np.zeros([end - begin for begin, end in box], self.dtype)
+        for held, piece in self.pieces:
+            if (shared := overlap(box, held)) is not None:
+                values[within(shared, box)] = piece[within(shared, held)]
+        return values
+
+    def equals(self, other: "StoredTensor") -> bool:
+        """Whether another tensor has the same values; both are read in blocks of rows."""
+        if self.shape != other.shape:
+            return False
+        rows, *rest = whole(self.shape)
+        boxes = [((at, min(at + BLOCK_ROWS, rows[1])), *rest) for at in range(0, rows[1], BLOCK_ROWS)]
+        return all(np.array_equal(self.read(box), other.read(box)) for box in boxes)
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self.read(((layer, layer + 1), *whole(self.shape[1:])))[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read(whole(self.shape))
+
+
+def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of safetensors files by name; a key such as `name@64,0` is of a piece that begins at that index.
+
+    Floats are read as float32.
+
+    Raises:
+        UserError: a file is missing or damaged, or the pieces of a tensor do not make it up.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        try:
+            file = safe_open(path, "numpy")
+            for key in file.keys():
+                name, _, begin = key.partition("@")
+                piece = file.get_slice(key)
+                shape = piece.get_shape()
+                first = map(int, begin.split(",")) if begin else [0] * len(shape)
+                box = tuple((start, start + size) for start, size in zip(first, shape, strict=True))
+                if (dtype := STORED_DTYPES.get(piece.get_dtype())) is None:
+                    raise UserError(
+                        f"{path}: {name} is stored as {piece.get_dtype()}; float32, bfloat16 and float16 are read"
+                    )
+                tensors.setdefault(name, StoredTensor(dtype, [])).pieces.append((box, piece))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: damaged or not safetensors ({error}); copy or fetch the file again") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_whole:
+            where = sorted(box for box, _ in tensor.pieces)
+            raise UserError(f"{path.parent}: the pieces of {name}, at {where}, do not make it up exactly once")
+    return tensors
+
+
+# Weights in Hugging Face layout
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, single or with an index.
+
+    Raises:
+        UserError: there are none or not all, or there are both and they differ, or the index is damaged.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise UserError(f"{directory}: {without_weights(directory, os.listdir(directory))}")
+        return [single]
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index}: no index of safetensors files; fetch the file again")
+    names = sorted(set(named.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{index}: names the file {outside[0]!r}, which is not in the same directory")
+    paths = [directory / name for name in names]
+    missing = [path for path in paths if not path.is_file()]
+    if single.is_file() and single not in paths:
+        one, other = open_tensors([single]), {} if missing else open_tensors(paths)
+        if one.keys() != other.keys() or not all(one[name].equals(other[name]) for name in one):
+            raise UserError(f"{single} and the files of {index.name} are both there and differ; remove what is stale")
+    if missing:
+        raise UserError(f"{missing[0]}: no such file, but {index.name} names it; fetch it again")
+    return paths
+
+
+def without_weights(directory: Path, names: Sequence[str]) -> str:
+    """Why files of these names are no weights that can be read, and what to do; `directory` holds the small ones."""
+    found = sorted(name for name in names if Path(name).name == name)
+    if ADAPTER in found:
+        base = read_json(directory / ADAPTER).get("base_model_name_or_path")
+        return f"an adapter of {base!r}, no model; merge it with peft's merge_and_unload() and save_pretrained(…)"
+    if shards := [name for name in found if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
+        return f"{shards[0]} is there, but no model.safetensors.index.json; fetch that too"
+    if others := [name for name in found if name.endswith(".safetensors")]:
+        return f"{others[0]} is there, but no model.safetensors; if these are the weights, rename the file"
+    if any(Path(name).suffix in PICKLED for name in found):
+        loader = f"transformers' AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(…)"
+        return f"pickled weights are never read; convert them with {loader}"
+    return "no model.safetensors; to train from random weights, add --from-scratch"
+
+
+def model_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model's files by its name in transformers, without the prefix of a wrapper.
+
+    torch.compile writes `_orig_mod.`, for example, and a body that was saved alone lacks `model.`.
+    """
+    tensors = open_tensors(weight_files(directory))
+    body, embedding = "model.", EMBEDDING.file_name.removeprefix("model.")
+    prefixes = [name.removesuffix(embedding) for name in tensors if name.endswith(embedding)]
+    if len(prefixes) != 1 or prefixes == [body]:
+        return tensors
+    (prefix,), outer = prefixes, prefixes[0].removesuffix(body)
+
+    def plain(name: str) -> str:
+        is_within = name.startswith(prefix) and name != HEAD.file_name
+        return body + name.removeprefix(prefix) if is_within else name.removeprefix(outer)
+
+    renamed = {plain(name): tensor for name, tensor in tensors.items()}
+    return renamed if len(renamed) == len(tensors) else tensors
+
+
+def has_own_head(directory: Path) -> bool:
+    """Whether a model's files, if they are there, hold a head that is not the embedding."""
+    try:
+        tensors = model_tensors(directory)
+    except UserError:  # it is raised again if they are loaded
+        return False
+    head, embedding = tensors.get(HEAD.file_name), tensors.get(EMBEDDING.file_name)
+    return head is not None and embedding is not None and not head.equals(embedding)
+
+
+def load_params(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array]:
+    """Float32 weights from `directory`, each device reading only its part.
+
+    Raises:
+        UserError: no weights, or tensors that are missing, unknown or of another shape (the first ten of each).
+    """
+    tensors = model_tensors(directory)
+    check_tensors(directory, model, tensors)
+    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh), parameter_table(model))
+
+
+def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model whose files do not hold exactly the tensors that its config asks for."""
+    found = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
+        found.pop(HEAD.file_name, None)
+    wanted = {
+        name: file_shape(row, model)
+        for row in jax.tree.leaves(parameter_table(model))
+        for name in file_names(row, model)
+    }
+    if other := [name for name, tensor in tensors.items() if tensor.dtype != np.float32]:
+        raise UserError(f"{directory}: {other[0]} is stored as int32; float32, bfloat16 and float16 are read")
+    wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
+    unknown = [name for name in found if name not in wanted]
+    if wrong or unknown:
+        lines = [
+            f"{name}: {found.get(name, 'missing')} in the files, {wanted.get(name, 'unknown')} by config.json"
+            for name in wrong[:LISTED] + unknown[:LISTED]
+        ]
+        more = [f"… and {len(names) - LISTED} more" for names in (wrong, unknown) if len(names) > LISTED]
+        fix = "do they belong together?"
+        if wrong == [HEAD.file_name] and HEAD.file_name not in found and not unknown:
+            fix = "if the embedding is the head, set tie_word_embeddings to true"
+        listed = "\n  ".join(lines + more)
+        raise UserError(f"{directory}: the weights do not fit config.json; {fix}\n  {listed}")
+
+
+def has_layers(row: Parameter) -> bool:
+    """Whether the file has a tensor of this row for each layer."""
+    return row.axes.startswith("layer ")
+
+
+def file_names(row: Parameter, model: ModelConfig) -> list[str]:
+    """Names of a row's tensors in the file."""
+    return [row.file_name.format(layer=layer) for layer in range(model.layers if has_layers(row) else 1)]
+
+
+def file_shape(row: Parameter, model: ModelConfig) -> tuple[int, ...]:
+    """Shape of each of a row's tensors in the file, where the vocabulary is not padded."""
+    sizes = model.sizes | {"vocab": model.vocabulary_size}
+    return tuple(math.prod(sizes[axis] for axis in merged.split("*")) for merged in row.file_axes.split())
+
+
+def file_order(row: Parameter) -> list[str]:
+    """Axes of a row's tensors in the file, merged ones apart."""
+    return row.file_axes.replace("*", " ").split()
+
+
+def load_parameter(row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh) -> Array:
+    """One weight over the mesh; each shard reads its part of each layer's tensor."""
+    shape, names = shape_of(row, model.sizes), file_names(row, model)
+
+    def shard(index: Any) -> np.ndarray:
+        spans = dict(zip(row.axes.split(), shard_box(index, shape), strict=True))
+        layers = slice(*spans.pop("layer", (0, 1)))
+        parts = [from_file(tensors[name], row, spans) for name in names[layers]]
+        return np.stack(parts) if has_layers(row) else parts[0]
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, partition_spec(row)), shard)
+
+
+def from_file(tensor: StoredTensor, row: Parameter, spans: Mapping[str, tuple[int, int]]) -> np.ndarray:
+    """The part of a file's tensor within the spans of its axes, split into those axes and transposed to their order.
+
+    Of merged axes only the first may be cut, so what is read is in one piece.
+    """
+    sizes = {axis: end - begin for axis, (begin, end) in spans.items()}
+    box = []
+    for first, *inner in (merged.split("*") for merged in row.file_axes.split()):
+        stride = math.prod(sizes[axis] for axis in inner)
+        box.append((spans[first][0] * stride, spans[first][1] * stride))
+    axes = file_order(row)
+    values = tensor.read(tuple(box)).reshape([sizes[axis] for axis in axes])
+    return values.transpose([axes.index(axis) for axis in spans])
+
+
+def file_tensor(leaf: Any, row: Parameter, layer: int, model: ModelConfig, dtype: Any) -> np.ndarray:
+    """A file's tensor from a weight in memory: its layer without padding, transposed, merged and cast."""
+    axes = row.axes.split()
+    if has_layers(row):
+        leaf, axes = leaf[layer], axes[1:]
+    values = np.asarray(leaf).transpose([axes.index(axis) for axis in file_order(row)])
+    if "vocab" in axes:
+        values = values[: model.vocabulary_size]
+    return values.reshape(file_shape(row, model)).astype(dtype)
+
+
+def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
+    """Write the safetensors files of a model."""
+    dtype, table = jnp.dtype(model.file_dtype), parameter_table(model)
+    tensors = {
+        name: (leaf, row, layer)
+        for row, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(params), strict=True)
+        for layer, name in enumerate(file_names(row, model))
+    }
+    shapes = {name: (dtype, file_shape(row, model)) for name, (_, row, _) in tensors.items()}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape) in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    files = {"model.safetensors": shards[0]}
+    if len(shards) > 1:
+        files = {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, 1)}
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for file, names in files.items():
+        values = (file_tensor(*tensors[name], model, dtype) for name in names)
+        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values)
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]
+) -> str:
+    """Write and sync tensors one by one in the order of `shapes`; the file's SHA-256, computed on the way.
+
+    The library's own writer wants a second copy of all tensors in memory and blocks every other thread meanwhile.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    contents = (np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data for tensor in tensors)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in chain((len(text).to_bytes(8, "little"), text), contents):
+            file.write(part)
+            digest.update(part)
+        assert file.tell() == 8 + len(text) + end
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
