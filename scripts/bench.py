@@ -262,7 +262,7 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
     import jax
     import numpy as np
 
-    from lacuna import checkpoint, metrics, sampler, weights
+    from lacuna import checkpoint, metrics, sampler
     from lacuna.config import ModelKeys, SamplingKeys
     from lacuna.distributed import make_mesh
     from lacuna.model import initial_params
@@ -273,7 +273,7 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
     opened = checkpoint.open_model(config, mesh, with_weights=not is_random)
     model = opened.model
     random_params = jax.jit(lambda key: initial_params(key, model))
-    params = random_params(jax.random.key(0)) if is_random else weights.load_params(opened.source, model, mesh)
+    params = random_params(jax.random.key(0)) if is_random else checkpoint.opened_params(opened)
     random = np.random.default_rng(0)
     rates = [max(read_rate(), peak()["copy_bytes_per_second"])]
 

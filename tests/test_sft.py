@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY, assert_trees_close, chat_run, make_small, mesh_of, outcome, records, text_run
@@ -16,6 +17,7 @@ from conftest import TINY, assert_trees_close, chat_run, make_small, mesh_of, ou
 from lacuna import checkpoint, cli, trainer, weights
 from lacuna import eval as evaluation
 from lacuna.apps import report
+from lacuna.apps.configs import ExportConfig
 from lacuna.config import ModelKeys, PretrainConfig, SamplingKeys, SftConfig, TrainingConfig, UserError
 from lacuna.data import Batch, Dataset
 from lacuna.metrics import RunLog
@@ -201,7 +203,7 @@ def test_overwrite_spares_the_chat_template_and_the_tasks_that_the_run_reads(sma
 
 def test_what_an_aborted_start_left_is_not_exported(small: Path) -> None:
     config = text_run(small)
-    left = config.run_directory / trainer.SOURCE
+    left = config.run_directory / checkpoint.SOURCE
     left.mkdir(parents=True)
     (left / "config.json").write_text("of another model")
     opened = checkpoint.open_model(config, mesh_of(1, 1, 1))
@@ -372,6 +374,46 @@ def test_a_run_whose_checkpoints_are_gone_and_a_foreign_directory_are_not_resume
     with pytest.raises(UserError, match="no run of ours"):
         cli.run(foreign)
     assert (foreign.run_directory / "metrics.jsonl").read_text() == "mine"
+
+
+def test_a_checkpoint_is_a_model_wherever_one_is_named(chats: SftConfig, tmp_path: Path) -> None:
+    run, last = chats.run_directory, max(checkpoint.saved_steps(chats.run_directory))
+    for place, shape in ((run / "checkpoints" / f"step_{last:08}", (1, 4, 2)), (run / "best", (1, 1, 1))):
+        config, mesh = chats.model_copy(update={"model_name": str(place), "from_scratch": False}), mesh_of(*shape)
+        opened = checkpoint.open_model(checkpoint.settled(config), mesh)
+        params = trainer.starting_state(config, opened).params
+        held = checkpoint.saved_params(place, opened.model)
+        assert_trees_close(params, jax.tree.map(np.asarray, held), 0, 0)
+        if place.name != "best":
+            ended = weights.load_params(run / "model", opened.model, mesh)
+            assert_trees_close(params, ended, 0, 0)
+        cli.run(ExportConfig(checkpoint=str(place), directory=str(tmp_path / place.name)))
+        exported = weights.load_params(tmp_path / place.name, opened.model, mesh)
+        assert_trees_close(exported, params, 0, 0)
+        files = {path.name for path in (tmp_path / place.name).iterdir()}
+        assert files == {path.name for path in (run / "model").iterdir()}
+    (link := tmp_path / "whole" / "best").parent.mkdir()  # where there are no symbolic links
+    shutil.copytree(run / "source", link.parent / "source")
+    shutil.copytree((run / "best").resolve(), link.parent / "checkpoints" / "step_00000001")
+    link.write_text("checkpoints/step_00000001\n")
+    assert_trees_close(
+        checkpoint.opened_params(opened._replace(source=checkpoint.resolve_model(str(link)))), params, 0, 0
+    )
+    with pytest.raises(UserError, match="is there already"):
+        cli.run(ExportConfig(checkpoint=str(run / "best"), directory=str(tmp_path)))
+    with pytest.raises(UserError, match="no checkpoint of a run"):
+        cli.run(ExportConfig(checkpoint=str(run / "model"), directory=str(tmp_path / "other")))
+
+
+def test_a_checkpoint_outside_its_run_is_refused_with_what_it_lacks(chats: SftConfig, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(chats.run_directory / "best", tmp_path / "moved"))
+    with pytest.raises(UserError, match=r"its config.json and tokenizer are in .*/source, which is not there"):
+        checkpoint.open_model(ModelKeys(model_name=str(moved)), mesh_of(1, 1, 1))
+    unended = copy_of(chats, "unended").run_directory
+    with pytest.raises(
+        UserError, match="a run that has not ended.*name one of its checkpoints, such as .*unended/best"
+    ):
+        checkpoint.open_model(ModelKeys(model_name=str(unended)), mesh_of(1, 1, 1))
 
 
 def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:

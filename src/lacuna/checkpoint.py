@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import keystr
 from jaxtyping import Array, PyTree
 from pydantic import BaseModel
@@ -35,13 +35,15 @@ from lacuna.attention import choose_backend
 from lacuna.config import DataKeys, ModelKeys, TemplateKeys, TrainingConfig, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, duration
-from lacuna.model import FAMILIES, ModelConfig, parameter_table, read_model_config
+from lacuna.model import FAMILIES, ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
 from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json
 from lacuna.weights import (
     ADAPTER,
     PICKLED,
     StoredTensor,
     has_own_head,
+    is_checkpoint,
+    load_params,
     open_tensors,
     overlap,
     shard_box,
@@ -53,6 +55,7 @@ from lacuna.weights import (
 )
 
 MANIFEST_FORMAT = 3
+SOURCE = "source"  # in the directory of a run, with what its model has besides weights
 FAILURES_IN_A_ROW = 3
 NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 TOKENIZER_FILES = (
@@ -73,18 +76,22 @@ Config = TypeVar("Config", bound=ModelKeys)
 
 
 def resolve_model(model_name: str, with_weights: bool = True) -> Path:
-    """The directory of a model: a local one, the model of one of our runs, or a hub id's, fetched into its cache.
+    """The directory of a model's weights: a local one, the model of one of our runs, a checkpoint of a run, or a hub
+    id's, fetched into its cache.
 
     Raises:
         UserError: no such directory, and no such model on the hub, or the hub can't be reached.
     """
     path = Path(model_name)
+    if path.name == "best" and path.is_file():  # in place of a symbolic link
+        return best_checkpoint(path.parent)
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    if (path / "manifest.json").is_file():
-        raise UserError(f"{path}: a checkpoint to resume from, not a model; a run exports its model when it ends")
     if (path / "config.toml").is_file():
-        raise UserError(f"{path}: a run that has not ended, so it has no model yet; continue it with --resume")
+        raise UserError(
+            f"{path}: a run that has not ended, so it has no model yet; continue it with --resume, or name one of its "
+            f"checkpoints, such as {path / 'best'}"
+        )
     if path.is_dir():
         if not (path / "config.json").is_file() and (path / ADAPTER).is_file():
             raise UserError(f"{path}: {without_weights(path, os.listdir(path))}")
@@ -137,7 +144,7 @@ def settled(config: Config, platform: str = "") -> Config:
     name, known = config.model_name, str(before.get("model_name", ""))
     if not Path(name).exists():
         name = known if known.startswith(f"{name}@") else name
-    source = resolve_model(name, with_weights=False)
+    source = described_in(resolve_model(name, with_weights=False))
     if not Path(name).exists() and name != known:
         name = f"{name.partition('@')[0]}@{source.name}"
     changes["model_name"] = name
@@ -149,6 +156,23 @@ def settled(config: Config, platform: str = "") -> Config:
     return config.model_copy(update=changes)
 
 
+def described_in(source: Path) -> Path:
+    """The directory of what a model has besides weights: that of its weights, but of a checkpoint one of its run.
+
+    Raises:
+        UserError: the checkpoint lies in no run.
+    """
+    if not is_checkpoint(source):
+        return source
+    run = next(parent for parent in source.resolve().parents if parent.name != "checkpoints")
+    kept = [run / name for name in (SOURCE, "model") if (run / name / "config.json").is_file()]
+    if not kept:
+        raise UserError(
+            f"{source}: its config.json and tokenizer are in {run / SOURCE}, which is not there; restore it"
+        )
+    return kept[0]
+
+
 def newest_run(output_dir: str) -> Path:
     """The run in this folder whose model was written last; UserError if there is none."""
     exported = sorted(Path(output_dir).glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
@@ -158,8 +182,8 @@ def newest_run(output_dir: str) -> Path:
 
 
 class OpenedModel(NamedTuple):
-    """A model without its weights: its directory, what config.json says (the vocabulary padded and attention chosen for
-    the mesh), its tokenizer, the devices, and the start-up line about attention."""
+    """A model without its weights: their directory, what config.json says (the vocabulary padded and attention chosen
+    for the mesh), its tokenizer, the devices, and the start-up line about attention."""
 
     source: Path
     model: ModelConfig
@@ -175,8 +199,9 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
         UserError: no such model, or one that is not supported or does not fit the mesh or the config.
     """
     source = resolve_model(config.model_name, with_weights)
-    model, attention_line = model_on(source, config, mesh)
-    tokenizer = load_tokenizer(source, *(config.template if isinstance(config, TemplateKeys) else ()))
+    described = described_in(source)
+    model, attention_line = model_on(described, config, mesh)
+    tokenizer = load_tokenizer(described, *(config.template if isinstance(config, TemplateKeys) else ()))
     if tokenizer.vocabulary_size > model.vocabulary_size:
         raise UserError(
             f"{source}: the tokenizer has {tokenizer.vocabulary_size} tokens, config.json's vocab_size is "
@@ -202,6 +227,25 @@ def model_on(source: Path, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, 
     model = replace(model, is_tied=model.is_tied and not own_head, padded_vocabulary=padded, attention=backend)
     check_divisible(mesh, model.sizes)
     return model, f"{line}; lm_head.weight is not the embedding, so tie_word_embeddings is false" if own_head else line
+
+
+def opened_params(opened: OpenedModel) -> PyTree[Array]:
+    """Float32 weights of a model, from a checkpoint or Hugging Face layout, each device reading only its part.
+
+    Raises:
+        UserError: no weights, damaged ones, or others than config.json asks for.
+    """
+    source, model, _, mesh, _ = opened
+    if not is_checkpoint(source):
+        return load_params(source, model, mesh)
+
+    def abstract(model: ModelConfig, row: Parameter) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, partition_spec(row))
+        return jax.ShapeDtypeStruct(shape_of(row, model.sizes), np.float32, sharding=sharding)
+
+    unpadded, table = replace(model, padded_vocabulary=model.vocabulary_size), parameter_table(model)
+    shapes = ({"params": jax.tree.map(partial(abstract, each), table)} for each in (model, unpadded))
+    return load_checkpoint(source, checked_manifest(source), *shapes)["params"]
 
 
 def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_or
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from lacuna.apps.configs import ChatConfig, GrpoPlan, PlanKeys, PretrainPlan, ServeConfig, SftPlan
+from lacuna.apps.configs import ChatConfig, ExportConfig, GrpoPlan, PlanKeys, PretrainPlan, ServeConfig, SftPlan
 from lacuna.config import (
     TABLES,
     DataSource,
@@ -48,6 +48,7 @@ COMMANDS: dict[str, type[Keys]] = {
     "eval": EvalConfig,
     "chat": ChatConfig,
     "serve": ServeConfig,
+    "export": ExportConfig,
     "plan pretrain": PretrainPlan,
     "plan sft": SftPlan,
     "plan grpo": GrpoPlan,
@@ -308,7 +309,7 @@ def start(command: str, arguments: list[str]) -> None:
         config = parse(COMMANDS[command], arguments, command)
         prepare_process()
         prepare_streams(outlives_console=isinstance(config, TrainingConfig))
-        if isinstance(config, PlanKeys | ChatConfig | ServeConfig):
+        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ExportConfig):
             run(config)
         else:
             from lacuna.distributed import cluster
@@ -335,6 +336,10 @@ def run(config: Keys) -> Any:
         from lacuna.apps.serve import run_serve
 
         return run_serve(config)
+    if isinstance(config, ExportConfig):
+        from lacuna.apps.export import run_export
+
+        return run_export(config)
     if isinstance(config, EvalConfig):
         from lacuna.apps.evaluate import run_eval
 

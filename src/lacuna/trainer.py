@@ -24,7 +24,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from lacuna import checkpoint, metrics, weights
+from lacuna import checkpoint, metrics
 from lacuna.checkpoint import Manifest, OpenedModel, RunFacts, Saver, open_model
 from lacuna.config import (
     GrpoConfig,
@@ -253,7 +253,7 @@ def starting_state(config: TrainingConfig, opened: OpenedModel) -> TrainState:
     if config.from_scratch:
         random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
         return random(jax.random.key(config.seed))
-    params = weights.load_params(opened.source, model, opened.mesh)
+    params = checkpoint.opened_params(opened)
     return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -265,7 +265,6 @@ def saved_state(directory: Path, manifest: Manifest, opened: OpenedModel) -> Tra
 
 # The directory of a run
 
-SOURCE = "source"  # in it: what its model has besides weights
 FIXED_ON_RESUME = (
     "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
     "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data", "system_prompt",
@@ -363,13 +362,13 @@ def prepare_directory(config: TrainingConfig, opened: OpenedModel, first_step: i
     for path in checkpoint.set_aside_later(directory, first_step):
         say(f"set aside as {path}: it is newer than the checkpoint this run resumes from")
     metrics.write_atomically(directory / "config.toml", to_toml(config, without=START_ONLY))
-    if first_step == 0 or not (directory / SOURCE).is_dir():
-        scratch = directory / f"{SOURCE}.tmp"
-        for leftover in (scratch, directory / SOURCE):
+    if first_step == 0 or not (directory / checkpoint.SOURCE).is_dir():
+        scratch = directory / f"{checkpoint.SOURCE}.tmp"
+        for leftover in (scratch, directory / checkpoint.SOURCE):
             shutil.rmtree(leftover, ignore_errors=True)
         changed = changed_files(opened.tokenizer, template_of(config))
-        checkpoint.copy_description(opened.source, scratch, opened.model, changed)
-        scratch.rename(directory / SOURCE)
+        checkpoint.copy_description(opened.tokenizer.directory, scratch, opened.model, changed)
+        scratch.rename(directory / checkpoint.SOURCE)
 
 
 # The run
@@ -618,7 +617,7 @@ class Run:
         if is_ended := self.step == self.steps:
             assert self.saver.newest
             params = checkpoint.saved_params(self.saver.newest, opened.model)
-            problems = checkpoint.save_model(directory / "model", params, opened.model, directory / SOURCE)
+            problems = checkpoint.save_model(directory / "model", params, opened.model, directory / checkpoint.SOURCE)
             self.log.info("; WARNING: ".join([f"model in Hugging Face layout: {directory / 'model'}", *problems]))
         records = metrics.read_json_lines(directory / "metrics.jsonl")
         skipped = (record.get("skipped_updates", "loss" in record and record["loss"] is None) for record in records)

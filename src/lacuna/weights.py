@@ -130,12 +130,19 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
 # Weights in Hugging Face layout
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a state of a run, rather than a model in Hugging Face layout."""
+    return (directory / "manifest.json").is_file()
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, single or with an index.
+    """The safetensors files of a model, single or with an index, or of a checkpoint.
 
     Raises:
         UserError: there are none or not all, or there are both and they differ, or the index is damaged.
     """
+    if is_checkpoint(directory):
+        return sorted(directory.glob("shard-*.safetensors"))
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if not index.is_file():
         if not single.is_file():

@@ -88,8 +88,8 @@ class Local:
         mode = "answers by its chat template" if self.is_chat else "continues plain text, without a chat template"
         self.introduction = (
             f"model: {self.generator.source}{newest}; {mode}\n"
-            f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together; "
-            f"{ends_in_words(self.tokenizer)}; compute in {self.generator.sampler.dtype}"
+            f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together\n"
+            f"compute in {self.generator.sampler.dtype}; {ends_in_words(self.tokenizer)}"
         )
 
     def rules(self, config: ChatConfig) -> str:

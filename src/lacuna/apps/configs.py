@@ -38,6 +38,13 @@ class GrpoPlan(PlanKeys, GrpoConfig):
     """Memory, time and communication of grpo on accelerators that are not here."""
 
 
+class ExportConfig(Keys):
+    """Write a checkpoint of a run as a model in Hugging Face layout."""
+
+    checkpoint: str = Field(min_length=1, description="Directory of a checkpoint, such as runs/my_chats/best")
+    directory: str = Field(min_length=1, description="Directory to write the model to, not there yet")
+
+
 class GenerationConfig(SamplingKeys, TemplateKeys, DeviceKeys, ModelKeys):
     """Generation"""
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from lacuna import checkpoint, metrics, weights
+from lacuna import checkpoint, metrics
 from lacuna.config import EvalConfig, UserError, to_toml
 from lacuna.data import Dataset, describe, load_dataset
 from lacuna.distributed import (
@@ -74,7 +74,7 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
                 print(f"resuming with {len(predictions.lines):,} answers of {predictions.path}")
             summary: Figures = {"command": "eval"}
             try:
-                params = weights.load_params(opened.source, opened.model, mesh)
+                params = checkpoint.opened_params(opened)
                 if dataset:
                     settings = config.batch_size, opened, config.compute_dtype
                     summary |= held_out_loss(params, dataset, *settings, report)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from lacuna import checkpoint, weights
+from lacuna import checkpoint
 from lacuna.apps.configs import GenerationConfig
 from lacuna.config import SamplingKeys
 from lacuna.distributed import enable_compilation_cache, make_mesh
@@ -33,9 +33,9 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     source, model, tokenizer, _, _ = opened
     enable_compilation_cache(config)
     capacity = model.capacity(config.capacity)
-    params = weights.load_params(source, model, mesh)
+    params = checkpoint.opened_params(opened)
     sampler = Sampler(params, opened, slots, capacity, config.compute_dtype)
-    rules = rules_in_force(config, generation_defaults(source))
+    rules = rules_in_force(config, generation_defaults(tokenizer.directory))
     return Generator(sampler, source, rules, tuple(tokenizer.ends))
 
 

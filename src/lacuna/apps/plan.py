@@ -384,7 +384,7 @@ def run_plan(config: TrainingConfig) -> None:
     topology = read_topology(config.topology)
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor, topology.devices)
     config = checkpoint.settled(config, topology.chip.platform)
-    source = checkpoint.resolve_model(config.model_name, with_weights=False)
+    source = checkpoint.described_in(checkpoint.resolve_model(config.model_name, with_weights=False))
     model, attention = checkpoint.model_on(source, config, mesh)
     check_sequence_length(model, config.sequence_length)
     facts = setting_facts(config, model, topology, mesh) | {"attention": attention}

@@ -1,0 +1,27 @@
+"""The command export: a checkpoint of a run as a model that any runtime reads."""
+
+from pathlib import Path
+
+from lacuna import checkpoint
+from lacuna.apps.configs import ExportConfig
+from lacuna.config import UserError
+from lacuna.model import read_model_config
+from lacuna.weights import is_checkpoint
+
+
+def run_export(config: ExportConfig) -> None:
+    """Write the weights of a checkpoint beside what its model has besides weights, as a run does when it ends.
+
+    Raises:
+        UserError: it is no checkpoint, or damaged, or there is something where the model should go.
+    """
+    directory = Path(config.directory)
+    source = checkpoint.resolve_model(config.checkpoint) if Path(config.checkpoint).exists() else directory
+    if not is_checkpoint(source):
+        raise UserError(f"checkpoint {config.checkpoint!r}: no checkpoint of a run; name one, as in runs/my_chats/best")
+    if directory.exists():
+        raise UserError(f"directory {config.directory!r} is there already; name another")
+    described, manifest = checkpoint.described_in(source), checkpoint.checked_manifest(source)
+    model = read_model_config(described)
+    problems = checkpoint.save_model(directory, checkpoint.saved_params(source, model), model, described)
+    print("; WARNING: ".join([f"model in Hugging Face layout, of step {manifest.run.step}: {directory}", *problems]))
