@@ -8,16 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, chat_run, outcome, records, text_run
+from conftest import chat_run, mesh_of, outcome, records, text_run
 
-from lacuna import checkpoint, cli
-from lacuna.config import GrpoConfig, PretrainConfig, TrainingConfig, to_toml
+from lacuna import checkpoint, cli, grpo
+from lacuna.config import GrpoConfig, PretrainConfig, TrainingConfig, UserError, to_toml
 
 FAULTS = Path(__file__).with_name("faults.py")
 PATIENCE = 300
@@ -90,21 +89,10 @@ def finished(config: TrainingConfig, *arguments: Any, **named: Any) -> str:
     return output
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A cache of compiled programs that the runs of a test share."""
-    yield str(tmp_path_factory.mktemp("warm"))
-
-
-@pytest.fixture(autouse=True)
-def shared_cache(own_cache: None, warm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", warm)
-
-
-def killed_at_each(steps: list[int], name: str, small: Path) -> None:
+def killed_at_each(steps: list[int], name: str, small: Path, **fewer: int) -> None:
     """A run killed after each of `steps`, each time resumed, is the uninterrupted one."""
     make, changes = COMMANDS[name]
-    whole, cut = (make(small, run_name=run, **changes) for run in ("whole", "cut"))
+    whole, cut = (make(small, run_name=run, **changes | fewer) for run in ("whole", "cut"))
     finished(whole)
     for step in steps:
         with Job(cut, "kill", step, ("--resume",)) as job:
@@ -112,12 +100,12 @@ def killed_at_each(steps: list[int], name: str, small: Path) -> None:
     finished(cut, more=("--resume",))
     assert outcome(cut) == outcome(whole)
     assert [record["step"] for record in records(cut)] == list(range(1, len(records(whole)) + 1))
-    assert len(records(whole)) == 20
+    assert len(records(whole)) == whole.steps
 
 
 @pytest.mark.parametrize("name", [pytest.param("pretrain", marks=pytest.mark.slow), "sft"])
 def test_a_run_killed_after_a_step_is_the_uninterrupted_run_bit_for_bit(name: str, small: Path) -> None:
-    killed_at_each([9], name, small)
+    killed_at_each([6], name, small, steps=9)
 
 
 @pytest.mark.slow
@@ -148,10 +136,9 @@ def test_a_run_that_is_at_work_is_refused_to_a_second_process_by_name(small: Pat
     config = text_run(small, steps=10_000)
     with Job(config) as first:
         first.wait_for(config.run_directory / "metrics.jsonl", '"step": 1,')
-        for more in ("--resume", "--overwrite"):
-            with Job(config, more=(more,)) as second:
-                codes, output = second.end()
-            assert codes == [2] and f"process {first.processes[0].pid} on {socket.gethostname()}" in output
+        for more in ("resume", "overwrite"):
+            with pytest.raises(UserError, match=f"process {first.processes[0].pid} on {socket.gethostname()}"):
+                cli.run(config.model_copy(update={more: True}))
         first.processes[0].send_signal(signal.SIGTERM)
         codes, output = first.end()
     assert codes == [0] and "to resume: uv run pretrain" in output
@@ -212,18 +199,19 @@ def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(
         np.testing.assert_allclose(losses(other), losses(alone)[8:], rtol=1e-5)
 
 
-def test_grpo_in_two_processes_is_that_in_one(small: Path) -> None:
+def test_grpo_in_two_processes_is_that_in_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewards = small.parent / "rewards.py"
     rewards.write_text("def length(prompt, completion, row):\n    return len(completion) / 10\n")
     settings: dict[str, Any] = {
         "model_name": str(small), "from_scratch": True, "output_dir": str(small.parent / "runs"), "steps": 2,
-        "data": ({"path": str(TINY / "heldout.jsonl"), "split": "train[:20]"},), "sequence_length": 160,
+        "data": ({"path": str(small / "heldout.jsonl"), "split": "train[:20]"},), "sequence_length": 160,
         "prompts_per_step": 2, "completions_per_prompt": 4, "max_completion_tokens": 8, "slots": 8,
         "compute_dtype": "float32", "reward": (f"{rewards}:length:1",), "mask_truncated": False, "learning_rate": 1e-2,
     }  # fmt: skip
     alone, together = (GrpoConfig(run_name=name, **settings) for name in ("alone", "together"))
-    finished(alone, devices=2)
     finished(together, processes=2)
+    monkeypatch.setattr(grpo, "make_mesh", lambda *_: mesh_of(2, 1, 1))
+    cli.run(alone)
     for one, other in zip(records(alone), records(together), strict=True):
         assert one["reward"] == pytest.approx(other["reward"], abs=1e-4)
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
