@@ -89,12 +89,12 @@ def finished(config: TrainingConfig, *arguments: Any, **named: Any) -> str:
     return output
 
 
-def killed_at_each(steps: list[int], name: str, small: Path, **fewer: int) -> None:
-    """A run killed after each of `steps`, each time resumed, is the uninterrupted one."""
+def killed_at_each(kills: list[int], name: str, small: Path, **fewer: int) -> None:
+    """A run killed after each of the steps `kills`, each time resumed, is the uninterrupted one."""
     make, changes = COMMANDS[name]
     whole, cut = (make(small, run_name=run, **changes | fewer) for run in ("whole", "cut"))
     finished(whole)
-    for step in steps:
+    for step in kills:
         with Job(cut, "kill", step, ("--resume",)) as job:
             assert job.end()[0] == [-signal.SIGKILL]
     finished(cut, more=("--resume",))
