@@ -363,6 +363,21 @@ def test_a_secret_of_the_environment_is_written_as_its_name(folder: Path, monkey
     assert parse(SftConfig, ["@config.toml"], "sft") == config
 
 
+def test_a_path_is_no_secret_whatever_variable_holds_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "a_model").mkdir()
+    monkeypatch.setenv("TOKENIZER_DIR", str(folder / "a_model"))
+    monkeypatch.setenv("MODEL_KEY", "Qwen/Qwen2.5-0.5B")
+    config = sft("--model-name", "Qwen/Qwen2.5-0.5B", "--data.0.path", str(folder / "a_model" / "x.jsonl"))
+    assert "$" not in to_toml(config)
+
+
+def test_an_error_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.start("sft", ["--run-name", "\x1b[2J\x1b]0;title\x07"])
+    error = capsys.readouterr().err
+    assert "\\x1b[2J" in error and "\x1b" not in error and "\x07" not in error
+
+
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 9))
 def test_accumulation_multiplies_to_the_batch_or_names_the_nearest_batches(batch: int, micro: int, shards: int) -> None:
     try:

@@ -331,6 +331,13 @@ def test_the_answers_of_chats_are_learned_and_coloured(tmp_path: Path) -> None:
     assert int(batch.weight.sum()) == dataset.facts["target_tokens"]
 
 
+def test_rows_that_would_control_the_terminal_are_shown_as_text(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, dialogue("\x1b[2J\x1b]0;title\x07\x9b2J\r", "o\tk\n\x1b[31m"), sequence_length=64)
+    shown = coloured(dataset.batch(0, 1), 0, load_tokenizer(TINY), has_marks=True).plain
+    assert "\\x1b[2J\\x1b]0;title\\x07\\x9b2J\\r" in shown and "⟦o\tk\n\\x1b[31m" in shown
+    assert not set(shown) & {"\x1b", "\x07", "\x9b", "\r"}
+
+
 def test_what_was_counted_is_described_in_words(tmp_path: Path) -> None:
     lines = (
         dialogue("Hi", "3"),

@@ -130,18 +130,28 @@ def test_a_glob_reads_its_files_in_order_and_a_file_may_be_named_like_a_glob(tmp
     assert [row for _, row in read_rows(DataSource(path=str(tmp_path / "[1].jsonl")))] == [{"text": "[1].jsonl"}]
 
 
-def test_a_parquet_table_is_read_silently_through_the_cache_of_datasets(tmp_path: Path) -> None:
-    (tmp_path / "good.parquet").write_bytes(parquet(TABLE))
-    (tmp_path / "half.parquet").write_bytes(parquet(TABLE)[:-20])
-    script = (
-        "import sys; from lacuna.config import DataSource; from lacuna.documents import read_rows\n"
-        "print([type(row).__name__ for _, row in read_rows(DataSource(path=sys.argv[1]))])"
-    )
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "arrow")}
-    command = [sys.executable, "-c", script, str(tmp_path / "*.parquet")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("['dict', 'dict', 'ValueError']\n", "")
-    assert list((tmp_path / "arrow").rglob("*.arrow"))
+def test_parquet_tables_are_read_as_they_are_and_images_left_alone(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pictures = pyarrow.array([{"bytes": None, "path": "/no/such/file"}] * 2, pyarrow.struct(
+        [("bytes", pyarrow.binary()), ("path", pyarrow.string())]
+    ))  # fmt: skip
+    kinds = {"text": {"_type": "Value", "dtype": "string"}, "picture": {"_type": "Image"}}
+    table = pyarrow.table({"text": ["one", "two"], "picture": pictures})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kinds}})})
+    pyarrow.parquet.write_table(table, tmp_path / "pictures.parquet")
+    found = [row for _, row in read_rows(DataSource(path=str(tmp_path / "pictures.parquet")))]
+    assert found == [{"text": "one"}, {"text": "two"}]
+
+
+def test_a_parquet_table_in_the_place_of_another_of_its_size_and_time_is_read(tmp_path: Path) -> None:
+    path, found = tmp_path / "table.parquet", []
+    for text in ("one", "two"):
+        path.write_bytes(parquet([{"text": text}]))
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        found += [(path.stat().st_size, row) for _, row in read_rows(DataSource(path=str(path)))]
+    assert found == [(found[0][0], {"text": "one"}), (found[0][0], {"text": "two"})]
 
 
 GOOD = json_lines(CHATS[:1])
@@ -276,13 +286,13 @@ def test_the_name_of_a_data_set_may_have_dots_and_a_config(monkeypatch: pytest.M
 
     asked: list[Any] = []
 
-    def answer(*arguments: Any, **options: Any) -> list[Any]:
+    def answer(*arguments: Any, **options: Any) -> datasets.Dataset:
         asked.append((*arguments, options))
         if not arguments[1]:
             raise ValueError(
                 "Config name is missing.\nPlease pick one of the available configs: ['a', 'b']\nExample of usage:\n…"
             )
-        return [{"text": "one"}]
+        return datasets.Dataset.from_list([{"text": "one"}])
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
     source = DataSource(path="acme/Chats-2.5:a", split="test[:5]")
@@ -438,6 +448,29 @@ def test_the_same_data_are_encoded_once_wherever_the_files_are(tmp_path: Path, t
     for ours, theirs in zip(first[:-1], second[:-1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert len(encoded(cache)) == 1
+
+
+@pytest.mark.parametrize("name", ["token", "supervised", "start", "is_prompted", "facts.json"])
+@pytest.mark.parametrize("damage", ["zeros", "cut off", "flipped", "missing"])
+def test_a_damaged_cache_is_named_and_made_anew(
+    name: str, damage: str, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path, "rows.jsonl", json_lines([*CHATS, {"prompt": "3 + 4 = ", "completion": "7"}]))
+    whole = load(source, tokenizer, tmp_path)
+    (path,) = tmp_path.glob(f"documents/*/{name}")
+    content, middle = path.read_bytes(), path.stat().st_size // 2
+    changed = {"zeros": bytes(middle) + content[middle:], "cut off": content[:middle]}
+    changed["flipped"] = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(changed[damage])
+    assert capsys.readouterr().err == ""
+    again = load(source, tokenizer, tmp_path)
+    assert str(path.parent) in (said := capsys.readouterr().err) and "damaged" in said and name in said + "facts.json"
+    assert again.facts == whole.facts and path.read_bytes() == content
+    for one, other in zip(whole[:4], again[:4], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert load(source, tokenizer, tmp_path).facts["from_cache"] == 4 and capsys.readouterr().err == ""
 
 
 def test_everything_the_tokens_depend_on_has_its_own_place_in_the_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:

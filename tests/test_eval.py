@@ -192,6 +192,13 @@ def test_another_evaluation_is_not_mixed_in(uninterrupted: EvalConfig, model_dir
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(UserError, match="line 1: b'nonsense' is not a JSON object"):
         cli.run(cooler)
+    path.write_text('{"task": "generate"}\n')
+    with pytest.raises(UserError, match="line 1: .* has no row; delete the line"):
+        cli.run(cooler)
+    for damage in ("", '{"batch_size": 8', "[1]", "\0" * 20):
+        (config.run_directory / "identity.json").write_text(damage)
+        with pytest.raises(UserError, match="identity.json: damaged .*; add --overwrite to start over"):
+            cli.run(cooler)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from conftest import REFERENCE, TINY, make_small, mesh_of, records
 from test_model import load
 
 from lacuna import cli, grpo, trainer
+from lacuna.apps.replay import samples_by_step
 from lacuna.apps.rewards import load_rewards
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, UserError
@@ -434,6 +435,23 @@ def test_a_run_logs_saves_resumes_and_replays(
         again = json.loads(capsys.readouterr().out)
         same = [again[key] == records(finished)[3][key] for key in ("loss", "gradient_norm", "entropy", "reward")]
         assert same == [True] * 4 if not change else same == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{}", "line 2: step: Field required"),
+        ('{"step": "x"}', "line 2: step: Input should be a valid integer"),
+        ("\0" * 9, "line 2: .* is not a JSON object"),
+        ("[" * 9999, "line 2: .* is not a JSON object"),
+    ],
+)
+def test_a_damaged_line_of_rollouts_is_named(finished: GrpoConfig, line: str, reason: str, tmp_path: Path) -> None:
+    lines = (finished.run_directory / "rollouts.jsonl").read_text().splitlines()
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("\n".join([lines[0], line, *lines[1:], ""]))
+    with pytest.raises(UserError, match=f"rollouts.jsonl {reason}"):
+        samples_by_step(path, 1)
 
 
 def test_the_figures_of_a_rollout_are_those_of_its_samples(finished: GrpoConfig) -> None:

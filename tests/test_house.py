@@ -4,15 +4,20 @@ import ast
 import io
 import re
 import tokenize
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from cProfile import Profile
+from importlib import metadata
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import pytest
 from conftest import text_run
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lacuna
 from lacuna import cli
@@ -109,3 +114,19 @@ def function_lines(path: Path, code: CodeType) -> set[int]:
             if first <= code.co_firstlineno <= node.body[0].lineno:
                 return set(range(first, (node.end_lineno or 0) + 1))
     return set()
+
+
+def test_every_package_is_pinned_and_no_address_is_written() -> None:
+    text = (SOURCE.parents[1] / "pyproject.toml").read_text()
+    assert "://" not in text
+    pins = [Requirement(pin) for pin in tomllib.loads(text)["tool"]["uv"]["constraint-dependencies"]]
+    assert all([each.operator for each in pin.specifier] == ["=="] for pin in pins)
+    pinned, needed = {canonicalize_name(pin.name) for pin in pins}, ["lacuna"]
+    for name in needed:  # grows meanwhile
+        extras = ("", "eval", "endpoint") if name == "lacuna" else ("",)
+        with suppress(metadata.PackageNotFoundError):  # of an extra that is not installed
+            for requirement in map(Requirement, metadata.requires(name) or []):
+                is_needed = any(requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in extras)
+                if is_needed and requirement.name not in needed:
+                    needed.append(requirement.name)
+    assert sorted({canonicalize_name(name) for name in needed} - pinned) == ["lacuna"]

@@ -315,6 +315,16 @@ def test_run_log_has_no_colour_codes_and_brackets_survive(tmp_path: Path, capsys
     assert capsys.readouterr().out == expected
 
 
+def test_a_line_that_would_control_the_terminal_is_logged_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, steps=1) as log:
+        log.info("left out: a.jsonl line 1: \x1b]0;title\x07\x9b2J\x08 一\u200d二\n\tmore")
+    expected = "left out: a.jsonl line 1: 0;title\\x9b2J 一\u200d二\n\tmore\n"
+    assert (tmp_path / "run.log").read_text() == expected
+    assert "\x1b" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_passes_and_leaves_whole_files_and_a_sane_terminal(
     exception: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

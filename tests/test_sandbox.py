@@ -87,7 +87,8 @@ def test_variables_that_hold_each_other_are_not_written() -> None:
 
 def test_what_chats_need_stays_within_the_budget() -> None:
     messages = [{"role": "user", "content": f"message {number} " * 1000} for number in range(1000)]  # 12 MB
-    source = """{% set ns = namespace(last='') %}{% for message in messages[0:] %}{% set text = message.content | trim %}
+    source = """{% set ns = namespace(last='') %}{% for message in messages[0:] %}
+    {%- set text = message.content | trim %}
     {%- set ns.last = text.split('</think>')[-1].lstrip('\\n') %}
     {{- '<s>' + message.role ~ ': ' + ns.last.replace('message', 'm') + '</s>' }}{% endfor %}"""
     expected = "".join(f"<s>user: {message['content'].strip().replace('message', 'm')}</s>" for message in messages)

@@ -34,7 +34,7 @@ from pydantic import BaseModel
 from lacuna.attention import choose_backend
 from lacuna.config import DataKeys, ModelKeys, TemplateKeys, TrainingConfig, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
-from lacuna.metrics import byte_size, duration
+from lacuna.metrics import byte_size, content_hash, duration, sync
 from lacuna.model import FAMILIES, ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
 from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json
 from lacuna.weights import (
@@ -57,7 +57,6 @@ from lacuna.weights import (
 MANIFEST_FORMAT = 3
 SOURCE = "source"  # in the directory of a run, with what its model has besides weights
 FAILURES_IN_A_ROW = 3
-NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -304,18 +303,6 @@ def replace_directory(scratch: Path, directory: Path) -> list[str]:
     return problems
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk; some file systems (CIFS, 9p) can't tell of directories."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in NO_SUCH_SYNC):
-            raise
-    finally:
-        os.close(handle)
-
-
 def failures_of(work: Callable[[], Any]) -> list[str]:
     """Do what a save does not depend on; returns why it could not be done, if so."""
     try:
@@ -362,11 +349,6 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     content = manifest.model_dump(mode="json")
     text = json.dumps({"sha256": content_hash(content), "manifest": content}, indent=1)
     (directory / "manifest.json").write_text(text + "\n")
-
-
-def content_hash(content: Any) -> str:
-    """Hash of a JSON value, whatever its layout in the file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def files_digest(paths: Iterable[Path]) -> str:

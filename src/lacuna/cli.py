@@ -27,6 +27,7 @@ from pydantic.fields import FieldInfo
 
 from lacuna.apps.configs import ChatConfig, ExportConfig, GrpoPlan, PlanKeys, PretrainPlan, ServeConfig, SftPlan
 from lacuna.config import (
+    LINES,
     TABLES,
     DataSource,
     EvalConfig,
@@ -38,6 +39,7 @@ from lacuna.config import (
     TrainingConfig,
     UserError,
     did_you_mean,
+    printable,
     toml_value,
 )
 
@@ -318,7 +320,7 @@ def start(command: str, arguments: list[str]) -> None:
                 run(config)
     except (UserError, KeyboardInterrupt) as error:
         is_refusal = isinstance(error, UserError)
-        print(f"error: {error}" if is_refusal else f"interrupted{error}", file=sys.stderr)
+        print(printable(f"error: {error}" if is_refusal else f"interrupted{error}", LINES), file=sys.stderr)
         raise SystemExit(2 if is_refusal else 130) from None
 
 

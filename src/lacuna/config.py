@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+LINES = "\n\t\u200c\u200d"  # what prints nothing itself, but belongs to texts of many lines and to some scripts
 TABLES = ("data", "eval_data")  # the keys that are written as [[tables]], each a DataSource
 
 
@@ -54,9 +55,18 @@ def toml_value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(toml_value, value))}]"
     for name, secret in os.environ.items() if isinstance(value, str) else ():
-        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(secret) >= 8:
+        is_place = secret == value or Path(secret).exists()  # no key is a secret itself, nor is a path
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(secret) >= 8 and not is_place:
             value = value.replace(secret, f"${{{name}}}")
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+
+
+def printable(text: str, kept: str = "") -> str:
+    """A text without what would control the terminal, except for the characters `kept`."""
+    return "".join(
+        letter if letter.isprintable() or letter in kept else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

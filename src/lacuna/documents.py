@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
 from lacuna.config import DataSource, UserError
+from lacuna.metrics import content_hash, sync, write_atomically
 from lacuna.tokenizer import (
     EncodedText,
     Span,
@@ -42,6 +44,8 @@ MAX_LINE_BYTES = 16 * 2**20
 PART_CHARACTERS, SEAM_CHARACTERS = 2**15, 2**8
 BATCH_PARTS = 64  # to encode at once: enough to occupy the processors, and not more, as encodings take much memory
 SHOWN_BAD_ROWS = 5
+TABLE_ROWS = 1000  # of an Arrow table that are read at once
+CACHED = ("token", "supervised", "start", "is_prompted")
 
 Used = TypeVar("Used")
 
@@ -84,7 +88,7 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
     """
     files = local_files(source.path)
     if not files:
-        for number, row in enumerate(hub_table(source), 1):
+        for number, row in enumerate(undecoded(hub_table(source).with_format("arrow").iter(TABLE_ROWS)), 1):
             yield f"{source.path} {source.split} row {number}", row
     for file in files:
         rows = file_rows(file, source.text_column)
@@ -105,10 +109,11 @@ def usable(
             yield use(origin, row)
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             if not skip_bad:
-                raise UserError(f"{origin}: {error} (or leave such rows out with --on-bad-data skip)") from error
-            bad.append(f"{origin}: {error}")
+                raise UserError(f"{origin}: {reason} (or leave such rows out with --on-bad-data skip)") from error
+            bad.append(f"{origin}: {reason}")
 
 
 def local_files(path: str) -> list[Path]:
@@ -176,13 +181,28 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
 def table_of(file: Path) -> Iterable[Any]:
     """The rows of a parquet table or a JSON list."""
     if file.suffix.lower() == ".parquet":
-        try:
-            return quiet_datasets().Dataset.from_parquet(str(file))
-        except Exception as error:  # of Arrow or Python, depending on what is broken
-            raise ValueError(f"not readable as parquet: {error.__cause__ or error}") from error
+        return parquet_rows(file)
     if not isinstance(rows := parsed(file.read_bytes()), list):
         raise ValueError("it must hold one list of rows; name a file with one object per line .jsonl")
     return rows
+
+
+def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table, without columns of bytes, which are no text."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            columns = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
+            yield from undecoded(table.iter_batches(TABLE_ROWS, columns=columns))
+    except Exception as error:  # of Arrow or Python, depending on what is broken
+        raise ValueError(f"not readable as parquet: {error}") from error
+
+
+def undecoded(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of Arrow's tables as they are: what says it is an image, in a file or at an address, is not opened."""
+    for batch in batches:
+        yield from batch.to_pylist()
 
 
 def parsed(content: bytes) -> Any:
@@ -333,7 +353,7 @@ def load_documents(
     """
     bounds = split_bounds(source)
     directory = cache_dir / "documents" / source_fingerprint(source, tokenizer, train_on, skip_bad)
-    if not (is_cached := directory.exists()):
+    if not (cached := intact_facts(directory)):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
             encode_source(source, tokenizer, train_on, skip_bad, Path(scratch))
@@ -342,7 +362,8 @@ def load_documents(
             except OSError:
                 if not directory.exists():  # else another process was faster
                     raise
-    facts = json.loads((directory / "facts.json").read_text())
+    if not (facts := cached or intact_facts(directory)):
+        raise UserError(f"{directory}: what was written there can't be read again; is the disk sound?")
     start, is_prompted = np.fromfile(directory / "start", np.int64), np.fromfile(directory / "is_prompted", np.bool_)
     first, last, _ = slice_between(bounds, len(is_prompted)).indices(len(is_prompted))
     last = max(first, last)
@@ -351,8 +372,30 @@ def load_documents(
         supervised=mapped(directory / "supervised", np.bool_),
         start=start[first : last + 1],
         is_prompted=is_prompted[first:last],
-        facts=facts | {"from_cache": facts["rows"] * is_cached},
+        facts=facts | {"from_cache": facts["rows"] * bool(cached)},
     )
+
+
+def intact_facts(directory: Path) -> dict[str, Any] | None:
+    """What was counted of encoded documents whose files are as they were written; a damaged directory is removed."""
+    if not directory.exists():
+        return None
+    try:
+        facts, sha256 = json.loads((directory / "facts.json").read_text())
+        damaged = [] if content_hash(facts) == sha256 else ["facts.json"]
+        damaged += [name for name in CACHED if file_hash(directory / name) != facts["sha256"][name]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        damaged = [f"{type(error).__name__}: {error}"]
+    if not damaged:
+        return facts
+    print(f"WARNING: encoded anew, as the cache {directory} is damaged ({', '.join(damaged)})", file=sys.stderr)
+    shutil.rmtree(directory, ignore_errors=True)
+    return None
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def mapped(path: Path, dtype: DTypeLike) -> np.ndarray:
@@ -371,8 +414,7 @@ def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: Train
     code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py", "sandbox.py")]
     with progress() as line:
         for file in line.track([*files, tokenizer.directory / "tokenizer.json", *code], description="Hashing files"):
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+            digest.update(bytes.fromhex(file_hash(file)))
     return digest.hexdigest()[:32]
 
 
@@ -405,8 +447,11 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
         "bad_examples": bad[:SHOWN_BAD_ROWS],
         "straddling": straddling,
         "digest": digest.hexdigest(),
+        "sha256": {name: file_hash(directory / name) for name in CACHED},
     }
-    (directory / "facts.json").write_text(json.dumps(facts))
+    for name in CACHED:
+        sync(directory / name)
+    write_atomically(directory / "facts.json", json.dumps([facts, content_hash(facts)]))
 
 
 def progress() -> Progress:

@@ -314,7 +314,7 @@ class Predictions:
     earlier start are read from it."""
 
     def __init__(self, path: Path | None = None, report: ReportProgress = lambda done, total: None) -> None:
-        earlier = metrics.read_json_lines(path) if path else []
+        earlier = metrics.read_json_lines(path, "task", "row", "sample") if path else []
         self.lines: dict[Key, Line] = {(line["task"], line["row"], line["sample"]): line for line in earlier}
         self.path, self.report = path if is_first() else None, report
         self.done = self.total = 0

@@ -1,6 +1,8 @@
 """What a run says about itself: floating-point work and memory, its log (console, run.log, metrics.jsonl, Weights &
 Biases) and summary.json. Tokens and seconds in a record are those of its own step, not running totals."""
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
-from lacuna.config import UserError
+from lacuna.config import LINES, UserError, printable
 
 PEAK_FLOPS: dict[str, float] = {
     "A100": 312e12,  # NVIDIA A100 data sheet
@@ -41,6 +43,7 @@ PEAK_FLOPS: dict[str, float] = {
     "TPU v6 lite": 918e12,  # Google Cloud documentation, "TPU v6e"
     "TPU v6e": 918e12,  # the same
 }
+NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 LESSER_NAMES = ("MIG", "Laptop", "RTX 4090 D", "TPU v4 lite")
 
 
@@ -128,6 +131,23 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk; some file systems (CIFS, 9p) can't tell of directories."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SUCH_SYNC):
+            raise
+    finally:
+        os.close(handle)
+
+
+def content_hash(content: Any) -> str:
+    """Hash of a JSON value, whatever its layout in the file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file whole: it holds the old text or the new, whatever happens in between."""
     temporary = path.with_name(path.name + ".tmp")
@@ -142,8 +162,9 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write_atomically(directory / "summary.json", json.dumps(strict(summary), indent=2, allow_nan=False) + "\n")
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, none if there is no file; a last line cut short by a kill is left out.
+def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, each with the keys `needed`, none if there is no file; a last line cut short by
+    a kill is left out.
 
     Raises:
         UserError: another line is damaged.
@@ -153,14 +174,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append({} | json.loads(line))
-        except (ValueError, TypeError) as error:
+            missing = [key for key in needed if key not in records[-1]]
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} line {number}: {line[:80]!r} is not a JSON object; delete the line") from error
+        if missing:
+            raise UserError(f"{path} line {number}: {line[:80]!r} has no {missing[0]}; delete the line")
     return records
 
 
 def drop_later_steps(path: Path, last_step: int) -> None:
     """Keep only the lines of a JSON-lines file up to a step; at step 0 the file starts empty."""
-    kept = [line for line in read_json_lines(path) if line["step"] <= last_step] if last_step else []
+    kept = [line for line in read_json_lines(path, "step") if line["step"] <= last_step] if last_step else []
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
@@ -222,11 +246,6 @@ def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dic
     return run
 
 
-def printable(text: str) -> str:
-    """A text on one line of the terminal, without what would control it."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
 class LineFile:
     """Lines appended to a file; those that find no room on the disk are kept, and written once there is some."""
 
@@ -284,7 +303,7 @@ class RunLog:
 
     def info(self, text: str | Text) -> None:
         """Print a line and keep it, without its colours, in run.log."""
-        styled = Text.from_ansi(text) if isinstance(text, str) else text
+        styled = Text(printable(Text.from_ansi(text).plain, LINES)) if isinstance(text, str) else text
         self.console.print(styled, soft_wrap=True)
         self.text_file.write(styled.plain)
 

@@ -13,7 +13,7 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from lacuna import checkpoint, metrics
-from lacuna.config import EvalConfig, UserError, to_toml
+from lacuna.config import LINES, EvalConfig, UserError, printable, to_toml
 from lacuna.data import Dataset, describe, load_dataset
 from lacuna.distributed import (
     check_same,
@@ -113,7 +113,7 @@ def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
     if problems.problems:
         print(f"problems: {len(problems.problems):,}, the first asked as {problems.problems[0].prompt!r}")
     for example in dict.fromkeys(bad):
-        print(f"left out: {example}")
+        print(printable(f"left out: {example}", LINES))
 
 
 def begin_evaluation(tasks: Tasks) -> None:
@@ -133,7 +133,10 @@ def begin_evaluation(tasks: Tasks) -> None:
         if config.overwrite:
             for name in ("summary.json", "predictions.jsonl", "identity.json"):
                 (directory / name).unlink(missing_ok=True)
-        earlier = json.loads(identity.read_text()) if identity.exists() else now
+        try:
+            earlier = dict(json.loads(identity.read_text())) if identity.exists() else now
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{identity}: damaged ({error}); add --overwrite to start over") from error
         if changed := [key for key in now if earlier.get(key) != now[key]]:
             differences = "; ".join(f"{key} was {earlier.get(key)!r} and is {now[key]!r}" for key in changed)
             raise UserError(

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
+from pydantic import TypeAdapter, ValidationError
 
 from lacuna import checkpoint
 from lacuna.apps.rewards import load_rewards
@@ -26,6 +26,8 @@ from lacuna.grpo import (
 )
 from lacuna.metrics import read_json_lines
 from lacuna.trainer import everywhere, recipe_of, saved_state, starting_state
+
+SAMPLES = TypeAdapter(Sample)
 
 
 def replay(config: GrpoConfig, original: GrpoConfig) -> None:
@@ -61,10 +63,15 @@ def samples_by_step(path: Path, last_step: int) -> dict[int, list[Sample]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --replay takes the directory of a grpo run")
     steps: dict[int, list[Sample]] = {}
-    for raw in read_json_lines(path):
-        if raw["step"] <= last_step:
-            plain: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-            steps.setdefault(raw["step"], []).append(Sample(**plain))
+    for number, raw in enumerate(read_json_lines(path), 1):
+        try:
+            sample = SAMPLES.validate_python(raw)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            key = ".".join(map(str, wrong["loc"]))
+            raise UserError(f"{path} line {number}: {key}: {wrong['msg']}; restore the file from a copy") from error
+        if sample.step <= last_step:
+            steps.setdefault(sample.step, []).append(sample)
     if last_step not in steps:
         raise UserError(f"{path} has no step {last_step}; its last is {max(steps, default=0)}")
     return steps

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lacuna.checkpoint import settled
-from lacuna.config import SftConfig
+from lacuna.config import LINES, SftConfig, printable
 from lacuna.data import Batch, describe
 from lacuna.tokenizer import Tokenizer, decode
 from lacuna.trainer import read_inputs
@@ -24,7 +24,7 @@ def show_rows(config: SftConfig) -> None:
         console.print(text, soft_wrap=True)
     console.print(f"data: {describe(dataset.facts)}")
     for example in dataset.bad_examples:
-        console.print(f"left out: {example}")
+        console.print(Text(printable(f"left out: {example}", LINES)), soft_wrap=True)
 
 
 def coloured(batch: Batch, row: int, tokenizer: Tokenizer, has_marks: bool) -> Text:
@@ -36,7 +36,7 @@ def coloured(batch: Batch, row: int, tokenizer: Tokenizer, has_marks: bool) -> T
         is_learned = [False, *(batch.weight[row, here] > 0)]
         text.append(f"── document {segment}: {len(here)} tokens, {sum(is_learned)} supervised ──\n", style="bold cyan")
         for learned, run in groupby(zip(is_learned, ids, strict=True), lambda pair: pair[0]):
-            written = decode(tokenizer, [int(each) for _, each in run])
+            written = printable(decode(tokenizer, [int(each) for _, each in run]), LINES)
             text.append(f"⟦{written}⟧" if learned and has_marks else written, style="green" if learned else "dim")
         text.append("\n")
     return text
