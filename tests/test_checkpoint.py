@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lacuna import checkpoint, distributed, trainer, weights
-from lacuna.config import EvalConfig, ModelKeys, SftConfig, UserError, to_toml
+from lacuna.config import EvalConfig, GrpoConfig, ModelKeys, SftConfig, UserError, to_toml
 from lacuna.metrics import byte_size
 from lacuna.model import ModelConfig, head_of, initial_params, read_model_config
 
@@ -234,6 +234,7 @@ def test_damaged_models_are_refused_naming_the_file(copied: Path, spoil: Any, wo
     with pytest.raises(UserError) as refusal:
         weights.load_params(copied, read_model_config(copied), mesh_of(1, 1, 1))
     assert words in str(refusal.value) and str(copied) in str(refusal.value)
+    assert ("damaged" in str(refusal.value)) <= ("stored as" not in words)
 
 
 def test_an_index_beside_a_single_file_of_the_same_tensors_loads(copied: Path) -> None:
@@ -356,6 +357,12 @@ def test_rows_are_by_default_no_longer_than_the_model_allows(small: Path) -> Non
     config = eval_of(small)
     assert config.sequence_length == 2048 and checkpoint.settled(config).sequence_length == 1024
     assert checkpoint.settled(eval_of(small, sequence_length=2048)).sequence_length == 2048  # and is refused later
+    grpo = GrpoConfig(model_name=str(small), run_name="run", data=({"path": str(TINY / "heldout.jsonl")},))
+    for positions, room in ((1024, 512), (256, 128)):
+        raw = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": positions}
+        (small / "config.json").write_text(json.dumps(raw))
+        decided = checkpoint.settled(grpo)
+        assert (decided.sequence_length, decided.max_completion_tokens) == (positions, room)
     raw = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 4096}
     (small / "config.json").write_text(json.dumps(raw))
     assert checkpoint.settled(config).sequence_length == 2048

@@ -32,7 +32,7 @@ from jaxtyping import Array, PyTree
 from pydantic import BaseModel
 
 from lacuna.attention import choose_backend
-from lacuna.config import DataKeys, ModelKeys, TemplateKeys, TrainingConfig, UserError
+from lacuna.config import DataKeys, GrpoConfig, ModelKeys, TemplateKeys, TrainingConfig, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, content_hash, duration, sync
 from lacuna.model import FAMILIES, ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
@@ -130,7 +130,7 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
 
 def settled(config: Config, platform: str = "") -> Config:
     """The config with what it leaves open decided for good, or as the run that it resumes decided it: the commit of a
-    hub id, the type of compute on this platform (this machine's, if it is empty), and the length of rows.
+    hub id, the type of compute on this platform (this machine's, if it is empty), and what the model has room for.
 
     Raises:
         UserError: no such model.
@@ -151,7 +151,10 @@ def settled(config: Config, platform: str = "") -> Config:
         changes["compute_dtype"] = before.get("compute_dtype", fast_dtype(config, platform or jax.default_backend()))
     if isinstance(config, DataKeys) and "sequence_length" not in config.model_fields_set:
         allowed = read_model_config(source).capacity(config.sequence_length)
-        changes["sequence_length"] = before.get("sequence_length", allowed)
+        changes["sequence_length"] = length = before.get("sequence_length", allowed)
+        if isinstance(config, GrpoConfig) and "max_completion_tokens" not in config.model_fields_set:
+            fitting = min(config.max_completion_tokens, length // 2)
+            changes["max_completion_tokens"] = before.get("max_completion_tokens", fitting)
     return config.model_copy(update=changes)
 
 

@@ -118,6 +118,8 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
                         f"{path}: {name} is stored as {piece.get_dtype()}; float32, bfloat16 and float16 are read"
                     )
                 tensors.setdefault(name, StoredTensor(dtype, [])).pieces.append((box, piece))
+        except UserError:
+            raise
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path}: damaged or not safetensors ({error}); copy or fetch the file again") from error
     for name, tensor in tensors.items():

@@ -48,7 +48,9 @@ class ExportConfig(Keys):
 class GenerationConfig(SamplingKeys, TemplateKeys, DeviceKeys, ModelKeys):
     """Generation"""
 
-    model_name: str = Field("", description="Run, directory in Hugging Face layout, or hub id; empty: the newest run")
+    model_name: str = Field(
+        "", description="Run or checkpoint of one, directory in Hugging Face layout, or hub id; empty: the newest run"
+    )
     output_dir: str = Field("runs", min_length=1, description="Folder of all runs")
     capacity: Capacity = 4096
 
