@@ -218,7 +218,7 @@ def stored(directory: Path, name: str, dtype: Any) -> None:
             "no model.safetensors.index.json",
         ),
         (lambda d: (d / "model.safetensors").rename(d / "weights.safetensors"), "weights.safetensors is there, but no"),
-        (adapted, "an adapter of 'some/base', no model; merge it"),
+        (adapted, "an adapter of some/base, no model; merge it"),
         (
             lambda d: stored(d, "F8_E4M3", ml_dtypes.float8_e4m3fn),
             "q_proj.weight is stored as F8_E4M3; float32, bfloat16",

@@ -18,6 +18,7 @@ from lacuna.config import UserError
 from lacuna.model import (
     ModelConfig,
     check_sequence_length,
+    check_trainable,
     cross_entropy,
     embed,
     forward,
@@ -345,6 +346,14 @@ def test_other_words_for_the_same_and_a_bias_that_mistral_never_has_are_taken_as
     raw = json.loads((REFERENCE / "mistral" / "config.json").read_text())
     other = {"torch_dtype": "torch.float32", "hidden_act": "swish", "attention_bias": True}
     assert model_config(raw | other, "config.json") == model_config(raw, "config.json")
+
+
+def test_dropout_matters_in_training_alone() -> None:
+    raw = json.loads((REFERENCE / "llama2" / "config.json").read_text()) | {"attention_dropout": 0.1}
+    model = model_config(raw, "config.json")
+    check_sequence_length(model, 64)
+    with pytest.raises(UserError, match="attention_dropout = 0.1 .* set it to 0 to train without"):
+        check_trainable(model, 64)
 
 
 def test_capacity_is_what_is_wanted_within_positions_and_sliding_window() -> None:

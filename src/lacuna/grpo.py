@@ -40,7 +40,7 @@ from lacuna.eval import Problem, Problems, Tasks, final_answer, measure_in_train
 from lacuna.model import (
     ModelConfig,
     cast,
-    check_sequence_length,
+    check_trainable,
     embed,
     forward,
     head_of,
@@ -430,7 +430,7 @@ def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs
     """Devices, model, problems and rewards of a config, each checked against the others."""
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     opened = open_model(config, mesh, with_weights=not config.from_scratch)
-    check_sequence_length(opened.model, config.sequence_length)
+    check_trainable(opened.model, config.sequence_length)
     longest = config.sequence_length - config.max_completion_tokens
     wants_answers = any(reward.needs_answer for reward in rewards)
     limits = longest, wants_answers

@@ -61,6 +61,7 @@ class ModelConfig:
     unrotated_layers: tuple[int, ...]
     is_tied: bool
     has_bias: bool
+    attention_dropout: float
     initializer_range: float
     file_dtype: str
     padded_vocabulary: int
@@ -206,6 +207,7 @@ KEYS: dict[str, tuple[type, Any]] = {
     "sliding_window": (int, 0), "max_window_layers": (int, 0), "layer_types": (list, []),
     "no_rope_layers": (list, []), "no_rope_layer_interval": (int, 4),
     "rms_norm_eps": (float, None), "rope_theta": (float, 10000.0), "initializer_range": (float, 0.02),
+    "attention_dropout": (float, 0.0),
     "use_sliding_window": (bool, False), "attention_bias": (bool, False), "tie_word_embeddings": (bool, False),
     "architectures": (list, []),
 }  # fmt: skip
@@ -218,8 +220,8 @@ YARN_KEYS: dict[str, tuple[type, Any]] = {
 }  # fmt: skip
 # Any other value of these keys asks for what is not implemented
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "mlp_bias": (), "attention_dropout": (),
-    "rope_interleaved": (), "quantization_config": (), "num_experts": (), "num_local_experts": (),
+    "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "mlp_bias": (), "rope_interleaved": (),
+    "quantization_config": (), "num_experts": (), "num_local_experts": (),
 }  # fmt: skip
 
 
@@ -336,6 +338,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         unrotated_layers=tuple(layer for layer in range(layers) if family == "smollm3" and not is_rotated[layer]),
         is_tied=keys["tie_word_embeddings"],
         has_bias=keys["attention_bias"] and family != "mistral",
+        attention_dropout=keys["attention_dropout"],
         initializer_range=keys["initializer_range"],
         file_dtype=file_dtype,
         padded_vocabulary=keys["vocab_size"],
@@ -351,6 +354,16 @@ def check_sequence_length(model: ModelConfig, sequence_length: int) -> None:
         raise UserError(
             f"sequence_length = {sequence_length} exceeds the model's {name} = {limit}; set it to {limit} or less"
         )
+
+
+def check_trainable(model: ModelConfig, sequence_length: int) -> None:
+    """Refuse to train a model with dropout, which is not implemented, or on rows that are too long for it."""
+    if model.attention_dropout:
+        raise UserError(
+            f"attention_dropout = {model.attention_dropout} of config.json is not implemented; set it to 0 to train "
+            "without"
+        )
+    check_sequence_length(model, sequence_length)
 
 
 def initial_params(key: Key[Array, ""], model: ModelConfig) -> PyTree[Float[Array, "..."]]:

@@ -122,7 +122,10 @@ def load_backend(directory: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         convertible = next((name for name in ("tokenizer.model", "vocab.json") if (directory / name).is_file()), "")
         loader = f"transformers' AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained(…)"
-        fix = f"convert {convertible} with {loader}" if convertible else "give a directory in Hugging Face layout"
+        needs = " (with sentencepiece and protobuf installed)" if convertible == "tokenizer.model" else ""
+        fix = (
+            f"convert {convertible} with {loader}{needs}" if convertible else "give a directory in Hugging Face layout"
+        )
         raise UserError(f"{path}: no such file; {fix}")
     # Trimmed offsets leave out the spaces that belong to a token; the ids do not depend on them.
     text = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', path.read_text("utf-8"))

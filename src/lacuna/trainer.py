@@ -55,7 +55,7 @@ from lacuna.metrics import RunLog, byte_size
 from lacuna.model import (
     ModelConfig,
     cast,
-    check_sequence_length,
+    check_trainable,
     cross_entropy,
     embed,
     forward,
@@ -704,7 +704,7 @@ def read_inputs(config: RowsConfig, with_weights: bool) -> tuple[OpenedModel, Da
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(mesh))
     opened = open_model(config, mesh, with_weights=with_weights)
-    check_sequence_length(opened.model, config.sequence_length)
+    check_trainable(opened.model, config.sequence_length)
     is_stream = isinstance(config, PretrainConfig)
     return opened, load_dataset(config.data, opened.tokenizer, config, is_stream=is_stream, is_shuffled=True)
 

@@ -172,7 +172,8 @@ def without_weights(directory: Path, names: Sequence[str]) -> str:
     found = sorted(name for name in names if Path(name).name == name)
     if ADAPTER in found:
         base = read_json(directory / ADAPTER).get("base_model_name_or_path")
-        return f"an adapter of {base!r}, no model; merge it with peft's merge_and_unload() and save_pretrained(…)"
+        of = f" of {base}" if base else ""
+        return f"an adapter{of}, no model; merge it with peft's merge_and_unload() and save_pretrained(…)"
     if shards := [name for name in found if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
         return f"{shards[0]} is there, but no model.safetensors.index.json; fetch that too"
     if others := [name for name in found if name.endswith(".safetensors")]:

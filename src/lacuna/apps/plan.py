@@ -32,7 +32,7 @@ from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss, slot_count, update_shape
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
-from lacuna.model import PAGE, ModelConfig, check_sequence_length, parameter_counts
+from lacuna.model import PAGE, ModelConfig, check_trainable, parameter_counts
 from lacuna.trainer import TrainState, everywhere
 
 MOST_ROWS = 64  # the largest micro-batch that is tried
@@ -386,7 +386,7 @@ def run_plan(config: TrainingConfig) -> None:
     config = checkpoint.settled(config, topology.chip.platform)
     source = checkpoint.described_in(checkpoint.resolve_model(config.model_name, with_weights=False))
     model, attention = checkpoint.model_on(source, config, mesh)
-    check_sequence_length(model, config.sequence_length)
+    check_trainable(model, config.sequence_length)
     facts = setting_facts(config, model, topology, mesh) | {"attention": attention}
     print(*setting_lines(config, model, topology, facts), sep="\n", flush=True)
     with tracing_for(topology):
