@@ -1,17 +1,20 @@
+import errno
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacuna import cli
+from lacuna import cli, config
 from lacuna.cli import parse
 from lacuna.config import (
     DataSource,
@@ -438,3 +441,46 @@ def test_the_compiler_for_gpus_counts_on_the_memory_that_xla_may_take(
     monkeypatch.setattr(cli, "find_spec", lambda name: object() if has_gpus and "cuda" in name else None)
     cli.share_memory()
     assert os.environ["XLA_FLAGS"] == flags and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == (share or "0.92")
+
+
+# The cache
+
+
+@pytest.mark.parametrize("problem", ["no home", "not a directory", "no room"])
+def test_a_cache_that_can_not_be_written_moves_with_a_warning(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own, chosen = tmp_path / f"lacuna-{os.getuid()}", tmp_path / problem
+    if problem == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # HOME unset, and no entry among the users
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(chosen))
+    if problem == "not a directory":
+        chosen.write_text("")
+    usual = tempfile.TemporaryFile
+
+    def full(dir: Path) -> Any:
+        if dir.is_relative_to(chosen):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return usual(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    config.usable_cache.cache_clear()
+    assert config.Keys().cache_dir == own == config.Keys().cache_dir
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("WARNING: ") and f"the cache is {own}, unless XDG_CACHE_HOME" in line
+    assert own.is_dir() and not own.lstat().st_mode & 0o077
+    config.usable_cache.cache_clear()
+
+
+def test_a_cache_is_not_moved_to_where_another_user_can_put_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"lacuna-{os.getuid()}").symlink_to("theirs")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with pytest.raises(UserError, match="/dev/null/lacuna: .*; set XDG_CACHE_HOME to a directory with room"):
+        _ = config.Keys().cache_dir

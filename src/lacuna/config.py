@@ -1,12 +1,16 @@
 """The config of each command: its keys with their defaults, bounds and descriptions. Never imports jax."""
 
 import difflib
+import errno
 import importlib.util
 import json
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Iterable
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,8 +38,42 @@ class Keys(BaseModel):
 
     @property
     def cache_dir(self) -> Path:
-        """The directory of what is reused between runs: packing plans, compiled programs."""
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacuna"
+        """The directory of what is reused between runs: encoded documents, compiled programs."""
+        return usable_cache(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+
+
+@lru_cache
+def usable_cache(chosen: str) -> Path:
+    """Our directory in the one that is chosen or, if nothing can be written there, which a warning says, in /tmp.
+
+    Raises:
+        UserError: nothing can be written to either.
+    """
+    wanted = Path(chosen) / "lacuna"
+    try:
+        if chosen.startswith("~"):
+            raise OSError(errno.ENOENT, "this user has no home directory")
+        probe(wanted)
+        return wanted
+    except OSError as error:
+        problem = f"{wanted}: {error.strerror}"
+    try:
+        own = Path(tempfile.gettempdir()) / f"lacuna-{os.getuid()}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.is_symlink() or own.stat().st_uid != os.getuid():  # programs are loaded from there, so no one else's
+            raise OSError(errno.EPERM, "it is another user's")
+        probe(own)
+    except OSError as error:
+        raise UserError(f"{problem}, nor can /tmp be used; set XDG_CACHE_HOME to a directory with room") from error
+    print(f"WARNING: {problem}; the cache is {own}, unless XDG_CACHE_HOME names another place", file=sys.stderr)
+    return own
+
+
+def probe(directory: Path) -> None:
+    """Make a directory, if it is not there, and see that a file of 1 MB can be written to it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(bytes(10**6))
 
 
 def to_toml(config: Keys, without: Iterable[str] = ()) -> str:

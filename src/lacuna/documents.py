@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
 from lacuna.config import DataSource, UserError
+from lacuna.distributed import writing_to
 from lacuna.metrics import content_hash, sync, write_atomically
 from lacuna.tokenizer import (
     EncodedText,
@@ -354,14 +355,15 @@ def load_documents(
     bounds = split_bounds(source)
     directory = cache_dir / "documents" / source_fingerprint(source, tokenizer, train_on, skip_bad)
     if not (cached := intact_facts(directory)):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-            encode_source(source, tokenizer, train_on, skip_bad, Path(scratch))
-            try:
-                os.rename(scratch, directory)
-            except OSError:
-                if not directory.exists():  # else another process was faster
-                    raise
+        with writing_to(directory.parent, "make room, or set XDG_CACHE_HOME to a directory that has some"):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+                encode_source(source, tokenizer, train_on, skip_bad, Path(scratch))
+                try:
+                    os.rename(scratch, directory)
+                except OSError:
+                    if not directory.exists():  # else another process was faster
+                        raise
     if not (facts := cached or intact_facts(directory)):
         raise UserError(f"{directory}: what was written there can't be read again; is the disk sound?")
     start, is_prompted = np.fromfile(directory / "start", np.int64), np.fromfile(directory / "is_prompted", np.bool_)

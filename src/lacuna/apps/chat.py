@@ -288,7 +288,7 @@ class Chat:
                 if not argument:
                     raise UserError(f"{command} needs a file, as in {command} chats.jsonl")
                 try:
-                    (self.save if command == "/save" else self.load)(Path(argument).expanduser())
+                    (self.save if command == "/save" else self.load)(Path(os.path.expanduser(argument)))
                 except OSError as error:
                     raise UserError(f"{argument}: {error.strerror}; choose another file") from error
             case "/set":
@@ -422,12 +422,11 @@ def silent_keys() -> Generator[None]:
 
 def typed_turns(config: ChatConfig) -> Iterator[str]:
     """What the user writes at the prompt: Enter sends, Alt-Enter or Ctrl-J starts a new line, Ctrl-D leaves."""
-    path = config.cache_dir / "chat_history"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = config.cache_dir / "chat_history"
         path.touch(mode=0o600)
         history = FileHistory(path)
-    except OSError:
+    except (OSError, UserError):
         history = InMemoryHistory()
     settings = [f"/set {name}=" for name in SETTABLE]
     completer = WordCompleter([*CHAT_COMMANDS, *settings], sentence=True, meta_dict=dict(CHAT_COMMANDS))
