@@ -315,7 +315,8 @@ def dialogue(question: str, *rest: str) -> str:
 def dataset_of(tmp_path: Path, *lines: str, is_stream: bool = False, **settings: Any) -> Dataset:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
-    options = {"model_name": "unused", "run_name": "run", "data": ({"path": str(path)},), "sequence_length": 16}
+    options = {"model_name": "unused", "run_name": "run", "sequence_length": 16}
+    options["data"] = ({"path": str(path), "prompt_format": "text"},)
     config = (PretrainConfig if is_stream else SftConfig)(**options | settings)
     return load_dataset(config.data, load_tokenizer(TINY), config, is_stream, is_shuffled=not is_stream)
 
@@ -350,7 +351,7 @@ def test_what_was_counted_is_described_in_words(tmp_path: Path) -> None:
     assert first.startswith(
         "4 rows read, 1 bad rows left out, 3 samples, 1 samples dropped, as the last answer alone is"
     )
-    assert "1 prompts cut from the left" in first and " supervised (" in first
+    assert "1 prompts cut from the left" in first and " supervised (" in first and "3 chats, " in first
     assert again == first.replace("4 rows read", "4 rows read, 4 of them from the cache")
 
 
@@ -401,9 +402,11 @@ def test_what_is_counted_is_what_the_raw_rows_hold(tmp_path: Path, tokenizer: To
     target_count = sum(map(len, targets))
     expected = {"rows": 64, "bad": 4, "documents": 60, "tokens": sum(kept), "target_tokens": target_count}
     expected |= {fate: fates.count(fate) for fate in ("answer_too_long", "prompt_cut", "split")}
+    expected |= {"chats": sum("messages" in row for row in rows), "texts": sum("text" in row for row in rows)}
+    expected |= {"prompts_as_text": sum("prompt" in row for row in rows)}
     expected |= {"targets_cut": sum(sum(mask[1:]) for mask in masks) - target_count}
     assert dict(dataset.facts) == {name: count for name, count in expected.items() if count}
-    assert len([count for count in expected.values() if count]) >= 8
+    assert len([count for count in expected.values() if count]) >= 11
     assert len(dataset.bad_examples) == 4 and all("rows.jsonl line " in example for example in dataset.bad_examples)
 
     pieces = [size for slots in kept for size in (length,) * (slots // length) + (slots % length,) if size]
@@ -469,3 +472,11 @@ def test_real_chats_fill_their_rows(shelf: Path) -> None:
     assert dataset.facts["documents"] == 2_991 and isinstance(dataset.rows, PackedRows)
     assert dataset.rows.slot_count(0) == dataset.facts["tokens"]
     assert dataset.facts["tokens"] >= 0.99 * dataset.rows.row_count(1) * config.sequence_length
+
+
+def test_what_of_a_row_has_no_effect_is_said_at_the_start(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "Two and two."}
+    rows = [{"messages": [{"role": "user", "content": "2 + 2?"}, thought], "id": 7, "source": "mine", "url": None}]
+    facts = dataset_of(tmp_path, *map(json.dumps, rows), sequence_length=64).facts
+    assert "1 thoughts, or texts beside calls, left out by the chat template, 1 chats" in describe(facts)
+    assert describe(facts).endswith("%); not used: id, source")

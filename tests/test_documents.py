@@ -1,6 +1,7 @@
 """Files, good and broken, to rows and documents, against plain statements of what each should hold."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -15,7 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
 from conftest import TINY
 from hypothesis import given
@@ -25,12 +28,15 @@ from lacuna import documents
 from lacuna.config import DataSource, UserError
 from lacuna.documents import (
     Documents,
+    encode_parts,
+    example_of,
     load_documents,
+    plain_message,
     prepare,
     read_rows,
     seams,
 )
-from lacuna.tokenizer import Tokenizer, chat_spans, decode, encode, load_tokenizer
+from lacuna.tokenizer import Tokenizer, TrainOn, chat_spans, decode, encode, encode_spans, load_tokenizer
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"{n} + {n}?"}, {"role": "assistant", "content": f"It’s\n“{2 * n}”."}]}
@@ -53,8 +59,6 @@ def comma_separated(rows: list[dict[str, Any]], line_end: str = "\n") -> bytes:
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
-    import datasets
-
     with io.BytesIO() as file:
         datasets.Dataset.from_list(rows).to_parquet(file)
         return file.getvalue()
@@ -187,12 +191,12 @@ BAD = {
     "half_pair.jsonl": (b'{"prompt": "3?", "completion": null}', "line 1: .*columns prompt, completion: wanted"),
     "no_column.jsonl": (b"{}", r"line 1: .*columns \(none\)"),
     "text.jsonl": (b'{"text": 7}', "line 1: text is int, not a string"),
-    "prompt.jsonl": (b'{"prompt": ["3?"], "completion": "3"}', "line 1: prompt is list, not a string"),
+    "prompt.jsonl": (b'{"prompt": ["3?"], "completion": "3"}', "line 1: message 1 is str, not an object with role"),
     "broken.json": (b'[{"text":\n "a"},\n {]', "broken.json: not JSON in UTF-8: .* line 3 column 3"),
-    "object.json": (b'{"messages": []}', "object.json: it must hold one list of rows; .* per line .jsonl"),
+    "object.json": (b'{"messages": []}', r"object.json line 1: messages is \[\], not a list"),
     "numbers.json": (b'[{"text": "a"}, 7]', "numbers.json row 2: it is 7, not an object"),
     "empty.json": (b"[]", "empty.json: it holds no rows"),
-    "no_value.json": (b"", "no_value.json: not JSON in UTF-8: Expecting value"),
+    "no_value.json": (b"", "no_value.json: it holds no rows"),
     "not_utf8.json": (b'[\n"\xff"]', "not_utf8.json: not JSON in UTF-8: .* byte 0xff in position 3"),
     "empty.txt": (b"", "empty.txt: it holds no rows"),
     "blank.txt": (BOM + b"\n \n", "blank.txt: it holds no rows"),
@@ -259,7 +263,7 @@ def test_a_line_of_fifty_megabytes_is_skipped_without_being_held_in_memory(tmp_p
         (
             "{}/notes.xml",
             "train",
-            "notes.xml: files of this kind are not read; .jsonl, .json, .txt, .csv, .parquet are",
+            "notes.xml: files of this kind are not read; .jsonl, .ndjson, .json, .txt, .csv, .parquet, .arrow are, and",
         ),
         ("{}/rows.jsonl", "test", "split 'test': local files have only one split, train"),
         ("{}/rows.jsonl", "train[:95%", r"split 'train\[:95%': local files .* train\[:95%\]"),
@@ -307,20 +311,26 @@ def test_the_name_of_a_data_set_may_have_dots_and_a_config(monkeypatch: pytest.M
 # Rows to tokens
 
 
+def learned(row: dict[str, Any], tokenizer: Tokenizer, train_on: TrainOn = "assistant", **source: Any) -> list[str]:
+    """The text of a row and those parts of it that are learned."""
+    made = prepare(row, DataSource(path="unused", **source), tokenizer, train_on)
+    return [made.text, *(made.text[start:end] for start, end in made.spans)]
+
+
 def test_each_kind_of_row_is_learned_as_the_config_says(tokenizer: Tokenizer) -> None:
-    source, pair = DataSource(path="unused"), {"prompt": "3 + 4 = ", "completion": "7"}
+    source, pair = DataSource(path="unused", prompt_format="text"), {"prompt": "3 + 4 = ", "completion": "7"}
     end = (tokenizer.eos_id,)
-    assert prepare(pair, source, tokenizer, "assistant") == ("3 + 4 = 7", [(8, 9)], (), end, True, True)
-    assert prepare(pair, source, tokenizer, "all") == ("3 + 4 = 7", [(0, 9)], (), end, True, True)
-    assert prepare({"text": "a b"}, source, tokenizer, "assistant") == ("a b", [(0, 3)], (), end, False, True)
+    assert prepare(pair, source, tokenizer, "assistant")[:6] == ("3 + 4 = 7", [(8, 9)], (), end, True, True)
+    assert prepare(pair, source, tokenizer, "all")[:6] == ("3 + 4 = 7", [(0, 9)], (), end, True, True)
+    assert prepare({"text": "a b"}, source, tokenizer, "assistant")[:6] == ("a b", [(0, 3)], (), end, False, True)
     assert prepare({"text": "a<|im_end|>"}, source, tokenizer, "all").after == ()
     for train_on in ("assistant", "all", "last"):
         spans = chat_spans(tokenizer, CHATS[0]["messages"], None, train_on)
-        assert prepare(CHATS[0], source, tokenizer, train_on) == (*spans, (), (), True, True)
+        assert prepare(CHATS[0], source, tokenizer, train_on)[:6] == (*spans, (), (), True, True)
     prompt, completion = CHATS[0]["messages"][:1], CHATS[0]["messages"][1:]
     both = prepare({"prompt": prompt, "completion": completion}, source, tokenizer, "assistant")
     assert both == prepare(CHATS[0], source, tokenizer, "assistant")
-    renamed = DataSource(path="unused", prompt_column="question", completion_column="answer")
+    renamed = source.model_copy(update={"prompt_column": "question", "completion_column": "answer"})
     row = {"question": "3 + 4 = ", "answer": "7", "messages": None, "text": "not this"}
     assert prepare(row, renamed, tokenizer, "assistant").text == "3 + 4 = 7"
     both_kinds = {"prompt": "not this", "completion": "nor this", **CHATS[0]}
@@ -328,6 +338,140 @@ def test_each_kind_of_row_is_learned_as_the_config_says(tokenizer: Tokenizer) ->
         prepare(both_kinds, source, tokenizer, "all").text
         == chat_spans(tokenizer, CHATS[0]["messages"], None, "all")[0]
     )
+
+
+CHAT = "<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n"
+QUESTION, ANSWER = {"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "3 + 4?", "completion": "7"},
+        {"prompt": [QUESTION], "completion": "7"},
+        {"prompt": [QUESTION], "completion": ANSWER},
+        {"messages": [QUESTION], "completion": "7"},
+        {"messages": json.dumps([QUESTION, ANSWER]), "tools": "", "text": ""},
+        {
+            "messages": [
+                QUESTION | {"content": [{"type": "text", "text": "3 + "}, {"type": "text", "text": "4?"}]},
+                ANSWER,
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "3 + 4?"}, {"from": "gpt", "value": "7"}]},
+        {"conversations": [QUESTION, ANSWER]},
+        {"instruction": "3 + 4?", "input": "", "output": "7"},
+        {"messages": [QUESTION, ANSWER | {"tool_calls": [], "function_call": None}], "chat_template_kwargs": {"a": 1}},
+    ],
+)
+def test_every_form_of_a_chat_is_the_same_chat_for_training_and_for_asking(
+    tokenizer: Tokenizer, row: dict[str, Any]
+) -> None:
+    assert learned(row, tokenizer) == [CHAT, "7<|im_end|>"]
+    example = example_of(row, DataSource(path="unused"), tokenizer)
+    assert (example.messages, example.reference, example.is_chat) == ([QUESTION], "7", True)
+    assert not [each for each in example.counted if each.startswith("unused")]
+
+
+def test_other_formats_keep_their_input_and_their_system_message(tokenizer: Tokenizer) -> None:
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5", "system": "Be brief.", "id": 7}
+    text, answer = learned(row, tokenizer)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n\n2 and 3<|im_end|>")
+    assert learned(row, tokenizer, prompt_column="instruction", completion_column="output") == [text, answer]
+    example = example_of(row, DataSource(path="unused"), tokenizer)
+    assert example.counted == ("prompts_as_chats", "alpaca", "unused id")
+    assert learned(row | {"text": "x"}, tokenizer)[0] == "x"  # a column that the source names comes first
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    assert plain_message(called)["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def test_a_prompt_is_a_chat_or_a_text_as_the_key_says_or_its_own_tokens(tokenizer: Tokenizer) -> None:
+    pair = {"prompt": "3 + 4?", "completion": "7"}
+    assert learned(pair, tokenizer, prompt_format="text") == ["3 + 4?7", "7"]
+    rendered = {"prompt": CHAT[: CHAT.index("7")], "completion": "7<|im_end|>"}
+    assert learned(rendered, tokenizer) == [CHAT.rstrip(), "7<|im_end|>"]
+    assert learned(rendered, tokenizer, prompt_format="chat")[0].startswith("<|im_start|>user\n<|im_start|>user")
+    plain = replace(tokenizer, template=None)
+    assert learned(pair, plain) == ["3 + 4?7", "7"]
+    with pytest.raises(ValueError, match="completion is int, not a string; write it in quotes"):
+        learned(pair | {"completion": 7}, tokenizer)
+
+
+def test_all_of_a_completion_is_learned_where_a_token_would_straddle_its_beginning(tokenizer: Tokenizer) -> None:
+    source = DataSource(path="unused", prompt_format="text")
+    rows = [{"prompt": "Ben has ", "completion": "seven"}, {"prompt": "Ben has", "completion": " seven"}]
+    made = [prepare(row, source, tokenizer, "assistant") for row in rows]
+    assert [encoded.straddling_count for encoded in encode_spans(tokenizer, [each[:2] for each in made])] == [1, 0]
+    for (_, encoded), expected in zip(encode_parts(iter(made), tokenizer), ("seven", " seven"), strict=True):
+        assert decode(tokenizer, encoded.token[encoded.supervised]) == expected + "<|im_end|>"
+        assert decode(tokenizer, encoded.token) == "Ben has seven<|im_end|>"
+        assert encoded.straddling_count == 0
+
+
+def test_an_arrow_table_adds_no_nulls_and_other_files_keep_theirs(tmp_path: Path) -> None:
+    calls = [[{"name": "f", "arguments": {"city": "Rome"}}], [{"name": "g", "arguments": {"number": 9}}]]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": call}], "tools": None} for call in calls]
+    found = [row for _, row in read_rows(write(tmp_path, "rows.parquet", parquet(rows)))]
+    assert [row["messages"] for row in found] == [row["messages"] for row in rows]
+    written = {"messages": [{"role": "user", "content": None}]}
+    assert [row for _, row in read_rows(write(tmp_path, "rows.jsonl", json_lines([written])))] == [written]
+
+
+def compressed_by_arrow(content: bytes) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
+        stream.write(content)
+    return buffer.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.ndjson", json_lines(CHATS)),
+        ("rows.json", json_lines(CHATS)),
+        ("rows.jsonl.gz", gzip.compress(json_lines(CHATS))),
+        ("rows.JSON.GZ", gzip.compress(json.dumps(CHATS).encode())),
+        ("rows.jsonl.zst", compressed_by_arrow(json_lines(CHATS))),
+        ("rows.csv.gz", gzip.compress(comma_separated([{"messages": json.dumps(row["messages"])} for row in CHATS]))),
+    ],
+)
+def test_files_as_they_are_found_are_read(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, name, content)
+    loaded = load(DataSource(path=f"~/{name}"), tokenizer, tmp_path / "cache")
+    expected = load(write(tmp_path, "plain.jsonl", json_lines(CHATS)), tokenizer, tmp_path / "cache")
+    assert texts(loaded, tokenizer) == texts(expected, tokenizer)
+    assert loaded.facts["counted"] == {"chats": 3}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst"])
+def test_a_compressed_file_that_is_cut_short_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    content = json_lines([{"text": f"{n} {n * n}"} for n in range(2000)])
+    whole = gzip.compress(content) if name.endswith("gz") else compressed_by_arrow(content)
+    *_, (origin, error) = read_rows(write(tmp_path, name, whole[: len(whole) // 2]))
+    assert origin.endswith(name) and isinstance(error, ValueError)
+
+
+def test_a_folder_of_save_to_disk_is_read_or_its_splits_are_named(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(CHATS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "several")
+    for path in (tmp_path / "one", tmp_path / "several" / "train"):
+        assert [row for _, row in read_rows(DataSource(path=str(path)))] == CHATS
+    with pytest.raises(UserError, match="several' is a directory; name one of its splits, as .*several/train"):
+        list(read_rows(DataSource(path=str(tmp_path / "several"))))
+
+
+def test_a_slice_takes_rows_whether_they_are_good_or_bad(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [json.dumps({"messages": []} if n < 3 else {"text": f"Ben has {n}"}).encode() for n in range(10)]
+    source = write(tmp_path, "rows.jsonl", b"\n".join(lines))
+    found = []
+    for split in ("train[:70%]", "train[70%:]"):
+        loaded = load(source.model_copy(update={"split": split}), tokenizer, tmp_path / "cache", skip_bad=True)
+        found.append([text.removesuffix("<|im_end|>")[-1] for text in texts(loaded, tokenizer)])
+    assert found == [["3", "4", "5", "6"], ["7", "8", "9"]]
 
 
 def altered(directory: Path, settings: dict[str, str], **model: Any) -> Tokenizer:
@@ -371,10 +515,19 @@ def test_a_text_begins_with_bos_where_the_tokenizer_writes_it_and_ends_with_a_le
     assert loaded.is_prompted.tolist() == [False, True]
 
 
+def test_a_text_that_begins_with_bos_is_given_no_second_one(tmp_path: Path) -> None:
+    settings = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    tokenizer = altered(tmp_path / "other", settings, post_processor=template(BEGIN, CONTENT))
+    source = DataSource(path="unused")
+    assert prepare({"text": "a"}, source, tokenizer, "all").before == (tokenizer.bos_id,)
+    assert prepare({"text": "<|im_start|>a"}, source, tokenizer, "all").before == ()
+
+
 def test_a_document_ends_with_its_last_learned_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
     turns = [*CHATS[0]["messages"], {"role": "user", "content": "Thanks"}]
     rows = [{"messages": turns}, {"text": ""}, {"prompt": "Ben", "completion": ""}]
-    loaded = load(write(tmp_path, "rows.jsonl", json_lines(rows)), tokenizer, tmp_path)
+    source = write(tmp_path, "rows.jsonl", json_lines(rows)).model_copy(update={"prompt_format": "text"})
+    loaded = load(source, tokenizer, tmp_path)
     first, *others = texts(loaded, tokenizer)
     assert first.endswith("It’s\n“0”.<|im_end|>") and others == ["<|im_end|>", "Ben<|im_end|>"]
     assert loaded.supervised[loaded.start[1:] - 1].all()

@@ -17,7 +17,9 @@ from pydantic import ValidationError
 from lacuna import checkpoint, cli, trainer, weights
 from lacuna import eval as evaluation
 from lacuna.apps import evaluate
+from lacuna.apps.rewards import correct
 from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, to_toml
+from lacuna.documents import prepare
 from lacuna.eval import Predictions, Problem, Problems, Tasks, log_likelihoods
 from lacuna.model import ModelConfig, embed, forward, head_of, initial_params, logits_of, read_model_config
 from lacuna.sampler import Completion
@@ -240,6 +242,36 @@ def test_figures_of_generated_answers_are_shares_of_what_was_written() -> None:
     assert figures["truncated"] == figures["unparsable"] == pytest.approx(1 / 6)
     assert [line["parsed"] for line in lines] == [True, True, False, True, True, True]
     assert figures["mean_tokens"] == 3.5
+
+
+def problems_of(tmp_path: Path, model: Path, *rows: dict[str, Any], **keys: Any) -> Problems:
+    source = {"path": file_of(tmp_path, list(rows)), "prompt_column": "question", "completion_column": "answer"}
+    config = config_of(model, tmp_path, tasks=("generate",), data=(source | keys,))
+    return evaluation.read_problems(config.data, config, load_tokenizer(model), 4096)
+
+
+def test_any_answer_of_a_list_is_right_and_an_empty_one_is_refused(model_directory: Path, tmp_path: Path) -> None:
+    rows = {"question": "2 + 2?", "answer": ["4", "#### 5"]}, {"question": "Capital?", "answer": "Paris"}
+    several, one = problems_of(tmp_path, model_directory, *rows).problems
+    assert (several.answer, several.row["answer"], one.answer) == (["4", "#### 5"], ["4", "#### 5"], "Paris")
+    for text, right in (("#### 5", True), ("it is 4", True), ("it is 6", False)):
+        line = evaluation.judged(several, Completion(0, 0, (1,), text, (), (), (), "stop"))
+        assert (line["correct"], line["expected"]) == (right, ["4", "5"])
+        assert correct("", text, several.row) == right
+    for answer in ("", [], None):
+        with pytest.raises(UserError, match="rows.jsonl line 1: no reference answer; set completion_column"):
+            problems_of(tmp_path, model_directory, {"question": "2 + 2?", "answer": answer})
+    with pytest.raises(UserError, match=r"reference answers \[4, 5\] are not all texts"):
+        problems_of(tmp_path, model_directory, {"question": "2 + 2?", "answer": [4, 5]})
+
+
+def test_a_problem_is_asked_as_its_row_is_trained(model_directory: Path, tmp_path: Path) -> None:
+    tokenizer, row = load_tokenizer(model_directory), {"question": "3 + 4 = ", "answer": "7"}
+    for prompt_format in ("auto", "chat", "text"):
+        source = DataSource(path="x", prompt_column="question", completion_column="answer", prompt_format=prompt_format)
+        made = prepare(row, source, tokenizer, "assistant")
+        (problem,) = problems_of(tmp_path, model_directory, row, prompt_format=prompt_format).problems
+        assert made.text[: made.spans[0][0]] == problem.prompt and problem.is_chat == (prompt_format != "text")
 
 
 # Choices

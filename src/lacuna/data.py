@@ -281,6 +281,7 @@ def load_dataset(
             raise UserError(f"{source.path} holds chats or prompts; pretrain reads plain text, sft trains on chats")
         pieces, counted = fit(loaded, number, sys.maxsize if is_stream else config.sequence_length)
         counted.update({key: loaded.facts[key] for key in ("rows", "from_cache", "bad", "straddling")})
+        counted.update(loaded.facts["counted"])
         if not counted["target_tokens"]:
             reason = "; ".join([describe(counted), *loaded.facts["bad_examples"][:1]])
             raise UserError(f"{source.path}, {source.split}: no token to learn from ({reason})")
@@ -305,6 +306,13 @@ WORDING = {
     "targets_cut": "supervised tokens lost with them",
     "split": "texts split over rows",
     "straddling": "tokens on the edge of an answer left unsupervised",
+    "thoughts": "thoughts, or texts beside calls, left out by the chat template",
+    "chats": "chats",
+    "prompts_as_chats": "prompts with completions as chats",
+    "prompts_as_text": "prompts with completions as text",
+    "texts": "texts",
+    "sharegpt": "of them ShareGPT's",
+    "alpaca": "of them Alpaca's",
     "tokens": "tokens",
     "target_tokens": "supervised",
 }
@@ -313,4 +321,6 @@ WORDING = {
 def describe(facts: Mapping[str, int]) -> str:
     """What was counted, in words."""
     share = f" ({facts['target_tokens'] / facts['tokens']:.1%})" if facts.get("tokens") else ""
-    return ", ".join(f"{facts[key]:,} {words}" for key, words in WORDING.items() if facts.get(key)) + share
+    unused = [key.removeprefix("unused ") for key in facts if key.startswith("unused ")]
+    note = f"; not used: {', '.join(unused)}" if unused else ""
+    return ", ".join(f"{facts[key]:,} {words}" for key, words in WORDING.items() if facts.get(key)) + share + note

@@ -6,18 +6,22 @@ depend on: the bytes of the files, the columns, the tokenizer, the chat template
 
 import csv
 import glob
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -35,18 +39,22 @@ from lacuna.tokenizer import (
     TrainOn,
     chat_spans,
     encode,
+    encode_apart,
     encode_spans,
     end_of_text_id,
+    has_bos,
+    left_out_thoughts,
 )
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".zst")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 MAX_LINE_BYTES = 16 * 2**20
 PART_CHARACTERS, SEAM_CHARACTERS = 2**15, 2**8
 BATCH_PARTS = 64  # to encode at once: enough to occupy the processors, and not more, as encodings take much memory
 SHOWN_BAD_ROWS = 5
 TABLE_ROWS = 1000  # of an Arrow table that are read at once
-CACHED = ("token", "supervised", "start", "is_prompted")
+CACHED = ("token", "supervised", "start", "is_prompted", "row")
 
 Used = TypeVar("Used")
 
@@ -55,8 +63,8 @@ class Documents(NamedTuple):
     """The encoded documents of one source: document i is `token[start[i]:start[i + 1]]`, and so is `supervised`.
 
     Each ends with its last supervised token, as what follows can't change the loss. `is_prompted` documents answer a
-    prompt, the others are plain text. `facts` counts rows read, bad rows, and tokens that straddle the edge of what is
-    supervised, and those of the rows that were in the cache.
+    prompt, the others are plain text. `facts` counts rows read, bad rows, those that were in the cache, tokens that
+    straddle the edge of what is supervised, the forms of rows, and what of them had no effect.
     """
 
     token: Int[np.ndarray, " token"]
@@ -67,8 +75,9 @@ class Documents(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A document ready for the tokenizer, or a part of a long one: its text, the supervised ranges of characters, and
-    the tokens that go before and, supervised, after it."""
+    """A document ready for the tokenizer, or a part of a long one: its text, the supervised ranges of characters, the
+    tokens that go before and, supervised, after it, where its completion begins, if it is one after a plain prompt, and
+    what is counted of its row."""
 
     text: str
     spans: list[Span]
@@ -76,6 +85,8 @@ class Prepared(NamedTuple):
     after: tuple[int, ...] = ()
     is_prompted: bool = True
     is_last: bool = True
+    edge: int = 0
+    counted: tuple[str, ...] = ()
 
 
 # Reading
@@ -118,47 +129,88 @@ def usable(
 
 
 def local_files(path: str) -> list[Path]:
-    """The files that a path or glob names, sorted; none if it may name a data set on the hub."""
-    if Path(path).is_dir():
-        raise UserError(f"data path {path!r} is a directory; name its files, as {path.rstrip('/')}/*.jsonl")
-    found = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-    files = [Path(name) for name in found if Path(name).is_file()]
-    if not files and (Path(path).suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(path)):
+    """The files that a path or glob names, sorted, or those of a folder of `save_to_disk`; none if it may name a data
+    set on the hub."""
+    home = Path(os.path.expanduser(path))
+    if (home / "state.json").is_file():
+        files = [home / each["filename"] for each in parsed((home / "state.json").read_bytes())["_data_files"]]
+    elif home.is_dir():
+        splits = [f"{path.rstrip('/')}/{each.parent.name}" for each in sorted(home.glob("*/state.json"))]
+        raise UserError(
+            f"data path {path!r} is a directory; name "
+            + (f"one of its splits, as {splits[0]}" if splits else f"its files, as {path.rstrip('/')}/*.jsonl")
+        )
+    else:
+        found = [home] if home.is_file() else sorted(glob.glob(str(home), recursive=True))
+        files = [Path(name) for name in found if Path(name).is_file()]
+    if not files and (kind_of(home) in SUFFIXES or not HUB_ID.fullmatch(path)):
         raise UserError(f"data path {path!r}: no such file; paths start from {Path.cwd()}")
     for file in files:
-        if file.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{file}: files of this kind are not read; {', '.join(SUFFIXES)} are")
+        if kind_of(file) not in SUFFIXES:
+            kinds = f"{', '.join(SUFFIXES)} are, and compressed as {' or '.join(COMPRESSED)}"
+            raise UserError(f"{file}: files of this kind are not read; {kinds}")
     return files
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    return (file.with_suffix("") if file.suffix.lower() in COMPRESSED else file).suffix.lower()
+
+
+def open_file(file: Path) -> io.BufferedIOBase:
+    """The bytes of a file, or those that it holds compressed."""
+    match file.suffix.lower():
+        case ".gz":
+            return gzip.GzipFile(file)
+        case ".zst":
+            import pyarrow
+
+            return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(str(file), "zstd")))
+        case _:
+            return file.open("rb")
 
 
 def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file, the last of them a ValueError if the file can't be read, or no further."""
     try:
-        match file.suffix.lower():
-            case ".jsonl":
+        match kind_of(file):
+            case ".jsonl" | ".ndjson":
                 yield from jsonl_rows(file)
             case ".csv":
                 yield from csv_rows(file)
             case ".txt":  # one document
-                if (text := file.read_bytes().decode("utf-8-sig")).strip():
+                with open_file(file) as stream:
+                    text = stream.read().decode("utf-8-sig")
+                if text.strip():
                     yield str(file), {text_column: text}
+            case ".json":
+                with open_file(file) as stream:
+                    content = stream.read()
+                if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                    yield from ((f"{file} row {number}", row) for number, row in enumerate(parsed(content), 1))
+                else:
+                    yield from jsonl_rows(file)
             case _:
                 for number, row in enumerate(table_of(file), 1):
                     yield f"{file} row {number}", row
-    except ValueError as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         fix = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         yield str(file), ValueError(f"{error}{fix}")
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """The values of a file's lines; of a line that is too long, and so may not fit in memory, only the number."""
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
             try:
                 if len(line) > MAX_LINE_BYTES:
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(2**16)
                     raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
+                if line.strip() in (b"[", b"{"):
+                    raise ValueError(
+                        "not JSON in UTF-8: a value of several lines; write it in one, or all in a list in .json"
+                    )
                 if line.strip():
                     yield f"{file} line {number}", parsed(line)
             except ValueError as error:
@@ -168,7 +220,10 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
 def csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a table whose first line names the columns; every value is text."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with (
+        open_file(file) as stream,
+        io.TextIOWrapper(cast(IO[bytes], stream), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines,
+    ):
         table = csv.DictReader(lines, strict=True)
         try:
             for row in table:
@@ -179,31 +234,34 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
             yield f"{file} line {table.reader.line_num}", ValueError(reason)
 
 
-def table_of(file: Path) -> Iterable[Any]:
-    """The rows of a parquet table or a JSON list."""
-    if file.suffix.lower() == ".parquet":
-        return parquet_rows(file)
-    if not isinstance(rows := parsed(file.read_bytes()), list):
-        raise ValueError("it must hold one list of rows; name a file with one object per line .jsonl")
-    return rows
-
-
-def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table, without columns of bytes, which are no text."""
+def table_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet table, or of one of Arrow as `save_to_disk` writes it, without columns of bytes, which are
+    no text."""
     import pyarrow.parquet
 
     try:
+        if kind_of(file) == ".arrow":
+            with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
+                yield from undecoded(batches)
+            return
         with pyarrow.parquet.ParquetFile(file) as table:
             columns = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
             yield from undecoded(table.iter_batches(TABLE_ROWS, columns=columns))
     except Exception as error:  # of Arrow or Python, depending on what is broken
-        raise ValueError(f"not readable as parquet: {error}") from error
+        raise ValueError(f"not readable as {kind_of(file)[1:]}: {error}") from error
 
 
 def undecoded(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The rows of Arrow's tables as they are: what says it is an image, in a file or at an address, is not opened."""
+    """The rows of Arrow's tables as they are: what says it is an image, in a file or at an address, is not opened.
+    Nulls in objects go, as there each object has the keys of all."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(each) for key, each in value.items() if each is not None}
+        return [kept(each) for each in value] if isinstance(value, list) else value
+
     for batch in batches:
-        yield from batch.to_pylist()
+        yield from ({column: kept(value) for column, value in row.items()} for row in batch.to_pylist())
 
 
 def parsed(content: bytes) -> Any:
@@ -268,37 +326,159 @@ def slice_between(bounds: tuple[str, str], count: int) -> slice:
 # Encoding
 
 
+class Example(NamedTuple):
+    """A row as every command sees it: a plain text, or messages and the answer to them, if there is one: a message, or
+    what a column holds. `is_chat` says whether the chat template writes them, `counted` what is said of the row at the
+    start."""
+
+    messages: list[Any]
+    answer: Any
+    is_chat: bool
+    text: str | None
+    tools: Any
+    variables: dict[str, Any]
+    counted: tuple[str, ...]
+
+    @property
+    def reference(self) -> Any:
+        """The answer as what a model's is compared with."""
+        return self.answer.get("content") if isinstance(self.answer, dict) else self.answer
+
+
+def alpaca(row: dict[str, Any]) -> dict[str, Any]:
+    parts = [checked_text(row[column], column) for column in ("instruction", "input") if row.get(column)]
+    return {"prompt": "\n\n".join(parts), "completion": row["output"]}
+
+
+# Formats that others write: how a row has what our own columns hold, the columns that tell, and those that may be there
+FORMS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], set[str], set[str]]] = {
+    "sharegpt": (lambda row: {"messages": row["conversations"]}, {"conversations"}, {"system"}),
+    "alpaca": (alpaca, {"instruction", "output"}, {"input", "system"}),
+}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
+
+
+def example_of(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer) -> Example:
+    """A row as it is trained on and asked, by the columns that its source names or those of another format.
+
+    Raises:
+        ValueError: why the row can't be used.
+    """
+    names = "messages", "prompt", "completion", "text", "tools"
+    columns = {name: getattr(source, f"{name}_column") for name in names}
+    held = {name: row.get(column) for name, column in columns.items()}
+    used, form = {columns["tools"], "chat_template_kwargs"}, ""
+    taken = {columns[name] for name in ("messages", "prompt", "text") if held[name] is not None}
+    for name, (read, wanted, others) in FORMS.items():
+        if taken <= wanted and all(row.get(column) is not None for column in wanted):
+            form, held, used = name, held | read(row), used | wanted | others
+    messages, tools = from_json(held["messages"]), from_json(held["tools"])
+    prompt, answer, variables = held["prompt"], held["completion"], row.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict):
+        raise ValueError(f"chat_template_kwargs is {type(variables).__name__}, not an object of template variables")
+    kind, text, is_chat, read_from = "chats", None, True, ["messages"]
+    if messages is None and prompt is not None and (answer is not None or held["text"] is None):
+        messages, read_from = prompt, ["prompt", "completion"]
+        if not isinstance(prompt, list):
+            messages = [{"role": "user", "content": checked_text(prompt, columns["prompt"])}]
+            has_format = tokenizer.template is None or tokenizer.end_of_turn.match(prompt)
+            is_chat = source.prompt_format == "chat" or source.prompt_format == "auto" and not has_format
+            kind = "prompts_as_chats" if is_chat else "prompts_as_text"
+    elif messages is None and held["text"] is not None:
+        kind, text, messages, is_chat = "texts", checked_text(held["text"], columns["text"]), [], False
+        read_from = ["text"]
+    if messages is None:
+        raise no_columns(row, source)
+    messages = [plain_message(message) for message in messages] if isinstance(messages, list) else messages
+    if form and row.get("system"):
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    given = [answer] if isinstance(answer, dict) else answer
+    if isinstance(given, list) and any(isinstance(each, dict) for each in given):
+        messages, answer = messages + [plain_message(each) for each in given], None
+    if isinstance(messages, list) and len(messages) > 1 and is_answer(messages[-1]):
+        *messages, answer = messages
+    elif kind == "chats" and answer is not None:
+        read_from = [*read_from, "completion"]
+    used |= {columns[name] for name in read_from}
+    unused = (f"unused {column}" for column in row if column not in used and row[column] not in (None, ""))
+    return Example(messages, answer, is_chat, text, tools or None, variables, (kind, *filter(None, [form]), *unused))
+
+
+def no_columns(row: dict[str, Any], source: DataSource) -> ValueError:
+    return ValueError(
+        f"nothing to learn from in the columns {', '.join(row) or '(none)'}: wanted are {source.messages_column}, "
+        f"{source.prompt_column} with {source.completion_column}, or {source.text_column}; if yours have other names, "
+        "set messages_column and the like"
+    )
+
+
+def is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def from_json(value: Any) -> Any:
+    """A column that may hold its list as JSON text, as in tables; nothing if the text is empty."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
+
+
+def plain_message(message: Any) -> Any:
+    """A message with role and content: those of ShareGPT have from and value, older ones one function_call, and its
+    text may be in parts."""
+    if not isinstance(message, dict):
+        return message
+    if "from" in message and "role" not in message:
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+        role = message["from"]
+        message = {"role": SHAREGPT_ROLES.get(str(role), role), "content": message.get("value"), **rest}
+    if call := message.get("function_call"):
+        rest = {key: value for key, value in message.items() if key != "function_call"}
+        message = rest | {"tool_calls": [{"type": "function", "function": call}]}
+    parts = message.get("content")
+    if isinstance(parts, list) and parts and all(isinstance(part, dict) and "text" in part for part in parts):
+        message = message | {"content": "".join(checked_text(part["text"], "text") for part in parts)}
+    return message
+
+
+def plain_text(messages: list[Any]) -> str:
+    """Messages without a chat template."""
+    return "\n\n".join(str(message["content"]) for message in messages)
+
+
 def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train_on: TrainOn) -> Prepared:
     """Text and supervised ranges of a chat, prompt/completion or text row.
 
     Raises:
         ValueError: why the row can't be used.
     """
-    wanted = source.messages_column, source.prompt_column, source.completion_column, source.text_column
-    messages, prompt, completion, text = (row.get(column) for column in wanted)
-    if isinstance(prompt, list) and isinstance(completion, list):
-        messages = prompt + completion
-    if messages is not None:
-        return Prepared(*chat_spans(tokenizer, messages, row.get(source.tools_column) or None, train_on))
-    if prompt is not None and completion is not None:
-        prompt, completion = checked_text(prompt, wanted[1]), checked_text(completion, wanted[2])
-        first, text, is_prompted = 0 if train_on == "all" else len(prompt), prompt + completion, True
-    elif text is not None:
-        first, text, is_prompted = 0, checked_text(text, wanted[3]), False
-    else:
-        raise ValueError(
-            f"nothing to learn from in the columns {', '.join(row) or '(none)'}: wanted are {wanted[0]}, {wanted[1]} "
-            f"with {wanted[2]}, or {wanted[3]}; if yours have other names, set messages_column and the like"
-        )
-    end = end_of_text_id(tokenizer)
-    before = tuple(token for token in tokenizer.backend.encode("").ids[:1] if token == tokenizer.bos_id)
-    after = () if text.endswith(tokenizer.special_tokens["eos_token"]) else (end,)
-    return Prepared(text, [(first, len(text))], before, after, is_prompted)
+    example = example_of(row, source, tokenizer)
+    messages, answer, counted = example.messages, example.answer, example.counted
+    if example.text is None and answer is not None and not is_answer(answer):
+        answer = {"role": "assistant", "content": checked_text(answer, source.completion_column)}
+    if answer is None and counted[0].startswith("prompts"):
+        raise no_columns(row, source)
+    if example.is_chat:
+        messages = messages if answer is None else [*messages, answer]
+        text, spans = chat_spans(tokenizer, messages, example.tools, train_on, example.variables)
+        return Prepared(text, spans, counted=(*counted, *["thoughts"] * left_out_thoughts(messages, text)))
+    edge, text = 0, example.text
+    if text is None:
+        prompt = plain_text(messages)
+        edge, text = len(prompt), prompt + answer["content"]
+    first = edge if train_on != "all" else 0
+    start = tokenizer.backend.encode("").ids[:1] if not has_bos(tokenizer, text) else []
+    before = tuple(token for token in start if token == tokenizer.bos_id)
+    after = () if text.endswith(tokenizer.special_tokens["eos_token"]) else (end_of_text_id(tokenizer),)
+    return Prepared(text, [(first, len(text))], before, after, example.text is None, edge=edge, counted=counted)
 
 
 def checked_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{column} is {type(value).__name__}, not a string")
+        raise ValueError(f"{column} is {type(value).__name__}, not a string; write it in quotes, or leave the row out")
     if half := re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{column} holds {half[0]!r} at character {half.start() + 1}, half a character; remove it")
     return value
@@ -312,7 +492,9 @@ def parts(document: Prepared, tokenizer: Tokenizer) -> Iterator[Prepared]:
     text, end = document.text, len(document.text)
     for start, stop in pairwise([0, *seams(text, tokenizer), end]):
         before, after = document.before if start == 0 else (), document.after if stop == end else ()
-        yield Prepared(text[start:stop], [(0, stop - start)], before, after, is_prompted=False, is_last=stop == end)
+        yield document._replace(
+            text=text[start:stop], spans=[(0, stop - start)], before=before, after=after, is_last=stop == end
+        )
 
 
 def seams(text: str, tokenizer: Tokenizer) -> Iterator[int]:
@@ -332,6 +514,8 @@ def encode_parts(parts: Iterator[Prepared], tokenizer: Tokenizer) -> Iterator[tu
     """Each part with its tokens; those of an answer to a prompt up to the last that is supervised."""
     for batch in iter(lambda: list(islice(parts, BATCH_PARTS)), []):
         for part, encoded in zip(batch, encode_spans(tokenizer, [part[:2] for part in batch]), strict=True):
+            if part.edge and encoded.straddling_count:
+                encoded = encode_apart(tokenizer, part.text[: part.edge], part.text[part.edge :])
             token = np.concatenate([part.before, encoded.token, part.after], dtype=np.int32, casting="unsafe")
             supervised = np.arange(len(token)) >= len(part.before)
             if part.is_prompted:
@@ -367,8 +551,8 @@ def load_documents(
     if not (facts := cached or intact_facts(directory)):
         raise UserError(f"{directory}: what was written there can't be read again; is the disk sound?")
     start, is_prompted = np.fromfile(directory / "start", np.int64), np.fromfile(directory / "is_prompted", np.bool_)
-    first, last, _ = slice_between(bounds, len(is_prompted)).indices(len(is_prompted))
-    last = max(first, last)
+    first, last, _ = slice_between(bounds, facts["rows"]).indices(facts["rows"])
+    first, last = np.searchsorted(np.fromfile(directory / "row", np.int64), (first, max(first, last))).tolist()
     return Documents(
         token=mapped(directory / "token", np.int32),
         supervised=mapped(directory / "supervised", np.bool_),
@@ -421,8 +605,9 @@ def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: Train
 
 
 def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, directory: Path) -> None:
-    """Write the files token, supervised, start, is_prompted and facts.json from the rows of a source."""
-    bad: list[str] = []
+    """Write the files token, supervised, start, is_prompted, row and facts.json from the rows of a source; row has the
+    number of each document's, as there are bad rows between."""
+    bad, row_of, counted = list[str](), list[int](), Counter[str]()
     start, is_prompted, end, straddling, digest = [0], [], 0, 0, hashlib.sha256()
     with (
         (directory / "token").open("wb") as token_file,
@@ -431,8 +616,14 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
     ):
         rows = line.track(read_rows(source), description=escape(f"Encoding {source.path}"))
         documents = usable(rows, lambda _, row: prepare(row, source, tokenizer, train_on), skip_bad, bad)
-        pieces = (part for document in documents for part in parts(document, tokenizer))
-        for part, (token, supervised, straddling_count) in encode_parts(pieces, tokenizer):
+
+        def pieces() -> Iterator[Prepared]:
+            for document in documents:
+                row_of.append(len(row_of) + len(bad))
+                counted.update(document.counted)
+                yield from parts(document, tokenizer)
+
+        for part, (token, supervised, straddling_count) in encode_parts(pieces(), tokenizer):
             token_file.write(token.tobytes())
             supervised_file.write(supervised.tobytes())
             digest.update(token.tobytes() + supervised.tobytes())
@@ -443,11 +634,13 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
                 is_prompted.append(part.is_prompted)
     np.array(start, np.int64).tofile(directory / "start")
     np.array(is_prompted, np.bool_).tofile(directory / "is_prompted")
+    np.array(row_of, np.int64).tofile(directory / "row")
     facts = {
         "rows": len(is_prompted) + len(bad),
         "bad": len(bad),
         "bad_examples": bad[:SHOWN_BAD_ROWS],
         "straddling": straddling,
+        "counted": counted,
         "digest": digest.hexdigest(),
         "sha256": {name: file_hash(directory / name) for name in CACHED},
     }

@@ -23,10 +23,19 @@ from lacuna.checkpoint import OpenedModel
 from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch, Dataset, describe, load_dataset
 from lacuna.distributed import Watchdog, fast_dtype, is_first, put_batch, row_shards, writing_to
-from lacuna.documents import checked_text, read_rows, slice_between, split_bounds, usable
+from lacuna.documents import (
+    Example,
+    checked_text,
+    example_of,
+    plain_text,
+    read_rows,
+    slice_between,
+    split_bounds,
+    usable,
+)
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, power_of_two, slots_for
-from lacuna.tokenizer import Message, Tokenizer, check_messages, encode, render
+from lacuna.tokenizer import NO_VARIABLES, Message, Tokenizer, Variables, check_messages, check_written, encode, render
 from lacuna.trainer import Evaluation
 
 ReportProgress = Callable[[int, int], None]  # called with how much is done, and of how much
@@ -105,16 +114,18 @@ def log_likelihoods(
 
 @dataclass(frozen=True)
 class Problem:
-    """A row to ask: its origin, the text and tokens of its prompt, its reference answer, the row itself, and the texts
-    to choose from with the place of the right one, where there is a choice."""
+    """A row to ask: its origin, the text and tokens of its prompt, its reference answer or several of which any is
+    right, the row itself, the texts to choose from with the place of the right one, where there is a choice, and
+    whether the chat template wrote the prompt."""
 
     origin: str
     prompt: str
     token: tuple[int, ...]
-    answer: str
+    answer: str | list[str]
     row: dict[str, Any] = field(repr=False)
     choices: tuple[str, ...] = ()
     right: int = -1
+    is_chat: bool = True
 
 
 class Problems(NamedTuple):
@@ -141,19 +152,20 @@ def read_problems(
     """
 
     def problem_of(source: DataSource, origin: str, row: dict[str, Any]) -> Problem:
-        messages, answer = question_and_answer(row, source, config.prompt_template)
-        if answer is None and needs_answers:
+        example = example_of(row, source, tokenizer)
+        messages, answer = question_and_answer(example, config.prompt_template)
+        if not answer and needs_answers:
             raise ValueError(f"no reference answer; set completion_column to its column ({', '.join(row)})")
         if config.system_prompt:
             messages = [{"role": "system", "content": config.system_prompt}, *messages]
-        tools = row.get(source.tools_column) or None
-        text, token = prompt_of(tokenizer, messages, tools, is_chat=tokenizer.template is not None)
+        is_chat = example.is_chat and tokenizer.template is not None
+        text, token = prompt_of(tokenizer, messages, is_chat, example.tools, example.variables)
         if len(token) > longest:
             raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
         has_choices = isinstance(config, EvalConfig) and "choices" in config.tasks
-        choices = choices_of(row, answer, config) if has_choices else ()
-        reference = {} if answer is None else {"answer": str(answer)}
-        return Problem(origin, text, token, reference.get("answer", ""), row | reference, *choices)
+        choices = choices_of(row, example.reference, config) if has_choices else ()
+        reference = {"answer": answer} if answer else {}
+        return Problem(origin, text, token, answer or "", row | reference, *choices, is_chat=is_chat)
 
     problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:
@@ -169,32 +181,31 @@ def read_problems(
     return Problems(tuple(problems), tuple(counts), tuple(digests), tuple(bad))
 
 
-def prompt_of(tokenizer: Tokenizer, messages: list[Message], tools: Any, is_chat: bool) -> tuple[str, tuple[int, ...]]:
+def prompt_of(
+    tokenizer: Tokenizer, messages: list[Message], is_chat: bool, tools: Any = None, variables: Variables = NO_VARIABLES
+) -> tuple[str, tuple[int, ...]]:
     """Text and tokens of messages to answer: by the chat template, or else their plain texts."""
     if is_chat:
-        text = render(tokenizer, messages, tools, add_generation_prompt=True)
+        text = render(tokenizer, messages, tools, add_generation_prompt=True, variables=variables)
+        check_written(tokenizer, messages, tools, variables)
     else:
-        text = "\n\n".join(str(message["content"]) for message in messages)
+        text = plain_text(messages)
     return text, tuple(encode(tokenizer, text, add_special_tokens=not is_chat).tolist())
 
 
-def question_and_answer(row: dict[str, Any], source: DataSource, prompt_template: str) -> tuple[list[Message], Any]:
-    """The messages before the answer, the last of them in the template, and the reference answer as the row has it."""
-    messages, prompt = row.get(source.messages_column), row.get(source.prompt_column)
-    answer = row.get(source.completion_column)
-    if messages is None and prompt is not None:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"no problem in the columns {', '.join(row) or '(none)'}: {source.messages_column} is wanted, or "
-            f"{source.prompt_column} with {source.completion_column}; set prompt_column and the like"
-        )
-    check_messages(messages, None)
-    if messages[-1]["role"] == "assistant" and len(messages) > 1:
-        *messages, last = messages
-        answer = last["content"]
-    *before, question = messages
+def question_and_answer(example: Example, prompt_template: str) -> tuple[list[Message], str | list[str]]:
+    """The messages before the answer, the last of them in the template, and the reference answer, empty if there is
+    none; of several, any is right."""
+    if example.text is not None:
+        raise ValueError("it is a plain text, so no problem to ask; set prompt_column or messages_column")
+    check_messages(example.messages, example.tools)
+    *before, question = example.messages
     content = checked_text(question["content"], "content")
+    answer = example.reference
+    if not isinstance(answer, list):
+        answer = "" if answer is None else str(answer)
+    elif not all(isinstance(each, str) and each.strip() for each in answer):
+        raise ValueError(f"the reference answers {json.dumps(answer):.40} are not all texts; write each in quotes")
     return [*before, question | {"content": prompt_template.replace("{prompt}", content)}], answer
 
 
@@ -289,6 +300,16 @@ def number_of(answer: str) -> Fraction | None:
 def plain_numbers(text: str) -> str:
     """The text with TeX's thousands separators as commas and its fractions with braces."""
     return SHORT_FRACTION.sub(r"\1{\2}{\3}", SEPARATOR.sub(",", text))
+
+
+def expected_answers(reference: str | Sequence[str]) -> list[str]:
+    """The final answers that a reference accepts."""
+    return [final_answer(each) or each for each in ([reference] if isinstance(reference, str) else reference)]
+
+
+def is_right(completion: str, reference: str | Sequence[str]) -> bool:
+    """Whether a completion's final answer is one that the reference accepts."""
+    return any(is_same_answer(final_answer(completion), each) for each in expected_answers(reference))
 
 
 def is_same_answer(answer: str | None, expected: str) -> bool:
@@ -447,10 +468,12 @@ def answer_problems(tasks: Tasks, params: PyTree[Array], predictions: Prediction
 
 def judged(problem: Problem, completion: Completion) -> Line:
     """What predictions.jsonl says of a completion."""
-    extracted, expected = final_answer(completion.text), final_answer(problem.answer) or problem.answer
-    return line_of(problem, completion.text, extracted, expected) | {
-        "correct": is_same_answer(extracted, expected),
-        "parsed": extracted is not None and (number_of(expected) is None or number_of(extracted) is not None),
+    extracted, expected = final_answer(completion.text), expected_answers(problem.answer)
+    has_text = any(number_of(each) is None for each in expected)
+    shown = expected if isinstance(problem.answer, list) else expected[0]
+    return line_of(problem, completion.text, extracted, shown) | {
+        "correct": is_right(completion.text, problem.answer),
+        "parsed": extracted is not None and (has_text or number_of(extracted) is not None),
         "tokens": len(completion.tokens),
         "finish_reason": completion.finish_reason,
     }
@@ -504,10 +527,9 @@ def choose(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> Fig
 def choice_tokens(tasks: Tasks, problem: Problem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Tokens of the prompt and of each choice after it; where no chat template ends the prompt, a space does."""
     tokenizer, start = tasks.opened.tokenizer, len(problem.token)
-    has_template = tokenizer.template is not None
     for text in problem.choices:
-        whole = problem.prompt + ("" if has_template else " ") + text
-        ids = tuple(encode(tokenizer, whole, add_special_tokens=not has_template).tolist())
+        whole = problem.prompt + ("" if problem.is_chat else " ") + text
+        ids = tuple(encode(tokenizer, whole, add_special_tokens=not problem.is_chat).tolist())
         if not start < len(ids) <= tasks.capacity + 1:
             raise UserError(
                 f"{problem.origin}: prompt and choice {text:.40!r} have {len(ids):,} tokens, the prompt {start:,}, and "
@@ -584,7 +606,7 @@ def sample_requests(config: RowsConfig, opened: OpenedModel) -> list[Request]:
     for prompt in config.sample_prompts:
         messages: list[Message] = [{"role": "user", "content": prompt}]
         try:
-            _, token = prompt_of(opened.tokenizer, messages, None, isinstance(config, SftConfig))
+            _, token = prompt_of(opened.tokenizer, messages, isinstance(config, SftConfig))
         except ValueError as error:
             raise UserError(f"sample_prompts: {prompt!r}: {error}") from error
         check_sequence_length(opened.model, len(token) + config.sample_tokens)

@@ -36,7 +36,7 @@ from lacuna.distributed import (
     put_batch,
     row_shards,
 )
-from lacuna.eval import Problem, Problems, Tasks, final_answer, measure_in_training, read_problems
+from lacuna.eval import Problem, Problems, Tasks, expected_answers, measure_in_training, read_problems
 from lacuna.model import (
     ModelConfig,
     cast,
@@ -654,7 +654,7 @@ def shown_samples(groups: Sequence[Group], asked: dict[int, Problem]) -> dict[st
     for sample in (group[0] for group in groups[:SHOWN_COMPLETIONS]):
         problem = asked[sample.place]
         worth = [f"{name} {value:g}" for name, value in sample.rewards.items()]
-        expected = [f"expected {final_answer(problem.answer) or problem.answer}"] if problem.answer else []
+        expected = [f"expected {' or '.join(expected_answers(problem.answer))}"] if problem.answer else []
         facts = ", ".join((*expected, *worth, f"advantage {sample.advantage:.2f}"))
         found[f"{problem.prompt} ({problem.origin})"] = f"{sample.text} ({facts})"
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config import UserError
-from lacuna.eval import FORMAL_MARK, final_answer, is_same_answer, marked_answer, number_of
+from lacuna.eval import FORMAL_MARK, is_right, marked_answer, number_of
 from lacuna.grpo import Reward, RewardFunction
 
 
@@ -17,8 +17,7 @@ def correct(prompt: str, completion: str, row: dict[str, Any]) -> float:
     """1 where the final answer is that of the row's reference answer, else 0."""
     if "answer" not in row:
         raise ValueError("the row has no reference answer; set completion_column to its column")
-    expected = final_answer(row["answer"]) or row["answer"]
-    return float(is_same_answer(final_answer(completion), expected))
+    return float(is_right(completion, row["answer"]))
 
 
 def answer_format(prompt: str, completion: str, row: dict[str, Any]) -> float:
