@@ -266,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked | {"path": self.path, "key": self.headers["Authorization"]})
-        self.send_response(200)
+        self.send_response(self.server.status)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         try:
@@ -294,7 +294,7 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 9, "t
 @pytest.fixture
 def server() -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.pause, server.has_lost_reader = [], 0.0, threading.Event()
+    server.asked, server.pause, server.has_lost_reader, server.status = [], 0.0, threading.Event(), 200
     server.events = [event(content="Hé"), event(content="llo"), event("stop"), USAGE]
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
@@ -350,6 +350,7 @@ def test_a_server_also_gives_plain_text_and_reasoning(server: Any, capsys: pytes
     server.events = [{"choices": [{"index": 0, "text": " a time", "finish_reason": "stop"}]}]
     assert answers(remote(server, "Once upon", instruct=False)) == [" a time"]
     assert server.asked[-1]["path"] == "/v1/completions" and server.asked[-1]["prompt"] == "Once upon"
+    assert server.asked[-1]["max_tokens"] == ChatConfig().max_tokens  # servers stop after 16 tokens otherwise
 
 
 def test_a_server_that_does_not_answer_gives_one_line_and_loses_no_turn(server: Any) -> None:
@@ -368,6 +369,26 @@ def test_a_server_that_does_not_answer_gives_one_line_and_loses_no_turn(server: 
     assert answers(conversation)[-1] == "Hal"
     away.client.close()
     here.client.close()
+
+
+def test_halves_of_characters_are_joined_or_replaced(server: Any, tmp_path: Path) -> None:
+    server.events = [event(content=piece) for piece in ("Well \ud83d", "\ude00", "! \ude00", " \ud83d")] + [
+        event("stop")
+    ]
+    conversation = remote(server, QUESTION, f"/save {tmp_path / 'chat.jsonl'}")
+    assert answers(conversation) == ["Well \U0001f600! \ufffd \ufffd"]
+    assert "half \ud83d".translate(VISIBLE) == "half \ufffd"
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"),
+    [(400, "--no-instruct"), (401, "--api-key"), (404, "--model-name"), (500, "its log may say more")],
+)
+def test_a_server_that_refuses_is_not_said_to_be_away(server: Any, status: int, fix: str) -> None:
+    server.status = status
+    with pytest.raises(UserError) as refusal:
+        remote(server, QUESTION)
+    assert fix in str(refusal.value) and "does the server run" not in str(refusal.value)
 
 
 # The terminal

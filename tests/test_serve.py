@@ -1,5 +1,6 @@
 """The server over real sockets: OpenAI's own client, hostile clients, and the page in a browser."""
 
+import asyncio
 import http.client
 import json
 import random
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
 from lacuna import checkpoint, model, sampler, weights
-from lacuna.apps import serve
+from lacuna.apps import protocol, serve
 from lacuna.apps.configs import ServeConfig
+from lacuna.apps.constraints import forest_of
 from lacuna.apps.generator import Generator as ModelGenerator
+from lacuna.apps.protocol import ChatBody
 from lacuna.cli import parse
 from lacuna.config import SamplingKeys, UserError
-from lacuna.tokenizer import encode, load_tokenizer, render
+from lacuna.tokenizer import Tokenizer, encode, load_tokenizer, render
 
 NAME = "small"
 CAPACITY = 320
@@ -58,15 +61,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def new_generator(directory: Path) -> Callable[[], ModelGenerator]:
+def new_generator(directory: Path) -> Callable[..., ModelGenerator]:
     shape, mesh, tokenizer = model.read_model_config(directory), mesh_of(1, 1, 1), load_tokenizer(directory)
     params = weights.load_params(directory, shape, mesh)
     rules = SamplingKeys(temperature=0.0, max_tokens=30)
 
-    def make() -> ModelGenerator:
-        batch = sampler.Sampler(
-            params, checkpoint.OpenedModel(directory, shape, tokenizer, mesh, ""), 4, CAPACITY, "float32"
+    def make(tokenizer: Tokenizer = tokenizer, constraint: sampler.Forest | None = None) -> ModelGenerator:
+        opened, capacity = (
+            checkpoint.OpenedModel(directory, shape, tokenizer, mesh, ""),
+            1024 if constraint else CAPACITY,
         )
+        batch = sampler.Sampler(params, opened, 4, capacity, "float32", constraint)
         return ModelGenerator(batch, directory, rules, (2, 0))
 
     return make
@@ -77,13 +82,16 @@ class Served:
     port: int
     driver: serve.Driver
     generator: ModelGenerator
+    clients: list[Any] = field(default_factory=list)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, key: str = "unused") -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+        self.clients.append(client)
+        return client
 
     def running_count(self) -> int:
         return sum(running is not None for running in self.generator.sampler.running)
@@ -102,7 +110,10 @@ def serving(generator: ModelGenerator, **settings: Any) -> Generator[Served]:
         thread.start()
         try:
             eventually(lambda: server.started)
-            yield Served(listener.getsockname()[1], service.driver, generator)
+            served = Served(listener.getsockname()[1], service.driver, generator)
+            yield served
+            for client in served.clients:
+                client.close()
         finally:
             server.should_exit = True
             thread.join()
@@ -268,7 +279,9 @@ def test_log_probabilities_are_the_samplers_and_their_tokens_make_the_text(
     assert sum((each.token_logprobs for each in logprobs), []) == pytest.approx(plain.log_probabilities, abs=1e-5)
     tokens, offsets = (sum((getattr(each, name) for each in logprobs), []) for name in ("tokens", "text_offset"))
     assert in_ascii("".join(tokens)) == in_ascii(plain.text)
-    assert offsets == [len("".join(tokens[:place])) for place in range(len(tokens))]
+    whole = next((place for place, token in enumerate(tokens) if "\ufffd" in token), len(tokens))
+    assert whole > 5 and offsets[:whole] == [len("".join(tokens[:place])) for place in range(whole)]
+    assert len(offsets) == len(tokens) and offsets == sorted(offsets)
     assert {len(top) for each in logprobs for top in each.top_logprobs} == {2}
 
 
@@ -294,17 +307,197 @@ def test_models_and_harmless_fields_are_as_clients_expect(served: Served, alone:
     assert [each.id for each in client.models.list()] == [client.models.retrieve(NAME).id] == [NAME]
     parts = [{"type": "text", "text": QUESTION[0]["content"]}]
     answer = client.chat.completions.create(
-        model=NAME, messages=[{"role": "user", "content": parts}], user="me", metadata={"a": "b"}, store=False,
+        model=NAME, messages=[{"role": "user", "content": parts}], user="me", metadata={"a": "b"}, store=True,
+        service_tier="flex", verbosity="medium",
         logit_bias={}, response_format={"type": "text"}, tools=[], tool_choice="none", max_completion_tokens=9,
         extra_body={"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.0, "temperature": None},
     )  # fmt: skip
     assert answer.choices[0].message.content == expected(alone, max_tokens=9)[0].text
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5'"):
         client.chat.completions.create(model="gpt-5", messages=QUESTION)
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    with pytest.raises(openai.BadRequestError, match="calls no tools; leave tools out") as refusal:
-        client.chat.completions.create(model=NAME, messages=QUESTION, tools=[tool])
-    assert refusal.value.param == "tools" and refusal.value.code == "unsupported_parameter"
+    with pytest.raises(
+        openai.BadRequestError, match="functions: this server does not support it; leave functions"
+    ) as refusal:
+        client.chat.completions.create(model=NAME, messages=QUESTION, extra_body={"functions": [{"name": "f"}]})
+    assert refusal.value.param == "functions" and refusal.value.code == "unsupported_parameter"
+
+
+def test_fields_that_ask_for_nothing_pass_and_others_are_refused_by_name(served: Served) -> None:
+    """What clients send in messages and requests: no template sees it, or it is null."""
+    unused = {"id": "m1", "type": "text", "timestamp": 1, "cache_control": {"type": "ephemeral"}, "agent": None}
+    body = chat(messages=[QUESTION[0] | unused], max_tokens=2, moderation=None, foo=None, tools=None,
+                prompt_cache_options={"mode": "auto"}, stream_options={"continuous_usage_stats": True})  # fmt: skip
+    whole, plain = (json.loads(ask(served, CHAT, each)[2]) for each in (body, chat(max_tokens=2)))
+    assert whole["choices"] == plain["choices"] and whole["usage"] == plain["usage"]
+    for name, value in {"function_call": {"name": "f"}, "audio": {"id": "a"}, "prefix": True}.items():
+        status, _, raw = ask(served, CHAT, chat(messages=[{"role": "user", "content": "hi", name: value}]))
+        assert status == 400 and json.loads(raw)["error"]["param"] == name
+
+
+def test_the_end_of_a_choice_is_a_chunk_without_text(served: Served, alone: sampler.Sampler) -> None:
+    """As in OpenAI's reference: some clients stop reading at the finish_reason."""
+    chunks = list(served.client().chat.completions.create(model=NAME, messages=QUESTION, stream=True, n=2))
+    ends = [chunk.choices[0] for chunk in chunks if chunk.choices[0].finish_reason]
+    assert [choice.delta.to_dict() for choice in ends] == [{}, {}]
+    texts = [
+        chunk.choices[0] for chunk in served.client().completions.create(model=NAME, prompt="Ben has", stream=True)
+    ]
+    assert texts[-1].text == "" and texts[-1].finish_reason
+    assert "".join(choice.text for choice in texts if not choice.finish_reason) == expected(alone, "Ben has")[0].text
+
+
+def test_ignoring_the_end_answers_to_the_limit(new_generator: Callable[..., ModelGenerator]) -> None:
+    generator = new_generator()
+    (whole,) = expected(generator.sampler)
+    with serving(generator._replace(stop_ids=whole.tokens[3:4])) as served:
+        found = [json.loads(ask(served, CHAT, chat(ignore_eos=ignore))[2]) for ignore in (False, True)]
+    assert found[0]["usage"]["completion_tokens"] <= 4 and found[1]["usage"]["completion_tokens"] == 30
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_has_the_prompts_log_probabilities(served: Served, alone: sampler.Sampler, stream: bool) -> None:
+    """What scoring by likelihood needs: the prompt's tokens, with max_tokens = 0 nothing else."""
+    text = "Nora has 18 marbles. Ben has"
+    tokens = encode(alone.tokenizer, text, False).tolist()
+    params, shape = weights.load_params(alone.opened.source, alone.model, alone.mesh), alone.model
+    row, place = jax.numpy.array([tokens]), jax.numpy.arange(len(tokens))[None]
+    with jax.set_mesh(alone.mesh):
+        hidden = model.forward(params, model.embed(params, row), jax.numpy.ones_like(row), place, shape)
+        wanted = jax.nn.log_softmax(model.logits_of(hidden, model.head_of(params, shape), shape.vocabulary_size)[0])
+    values = [float(wanted[at, token]) for at, token in enumerate(tokens[1:])]
+
+    def asked(**fields: Any) -> list[Any]:
+        found: Any = served.client().completions.create(model=NAME, echo=True, logprobs=2, stream=stream, **fields)
+        return list(found) if stream else [found]
+
+    for prompt, count in ((text, 0), ([tokens], 0), (tokens, 3)):
+        choices = [chunk.choices[0] for chunk in asked(prompt=prompt, max_tokens=count)]
+        scored = [choice.logprobs for choice in choices if choice.logprobs]
+        found, tops, offsets, names = (
+            sum((getattr(each, name) for each in scored), [])
+            for name in ("token_logprobs", "top_logprobs", "text_offset", "tokens")
+        )
+        assert found[0] is tops[0] is None and len(found) == len(tokens) + count
+        assert found[1 : len(tokens)] == pytest.approx(values, abs=1e-4)
+        for top, each in zip(tops[1:], found[1:], strict=True):
+            assert len(top) in (2, 3) and min(top.values()) <= each <= max(top.values()) + 1e-6
+        continued = expected(alone, text, max_tokens=count)[0].text if count else ""
+        assert "".join(choice.text for choice in choices) == text + continued and offsets[0] == 0
+        assert choices[-1].finish_reason == "length"
+        assert offsets[: len(tokens)] == [len("".join(names[:at])) for at in range(len(tokens))]
+    answer = json.loads(ask(served, TEXT, {"model": NAME, "prompt": text, "echo": True, "max_tokens": 0, "n": 2})[2])
+    assert [choice["text"] for choice in answer["choices"]] == [text] * 2
+    assert answer["usage"] == {"prompt_tokens": len(tokens), "completion_tokens": 0, "total_tokens": len(tokens)}
+
+
+def test_plain_completions_have_sixteen_tokens_unless_told_otherwise(
+    new_generator: Callable[..., ModelGenerator],
+) -> None:
+    generator = new_generator()._replace(rules=SamplingKeys(temperature=0.0), stop_ids=())
+    with serving(generator) as served:
+        for body, count in (({"prompt": "Ben has"}, 16), ({}, 16), ({"prompt": "Ben has", "max_tokens": 17}, 17)):
+            answer = json.loads(ask(served, TEXT, {"model": NAME, **body})[2])
+            assert answer["usage"]["completion_tokens"] == count
+
+
+def test_the_sampled_token_is_among_the_likeliest(served: Served) -> None:
+    found = served.client().completions.create(
+        model=NAME, prompt="Ben has", max_tokens=12, temperature=2, seed=3, logprobs=1
+    )
+    logprobs = found.choices[0].logprobs
+    pairs = list(zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True))
+    assert all(value in top.values() for value, top in pairs) and {len(top) for _, top in pairs} == {1, 2}
+
+
+# Tools
+
+TOOLS_TEMPLATE = """{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}<|im_start|>{{
+message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{%
+endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CALL = 'One moment.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+NUMBERS = {"a": {"type": "integer"}, "b": {"type": "integer"}}
+PARAMETERS = {"type": "object", "properties": NUMBERS, "required": ["a", "b"]}
+ADD = {"type": "function", "function": {"name": "add", "strict": True, "parameters": PARAMETERS}}
+
+
+@pytest.fixture(scope="module")
+def caller(new_generator: Callable[..., ModelGenerator], directory: Path, tmp_path_factory: Any) -> Iterator[Served]:
+    """A server whose model calls `add`, and says the sum when it has got it: its sampler may write nothing else."""
+    template = tmp_path_factory.mktemp("template") / "tools.jinja"
+    template.write_text(TOOLS_TEMPLATE)
+    tokenizer = load_tokenizer(directory, str(template))
+    texts = [encode(tokenizer, text, False).tolist() for text in (CALL, "It is 5.")]
+    generator = new_generator(tokenizer, forest_of([[text] for text in texts], end_id=2))
+
+    def requests_of(body: Any, generator: ModelGenerator) -> list[sampler.Request]:
+        has_result = isinstance(body, ChatBody) and any(message.role == "tool" for message in body.messages)
+        requests = protocol.requests_of(body, generator)
+        return [replace(each, root=int(has_result)) for each in requests] if generator.sampler.constraint else requests
+
+    with pytest.MonkeyPatch.context() as patch, serving(generator) as served:
+        patch.setattr(serve, "requests_of", requests_of)
+        yield served
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_calls_tools(caller: Served, stream: bool) -> None:
+    fields = {"model": NAME, "messages": QUESTION, "tools": [ADD], "max_tokens": 200, "stream": stream}
+    found: Any = caller.client().chat.completions.create(**fields)
+    choices = [chunk.choices[0] for chunk in (found if stream else [found])]
+    said = [choice.delta if stream else choice.message for choice in choices]
+    assert "".join(message.content or "" for message in said) == "One moment."
+    (call,) = [call for message in said for call in message.tool_calls or []]
+    assert call.type == "function" and call.id and call.function.name == "add"
+    assert json.loads(call.function.arguments) == {"a": 2, "b": 3}
+    assert choices[-1].finish_reason == "tool_calls" and not (stream and choices[-1].delta.tool_calls)
+    result = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call.to_dict()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "5"},
+    ]
+    answer = caller.client().chat.completions.create(**fields | {"messages": result, "stream": False})
+    assert answer.choices[0].message.content == "It is 5." and answer.choices[0].finish_reason == "stop"
+
+
+def test_tools_are_offered_as_the_request_says(caller: Served, served: Served) -> None:
+    def asked(server: Served, **fields: Any) -> tuple[int, Any]:
+        status, _, raw = ask(server, CHAT, chat(tools=[ADD], max_tokens=200, **fields))
+        return status, json.loads(raw)
+
+    _, answer = asked(caller, tool_choice="none")
+    assert answer["choices"][0]["message"]["content"] == CALL and answer["choices"][0]["finish_reason"] == "stop"
+    offered = asked(caller)[1]["usage"]["prompt_tokens"]
+    assert offered > answer["usage"]["prompt_tokens"]
+    (status, answer), asked_for = asked(caller, tool_choice="required"), "'none' or 'auto'"
+    assert status == 400 and answer["error"]["param"] == "tool_choice" and asked_for in answer["error"]["message"]
+    status, answer = asked(served)
+    assert status == 400 and "template of this model does not write them" in answer["error"]["message"]
+
+
+def test_an_agent_calls_a_function(caller: Served) -> None:
+    """pydantic-ai: the model asks for a function, gets its result and answers."""
+    pydantic_ai = pytest.importorskip("pydantic_ai")
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    client = openai.AsyncOpenAI(base_url=f"{caller.url}/v1", api_key="unused")
+    model_of_server = OpenAIChatModel(NAME, provider=OpenAIProvider(openai_client=client))
+    agent = pydantic_ai.Agent(model_of_server, model_settings={"max_tokens": 100})
+    sums = []
+
+    @agent.tool_plain
+    def add(a: int, b: int) -> int:
+        sums.append((a, b))
+        return a + b
+
+    async def run() -> str:
+        async with client:
+            return (await agent.run("2 and 3?")).output
+
+    assert asyncio.run(run()) == "It is 5." and sums == [(2, 3)]
 
 
 # Bad and hostile requests
@@ -339,10 +532,16 @@ def test_models_and_harmless_fields_are_as_clients_expect(served: Served, alone:
         (TEXT, {"model": NAME, "prompt": ""}, 400, "prompt", "no token"),
         (TEXT, {"model": NAME, "prompt": []}, 400, "prompt", "at least 1"),
         (TEXT, {"model": NAME, "prompt": {"a": 1}}, 400, "prompt", "list"),
-        (TEXT, {"model": NAME, "prompt": "a", "echo": True}, 400, "echo", "leave echo out"),
+        (CHAT, chat(messages=[{"role": "user", "content": "x" * 900_000}]), 400, "messages", "900,0"),
+        (CHAT, chat(messages=[{"role": "user"}]), 400, "messages.0", "content is missing"),
+        (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", "a function with its name"),
+        (CHAT, chat(tools=[{"name": "f"}]), 400, "tools", "a function with its name"),
+        (CHAT, chat(tools={"name": "f"}), 400, "tools", "array"),
+        (CHAT, chat(max_tokens=0), 400, "max_tokens", "greater"),
         (TEXT, b"x" * (2**20 + 1), 413, None, "1,048,576 bytes"),
         ("/v1/chat/completions/../../../etc/passwd", chat(), 404, None, "nothing"),
         ("/%2e%2e/%2e%2e/etc/passwd", chat(), 404, None, "nothing"),
+        ("/v1/responses", chat(), 404, None, "/v1/chat/completions, /v1/completions"),
         ("/", chat(), 405, None, "methods"),
     ],
 )  # fmt: skip
@@ -381,9 +580,35 @@ def test_a_configured_key_is_required(new_generator: Callable[[], ModelGenerator
 def test_no_web_page_reaches_the_server_under_another_name(served: Served) -> None:
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1", ""):
         assert ask(served, "/v1/models", headers={"Host": host}, method="GET")[0] in (400, 403)
-    for host in ("localhost", "[::1]:8000", "127.0.0.1:1"):
+    for host in ("localhost", "LocalHost:80", "[::1]:8000", "127.0.0.1:1"):
         status, headers, _ = ask(served, "/v1/models", headers={"Host": host, "Origin": "http://a"}, method="GET")
         assert status == 200 and "access-control-allow-origin" not in headers
+
+
+def test_only_the_pages_of_allowed_origins_use_the_server(new_generator: Callable[..., ModelGenerator]) -> None:
+    page, preflight = "http://localhost:5173", {"Access-Control-Request-Method": "POST"}
+    preflight["Access-Control-Request-Headers"] = "authorization,content-type"
+    with serving(new_generator(), allow_origin=(page,), api_key=SecretStr("right-key")) as served:
+        status, headers, _ = ask(served, CHAT, headers={"Origin": page} | preflight, method="OPTIONS")
+        assert status == 200 and headers["access-control-allow-origin"] == page
+        assert "POST" in headers["access-control-allow-methods"]
+        assert headers["access-control-allow-headers"].lower() == "authorization,content-type"
+        status, headers, _ = ask(served, CHAT, chat(), {"Origin": page, "Authorization": "Bearer right-key"})
+        assert status == 200 and headers["access-control-allow-origin"] == page
+        status, headers, _ = ask(served, CHAT, chat(), {"Origin": page})  # a page that is told what is wrong
+        assert status == 401 and headers["access-control-allow-origin"] == page
+        for method, more in (("OPTIONS", preflight), ("GET", {})):
+            _, headers, _ = ask(served, "/v1/models", headers={"Origin": "http://evil.example"} | more, method=method)
+            assert "access-control-allow-origin" not in headers
+    with pytest.raises(UserError, match='allow_origin.0 = "localhost:5173/" should match'):
+        parse(ServeConfig, ["--allow-origin", "localhost:5173/"], "serve")
+    with pytest.raises(UserError, match="allow_origin = \\* opens this server to every web page; set api_key"):
+        parse(ServeConfig, ["--allow-origin", "*"], "serve")
+
+
+def test_streams_pass_proxies_and_a_wrong_method_names_the_right_one(served: Served) -> None:
+    assert ask(served, CHAT, chat(stream=True, max_tokens=1))[1]["x-accel-buffering"] == "no"
+    assert ask(served, CHAT, method="GET")[1]["allow"] == "POST"
 
 
 def test_other_machines_need_a_key() -> None:
@@ -454,6 +679,27 @@ def test_half_open_connections_delay_nobody(served: Served, alone: sampler.Sampl
     assert status == 200
     assert json.loads(raw)["choices"][0]["message"]["content"] == expected(alone)[0].text
     eventually(served.is_quiet)
+
+
+def test_of_too_many_connections_those_idle_longest_are_closed(
+    served: Served, gate: Gate, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """So that descriptors never run out, and the server answers whoever asks."""
+    monkeypatch.setattr(serve.Connection, "limit", 8)
+    monkeypatch.setattr(serve.Connection, "is_logged", False)
+    with gate, ThreadPoolExecutor() as pool:
+        working = pool.submit(ask, served, CHAT, chat())
+        eventually(lambda: served.driver.held)
+        idle = [socket.create_connection(("127.0.0.1", served.port), PATIENCE) for _ in range(30)]
+        for connection in idle[:20]:
+            assert connection.recv(1) == b""
+        assert ask(served, "/health", method="GET")[0] == 200
+        gate.open()
+        assert working.result()[0] == 200
+    for connection in idle:
+        connection.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["more than 8 connections: those idle longest are closed"]
 
 
 def test_a_body_that_does_not_arrive_is_refused(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
@@ -604,9 +850,9 @@ def type_question(browser: webdriver.Chrome, text: str) -> None:
     by_id(browser, "send").click()
 
 
-def open_page(browser: webdriver.Chrome, served: Served, messages: list[dict[str, str]]) -> None:
+def open_page(browser: webdriver.Chrome, served: Served, messages: list[dict[str, Any]]) -> None:
     browser.get(served.url)
-    browser.execute_script("localStorage.setItem('lacuna.messages', JSON.stringify(arguments[0]))", messages)
+    browser.execute_script("sessionStorage.setItem('lacuna.messages', JSON.stringify(arguments[0]))", messages)
     browser.refresh()
     eventually(lambda: by_id(browser, "model").text == NAME)
 
@@ -661,6 +907,84 @@ def test_the_page_streams_stops_retries_and_remembers_on_a_phone(
         assert not turns(browser, "user")
         log = browser.get_log("browser")
         assert [entry for entry in log if entry["level"] == "SEVERE" and "429" not in entry["message"]] == []
+
+
+def test_the_page_says_when_an_answer_is_empty_and_still_sends_its_turn(
+    browser: webdriver.Chrome, new_generator: Callable[..., ModelGenerator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, asked, parse_body = new_generator(), [], serve.parse_body
+    first = expected(
+        generator.sampler, render(generator.sampler.tokenizer, [{"role": "user", "content": "Hi"}], None, True)
+    )
+    monkeypatch.setattr(serve, "parse_body", lambda kind, raw: asked.append(json.loads(raw)) or parse_body(kind, raw))
+    with serving(generator._replace(stop_ids=first[0].tokens[:1])) as served:
+        open_page(browser, served, [])
+        type_question(browser, "Hi")
+        eventually(lambda: turns(browser, "assistant") == ["The answer was empty."])
+        eventually(by_id(browser, "send").is_displayed)
+        type_question(browser, "And now?")
+        eventually(lambda: len(asked) == 2)
+        eventually(by_id(browser, "send").is_displayed)
+    assert [message["content"] for message in asked[1]["messages"]] == ["Hi", "", "And now?"]
+
+
+def test_the_page_continues_text_with_a_base_model(
+    browser: webdriver.Chrome, new_generator: Callable[..., ModelGenerator], alone: sampler.Sampler
+) -> None:
+    with serving(new_generator(replace(alone.tokenizer, template=None))) as served:
+        open_page(browser, served, [])
+        assert "continues text" in (by_id(browser, "prompt").get_attribute("placeholder") or "")
+        type_question(browser, "Ben has")
+        eventually(lambda: turns(browser, "assistant") and by_id(browser, "send").is_displayed())
+        content = browser.execute_script("return messages[1].content")
+        assert content == expected(alone, "Ben has", max_tokens=CAPACITY)[0].text
+
+
+def test_an_answer_that_was_left_is_marked_and_tabs_have_their_own_conversations(
+    browser: webdriver.Chrome, served: Served
+) -> None:
+    half = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Half an ans", "isRunning": True}]
+    open_page(browser, served, half)
+    assert turns(browser, "assistant") == ["Half an ans\n\nInterrupted, as the page was left.\n\nRetry"]
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    open_page(browser, served, [{"role": "user", "content": "In another tab"}])
+    browser.switch_to.window(first)
+    browser.execute_script("keep()")
+    for handle, said in zip(browser.window_handles, ("Who?", "In another tab"), strict=True):
+        browser.switch_to.window(handle)
+        browser.refresh()
+        eventually(lambda said=said: turns(browser, "user") == [said])
+    browser.close()
+    browser.switch_to.window(first)
+
+
+RICH = """> quoted **words**
+> in two lines
+
+- one
+  1. deep
+  2. deeper
+     - deepest
+- two
+
+| a | b |
+|---|---|
+| 1 | *2* |
+
+See [the page](https://example.org/a?b=1), not [this](javascript:alert(1))."""
+
+
+def test_lists_quotes_tables_and_links_are_drawn(browser: webdriver.Chrome, served: Served) -> None:
+    open_page(browser, served, [{"role": "user", "content": "?"}, {"role": "assistant", "content": RICH}])
+    found = browser.execute_script("return document.querySelector('.turn.assistant').innerHTML")
+    assert found.replace(' start="1"', "") == (
+        "<blockquote><p>quoted <strong>words</strong>\nin two lines</p></blockquote>"
+        "<ul><li><p>one</p><ol><li><p>deep</p></li><li><p>deeper</p><ul><li><p>deepest</p></li></ul></li></ol></li>"
+        "<li><p>two</p></li></ul>"
+        "<table><tr><td>a</td><td>b</td></tr><tr><td>1</td><td><em>2</em></td></tr></table>"
+        '<p>See <a href="https://example.org/a?b=1" target="_blank">the page</a>, not [this](javascript:alert(1)).</p>'
+    )
 
 
 ANSWER = """<img src=x onerror="document.title='broken in'"> <script>document.title='broken in'</script>

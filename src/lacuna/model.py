@@ -599,8 +599,11 @@ def empty_cache(model: ModelConfig, slots: int, pages: int, dtype: DTypeLike) ->
     )
 
 
-def prefill(params: PyTree[Array], token: Int[Array, "batch token"], model: ModelConfig) -> Cache:
-    """The cache of prompts, padded to whole pages; what follows a shorter prompt is never read."""
+def prefill(
+    params: PyTree[Array], token: Int[Array, "batch token"], model: ModelConfig
+) -> tuple[Float[Array, "batch token embed"], Cache]:
+    """Hidden states of prompts, final norm applied, and the cache, padded to whole pages; what follows a shorter prompt
+    is never read."""
     rotation = rotation_at(jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape), model)
     segment = jnp.ones_like(token)
 
@@ -613,7 +616,7 @@ def prefill(params: PyTree[Array], token: Int[Array, "batch token"], model: Mode
     for number, layer in enumerate(params["layers"]):
         x, kept = layer_forward(x, layer, rotation_of_layer(rotation, number, model), attend, model)
         cache.append(kept)
-    return tuple(cache)
+    return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(cache)
 
 
 def rotation_table(cache: Cache, model: ModelConfig) -> Rotation:

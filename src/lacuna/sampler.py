@@ -307,7 +307,7 @@ def resized(cache: Cache, pages: int) -> Cache:
 
 
 cast_params = jax.jit(decoding_params, static_argnames=("model", "dtype"))
-fill_cache = jax.jit(prefill, static_argnames="model")
+fill_cache = jax.jit(lambda params, token, model: prefill(params, token, model)[1], static_argnames="model")
 
 
 @partial(jax.jit, donate_argnames="slots")

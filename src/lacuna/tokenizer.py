@@ -557,7 +557,8 @@ def start_after_header(before: str, header: str, end_of_turn: str) -> int | None
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Int[np.ndarray, " token"]:
     """Token ids; `add_special_tokens` adds the BOS that the tokenizer asks for, which a rendered chat
     already has, and a text may have."""
-    ids = tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    (encoding,) = tokenizer.backend.encode_batch([text], add_special_tokens=add_special_tokens)  # without Python's lock
+    ids = encoding.ids
     return np.array(ids[1:] if has_bos(tokenizer, text) and ids[:2] == [tokenizer.bos_id] * 2 else ids, np.int32)
 
 

@@ -4,6 +4,7 @@ Both are sources of the same kind: they introduce themselves, count a conversati
 conversation and its commands are the same for both; only a model on this machine needs jax, which is slow to import.
 """
 
+import codecs
 import json
 import os
 import random
@@ -51,6 +52,7 @@ FRAME_SECONDS = 0.05
 # Control characters become visible symbols, so that no text can control the terminal; carriage returns are dropped.
 VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t\r"}
 VISIBLE |= {13: None, 0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0x2426)
+VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character
 
 
 class AnswerPiece(NamedTuple):
@@ -186,12 +188,18 @@ class Remote:
         beyond = {name: rules.pop(name) for name in BEYOND_OPENAI if name in rules}
         if "seed" in config.model_fields_set:
             rules["seed"] = seed
+        said = (
+            {"messages": messages}
+            if self.is_chat
+            else {"prompt": plain_text(messages), "max_tokens": config.max_tokens}
+        )
         request: dict[str, Any] = {
             "model": self.model, "stream": True, "stream_options": {"include_usage": True}, "extra_body": beyond,
-            **rules,
-        } | ({"messages": messages} if self.is_chat else {"prompt": plain_text(messages)})  # fmt: skip
+            **rules, **said,
+        }  # fmt: skip
         create: Any = self.client.chat.completions.create if self.is_chat else self.client.completions.create
         self.usage, count, ended, is_thinking = None, 0, "the server broke off", False
+        halves = codecs.getincrementaldecoder("utf-16-le")("replace")  # of characters, which some servers send in turn
         with refusals_of(self.url), create(**request) as stream:
             for chunk in stream:
                 self.usage = chunk.usage or self.usage
@@ -200,10 +208,12 @@ class Remote:
                     mark = "" if bool(thought) == is_thinking else "<think>\n" if thought else "\n</think>\n\n"
                     if text or thought:
                         is_thinking, count = bool(thought), count + 1
-                        yield AnswerPiece(mark + thought + text, 1)
+                        units = (mark + thought + text).encode("utf-16-le", "surrogatepass")
+                        yield AnswerPiece(halves.decode(units), 1)
                     reason = choice.finish_reason
                     ended = "cut off at max_tokens" if reason == "length" else reason or ended
-        yield AnswerPiece("", self.usage.completion_tokens - count if self.usage else 0, ended)
+        more = self.usage.completion_tokens - count if self.usage else 0
+        yield AnswerPiece(halves.decode(b"", final=True), more, ended)
 
 
 def part_text(choice: Any) -> tuple[str, str]:
@@ -213,6 +223,10 @@ def part_text(choice: Any) -> tuple[str, str]:
     return (getattr(delta, "content", None) or getattr(delta, "text", None) or ""), reasoning or ""
 
 
+# By the status of a server that answered
+FIXES = {400: "try --no-instruct", 401: "set --api-key or OPENAI_API_KEY", 404: "choose another --model-name"}
+
+
 @contextmanager
 def refusals_of(url: str) -> Generator[None]:
     """Any failure between here and a server as one line: the client and its transport raise many kinds."""
@@ -220,7 +234,9 @@ def refusals_of(url: str) -> Generator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{url}: {reason[:400]}; is it the right URL, and does the server run?") from error
+        status = getattr(error, "status_code", 0)  # of a server that answered
+        fix = FIXES.get(status, "its log may say more") if status else "is it the right URL, and does the server run?"
+        raise UserError(f"{url}: {reason[:400]}; {fix}") from error
 
 
 def plain_text(messages: list[Message]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from ipaddress import ip_address
+from typing import Annotated
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -70,14 +71,8 @@ class ChatConfig(GenerationConfig):
 
     @model_validator(mode="after")
     def keys_agree(self) -> "ChatConfig":
-        here = (
-            "output_dir",
-            "capacity",
-            "compute_dtype",
-            "attention",
-            *TemplateKeys.model_fields,
-            *DeviceKeys.model_fields,
-        )
+        machine = (*TemplateKeys.model_fields, *DeviceKeys.model_fields)
+        here = ("output_dir", "capacity", "compute_dtype", "attention", *machine)
         if self.endpoint and (given := [key for key in here if key in self.model_fields_set]):
             raise ValueError(f"{', '.join(given)} can't be chosen for a server; leave it out, or leave endpoint out")
         if self.api_key.get_secret_value() and not self.endpoint:
@@ -103,6 +98,9 @@ class ServeConfig(GenerationConfig):
     )
     port: int = Field(8000, ge=0, lt=2**16, description="Port to listen on; 0: any free one, which is printed")
     api_key: SecretStr = Field(SecretStr(""), description="Key that requests need, as in ${SERVE_KEY}; empty: none")
+    allow_origin: tuple[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")], ...] = Field(
+        (), description="Origins of web pages that may use this server, as in http://localhost:5173; *: all of them"
+    )
     served_name: str = Field("", description="The model's name in requests; empty: the last part of model_name")
     slots: int = Field(16, ge=1, description="Completions generated at once")
     queue_size: int = Field(64, ge=0, description="Completions that may wait for a slot; more are rejected")
@@ -112,6 +110,8 @@ class ServeConfig(GenerationConfig):
     def other_machines_need_a_key(self) -> "ServeConfig":
         if not is_loopback(self.host) and not self.api_key.get_secret_value():
             raise ValueError(f"host = {self.host} opens this server to others; set api_key, or leave host out")
+        if "*" in self.allow_origin and not self.api_key.get_secret_value():
+            raise ValueError("allow_origin = * opens this server to every web page; set api_key, or name the origins")
         return self
 
     @field_validator("api_key")

@@ -134,7 +134,7 @@ def search(
     """Every hypothesis is continued by each possible token and the best sums are kept; finished ones stay."""
     shape = (len(prompt), beam_count)
     last = jnp.take_along_axis(prompt, prompt_length[:, None] - 1, axis=1)
-    filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, model))
+    filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, model)[1])
     empty = empty_cache(model, math.prod(shape), pages, filled[0][0].dtype)
     start = Beams(
         cache=jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled),

@@ -24,16 +24,7 @@ from lacuna.distributed import (
     make_mesh,
     writing_to,
 )
-from lacuna.eval import (
-    Figures,
-    Predictions,
-    ReportProgress,
-    RunHarness,
-    Tasks,
-    held_out_loss,
-    prepare_tasks,
-    run_tasks,
-)
+from lacuna.eval import Figures, Predictions, ReportProgress, RunHarness, Tasks, held_out_loss, prepare_tasks, run_tasks
 from lacuna.model import check_sequence_length, parameter_counts
 from lacuna.tokenizer import ends_in_words
 

@@ -3,37 +3,49 @@
 A field that could change an answer is never ignored: it takes effect, or is refused by name.
 """
 
+import json
+import math
 import secrets
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
+import tokenizers
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from lacuna.apps.generator import Generator
+from lacuna.apps.generator import Generator, Scores
+from lacuna.apps.tools import Call, before_calls, parse_calls
 from lacuna.config import SamplingKeys
-from lacuna.sampler import TOP_LOGPROBS, Completion, Request, joined_parts
-from lacuna.tokenizer import REPLACEMENT, Tokenizer, decode, encode, render
+from lacuna.sampler import TOP_LOGPROBS, Completion, Request, Sampler, joined_parts
+from lacuna.tokenizer import REPLACEMENT, TextStream, Tokenizer, called_name, decode, encode, render
 
 LEAST_TOP_P = 1e-6  # with a smaller one float32 would leave no token
+COMPLETION_TOKENS = 16  # of a plain completion that does not say, as in OpenAI's reference
+TOO_LONG = "context_length_exceeded"
 LEAST_LOG_PROBABILITY = -9999.0  # what OpenAI writes for minus infinity, which JSON lacks
 # Fields that change no answer, whatever their value is
 IGNORED = {
-    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls",
-    "include_obfuscation",
+    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "include_obfuscation", "continuous_usage_stats", "store", "service_tier",
 }  # fmt: skip
 # Fields that are not supported, and the values besides null with which they ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "logit_bias": ({},), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
-    "prediction": (), "web_search_options": (), "reasoning_effort": (), "verbosity": (), "store": (False,),
-    "service_tier": ("auto", "default"), "echo": (False,), "best_of": (1,), "suffix": ("",),
-    "tool_calls": ([],), "refusal": ("",), "annotations": ([],),
+    "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": (),
+    "verbosity": ("medium",), "best_of": (1,), "suffix": ("",), "prefix": (False,),
 }  # fmt: skip
-OPENAI_REASONS = dict.fromkeys(
-    ("tools", "tool_choice", "functions", "function_call", "tool_calls"), "this server calls no tools"
-)
 
 
 @dataclass
@@ -65,13 +77,10 @@ class Body(BaseModel):
             return raw
         for name in raw.keys() & UNSUPPORTED.keys():
             if raw[name] is not None and raw[name] not in UNSUPPORTED[name]:
-                reason = OPENAI_REASONS.get(name, "this server does not support it")
-                raise ApiError(400, f"{name}: {reason}; leave {name} out", name, "unsupported_parameter")
-        return {name: value for name, value in raw.items() if name not in IGNORED and name not in UNSUPPORTED}
-
-
-class StreamOptions(Body):
-    include_usage: bool | None = None
+                message = f"{name}: this server does not support it; leave {name} out"
+                raise ApiError(400, message, name, "unsupported_parameter")
+        unused = IGNORED | UNSUPPORTED.keys()
+        return {name: value for name, value in raw.items() if name not in unused and value is not None}
 
 
 def listed(value: Any) -> Any:
@@ -104,16 +113,24 @@ def joined_text(value: Any) -> Any:
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+def checked_functions(value: Any) -> Any:
+    """Tools, or calls of them."""
+    kinds = [each.get("type") for each in value if called_name(each) and "function" in each]
+    if kinds != ["function"] * len(value):
+        raise ValueError("should be a list of objects, each with type function and a function with its name")
+    return value
+
+
 class GenerationBody(Body):
     """The fields that chats and plain completions share."""
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: dict[str, Any] = {}  # only include_usage matters
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = None
     stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(listed)] = []
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -121,29 +138,49 @@ class GenerationBody(Body):
     top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-
-    @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    ignore_eos: bool = False
 
 
 class MessageBody(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(joined_text)]
+    """A message; of its fields the template sees these, and no other can change an answer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(joined_text)] = None
     name: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[Any], AfterValidator(checked_functions)] = []
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def says_something(self) -> "MessageBody":
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing, and only a message with tool_calls may leave it out")
+        return self
 
 
 class ChatBody(GenerationBody):
     messages: Annotated[list[MessageBody], Field(min_length=1), FailFast()]
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
+    tools: Annotated[list[Any], AfterValidator(checked_functions)] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    parallel_tool_calls: bool = True
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        return self.tools if self.tool_choice == "auto" else []
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[list[Any], Field(min_length=1, max_length=128), BeforeValidator(listed_prompts)]
+    prompt: Annotated[list[Any], Field(min_length=1, max_length=128), BeforeValidator(listed_prompts)] | None = None
     logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
+    echo: bool = False
 
 
 def parse_body(kind: type[ChatBody] | type[CompletionBody], raw: bytes) -> ChatBody | CompletionBody:
@@ -165,7 +202,7 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
     """A request for each prompt of a body, with the server's rules for what it leaves out. Raises ApiError."""
     tokenizer = generator.sampler.tokenizer
     names = SamplingKeys.model_fields.keys() & body.model_fields_set
-    chosen = {name: value for name in names if (value := getattr(body, name)) is not None}
+    chosen = body.model_dump(include=names, exclude_none=True)
     if "top_p" in chosen:
         chosen["top_p"] = max(chosen["top_p"], LEAST_TOP_P)
     if isinstance(body, ChatBody):
@@ -175,22 +212,26 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
             chosen["max_tokens"] = body.max_completion_tokens
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs = true", "top_logprobs")
-        place, prompts, top = "messages", [chat_prompt(body, tokenizer)], body.top_logprobs or 0
+        place, prompts, top = "messages", [chat_prompt(body, generator.sampler)], body.top_logprobs or 0
     else:
         place, top = "prompt", body.logprobs or 0
+        if "max_tokens" not in generator.rules.model_fields_set:
+            chosen = {"max_tokens": COMPLETION_TOKENS} | chosen
+        start = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None]  # of a new document
         prompts = [
-            encode(tokenizer, prompt, True).tolist() if isinstance(prompt, str) else prompt for prompt in body.prompt
+            encoded(prompt, generator.sampler, place, True) if isinstance(prompt, str) else prompt
+            for prompt in body.prompt or [start[:1]]
         ]
     requests = [
         Request(
             prompt=tuple(prompt),
             rules=generator.rules.model_copy(update=chosen),
-            stop_ids=generator.stop_ids,
             stop=tuple(body.stop),
-            seed=secrets.randbits(32) if body.seed is None else body.seed,
+            stop_ids=() if body.ignore_eos else generator.stop_ids,
             n=body.n or 1,
             top_logprobs=top,
-        )
+            seed=secrets.randbits(32) if body.seed is None else body.seed,
+        )  # fmt: skip
         for prompt in prompts
     ]
     for request in requests:
@@ -198,20 +239,36 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
             generator.sampler.check(request)
         except ValueError as error:
             is_long = len(request.prompt) >= generator.sampler.capacity
-            raise ApiError(400, str(error), place, "context_length_exceeded" if is_long else None) from None
+            raise ApiError(400, str(error), place, TOO_LONG if is_long else None) from None
     return requests
 
 
-def chat_prompt(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
-    if tokenizer.template is None:
+def chat_prompt(body: ChatBody, sampler: Sampler) -> list[int]:
+    if sampler.tokenizer.template is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
+    messages = [message.model_dump(exclude_defaults=True) for message in body.messages]
     try:
-        text = render(
-            tokenizer, [message.model_dump(exclude_none=True) for message in body.messages], add_generation_prompt=True
-        )
+        text = render(sampler.tokenizer, messages, body.offered or None, add_generation_prompt=True)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
-    return encode(tokenizer, text, False).tolist()
+    if not all(called_name(tool) in text for tool in body.offered):
+        raise ApiError(400, "tools: the chat template of this model does not write them; leave tools out", "tools")
+    return encoded(text, sampler, "messages", False)
+
+
+def encoded(text: str, sampler: Sampler, place: str, add_special_tokens: bool) -> list[int]:
+    """The tokens of a prompt, unless its characters alone show that it is too long."""
+    longest = longest_token(sampler.tokenizer.backend)
+    if len(text) > sampler.capacity * longest:
+        fact = f"the prompt has {len(text):,} characters, in tokens of {longest} at most"
+        raise ApiError(400, f"{fact}, and there is room for {sampler.capacity:,}; shorten it", place, TOO_LONG)
+    return encode(sampler.tokenizer, text, add_special_tokens).tolist()
+
+
+@cache
+def longest_token(backend: tokenizers.Tokenizer) -> int:
+    """Characters of the longest token."""
+    return max(map(len, backend.get_vocab(with_added_tokens=True)))
 
 
 # Answers
@@ -226,8 +283,9 @@ class Answer:
     tokenizer: Tokenizer
     token: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+    texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
+    offsets: dict[int, tuple[TextStream, int]] = field(default_factory=dict)
     completion_tokens: int = 0
-    offsets: dict[int, int] = field(default_factory=dict)
 
     @property
     def is_chat(self) -> bool:
@@ -241,44 +299,74 @@ class Answer:
         choices = [self.choice(key[0], joined_parts(found[key]), "message") for key in sorted(found)]
         return self.framed("chat.completion", choices) | {"usage": self.usage()}
 
+    def prompts(self, scores: Sequence[Scores]) -> Iterator[tuple[int, Completion]]:
+        """A first part of each choice with the place of its prompt: the prompt, where it is to be echoed, with its
+        scores, if any; and the end, where no token is to follow."""
+        if not isinstance(self.body, CompletionBody) or not (self.body.echo or self.body.max_tokens == 0):
+            return
+        for place, request in enumerate(self.requests):
+            given, tokens = (self.body.prompt or [[]])[place], request.prompt if self.body.echo else ()
+            text = given if isinstance(given, str) and tokens else decode(self.tokenizer, tokens, True)
+            values, tops = scores[place] if scores else ((), ())
+            for index in range(request.n):
+                self.completion_tokens -= len(tokens)  # which become part of a choice, but are not generated
+                reason = "length" if self.body.max_tokens == 0 else ""
+                yield place, Completion(-1, index, tokens, text, values, (), tops, reason)
+
     def opening(self) -> list[dict[str, Any]]:
         """The first chunks of a stream."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        choices = [
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-            for index in range(len(self.requests) * self.requests[0].n)
-        ]
-        return [self.chunk([choice]) for choice in choices] if self.is_chat else []
+        first = {"delta": delta, "logprobs": None, "finish_reason": None}
+        count = len(self.requests) * self.requests[0].n if self.is_chat else 0
+        return [self.chunk([{"index": index} | first]) for index in range(count)]
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.framed("chat.completion.chunk", choices) | ({"usage": None} if self.body.wants_usage else {})
+        usage = {"usage": None} if self.body.stream_options.get("include_usage") else {}
+        return self.framed("chat.completion.chunk", choices) | usage
+
+    def chunks(self, place: int, part: Completion) -> Iterator[dict[str, Any]]:
+        """The next chunks of a stream, if there is anything to say; the end of a choice is a chunk without text."""
+        choice = self.choice(place, part, "delta")
+        if choice.get("text") or choice.get("delta") or choice["logprobs"]:
+            yield self.chunk([choice | {"finish_reason": None}])
+        if choice["finish_reason"]:
+            nothing = {"delta": {}} if self.is_chat else {"text": ""}
+            yield self.chunk([choice | nothing | {"logprobs": None}])
 
     def framed(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.token}",
-            "object": kind if self.is_chat else "text_completion",
-            "created": self.created,
-            "model": self.body.model,
-            "choices": choices,
-        }
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.token}", "created": self.created,
+            "object": kind if self.is_chat else "text_completion", "model": self.body.model, "choices": choices,
+        }  # fmt: skip
 
     def choice(self, place: int, part: Completion, key: Literal["message", "delta"]) -> dict[str, Any]:
-        index = place * self.requests[place].n + part.index
+        index, reason = place * self.requests[place].n + part.index, part.finish_reason or None
         self.completion_tokens += len(part.tokens)
-        if not self.is_chat:
-            content = {"text": part.text, "logprobs": self.text_logprobs(index, place, part)}
-        else:
-            text = {"role": "assistant", "content": part.text, "refusal": None}
-            content = {key: text if key == "message" else {"content": part.text}, "logprobs": self.logprobs(part)}
-        return {"index": index, **content, "finish_reason": part.finish_reason or None}
+        if isinstance(self.body, CompletionBody):
+            logprobs = self.text_logprobs(index, place, part)
+            return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": reason}
+        content, calls = part.text, []
+        if offered := self.body.offered:
+            before, self.texts[index] = before_calls(self.texts[index]), self.texts[index] + part.text
+            content = before_calls(self.texts[index])
+            if reason:
+                content, found = parse_calls(self.texts[index], {called_name(tool) for tool in offered})
+                calls = [
+                    written_call(*each) for each in enumerate(found[: None if self.body.parallel_tool_calls else 1])
+                ]
+                reason = "tool_calls" if calls and reason == "stop" else reason
+            content = content[len(before) :]
+        message: dict[str, Any] = {"tool_calls": calls} if calls else {}
+        if key == "message":
+            message |= {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        elif content:
+            message["content"] = content
+        return {"index": index, key: message, "logprobs": self.logprobs(part), "finish_reason": reason}
 
     def usage(self) -> dict[str, int]:
         prompt_tokens = sum(len(request.prompt) for request in self.requests)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": prompt_tokens + self.completion_tokens,
-        }
+        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": self.completion_tokens}
+        return counts | {"total_tokens": sum(counts.values())}
 
     def logprobs(self, part: Completion) -> dict[str, Any] | None:
         """Log-probabilities of a chat's tokens, without the token that ended it."""
@@ -293,15 +381,18 @@ class Answer:
     def text_logprobs(self, index: int, place: int, part: Completion) -> dict[str, Any] | None:
         if self.body.logprobs is None:
             return None
-        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        prompt = () if getattr(self.body, "echo", False) else self.requests[place].prompt
+        stream, offset = self.offsets.get(index) or (TextStream(self.tokenizer, prompt), 0)
+        rows = []
         for token, value, top in self.shown(place, part):
-            text = written(self.tokenizer, token)
-            found["tokens"].append(text)
-            found["token_logprobs"].append(max(LEAST_LOG_PROBABILITY, value))
-            found["top_logprobs"].append({self.key(each): max(LEAST_LOG_PROBABILITY, other) for each, other in top})
-            found["text_offset"].append(self.offsets.get(index, 0))
-            self.offsets[index] = found["text_offset"][-1] + len(text)
-        return found
+            likely = {token: value, **dict(top)} if top else {}  # the token itself is always among them
+            scores = finite(value), {self.key(each): finite(likely[each]) for each in likely}
+            is_first = math.isnan(value)  # of an echoed prompt, where nothing predicts it
+            rows.append((written(self.tokenizer, token), *((None, None) if is_first else scores), offset))
+            offset += len(stream.add([token]))
+        self.offsets[index] = stream, offset
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return {name: [row[at] for row in rows] for at, name in enumerate(names)}
 
     def shown(self, place: int, part: Completion) -> list[tuple[int, float, tuple[tuple[int, float], ...]]]:
         """Token, log-probability and most likely tokens, without the stop token."""
@@ -317,7 +408,17 @@ class Answer:
     def entry(self, token: int, value: float) -> dict[str, Any]:
         text = written(self.tokenizer, token)
         whole = None if REPLACEMENT in text else list(text.encode())
-        return {"token": text, "logprob": max(LEAST_LOG_PROBABILITY, value), "bytes": whole}
+        return {"token": text, "logprob": finite(value), "bytes": whole}
+
+
+def written_call(number: int, call: Call) -> dict[str, Any]:
+    """A call as OpenAI writes it."""
+    function = call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+    return {"index": number, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def finite(log_probability: float) -> float:
+    return max(LEAST_LOG_PROBABILITY, log_probability)
 
 
 def written(tokenizer: Tokenizer, token: int) -> str:

@@ -13,15 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lacuna.metrics import (
-    duration,
-    percent,
-    read_json_lines,
-    short,
-    summarise,
-    task_figures,
-    write_atomically,
-)
+from lacuna.metrics import duration, percent, read_json_lines, short, summarise, task_figures, write_atomically
 
 
 @dataclass(frozen=True)

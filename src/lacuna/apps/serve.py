@@ -8,13 +8,16 @@ import asyncio
 import hmac
 import json
 import re
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,14 +29,16 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lacuna import sampler
 from lacuna.apps.configs import ServeConfig, is_loopback
-from lacuna.apps.generator import Generator, load_generator, rules_by_origin
+from lacuna.apps.generator import Generator, Scores, load_generator, prompt_scores, rules_by_origin
 from lacuna.apps.protocol import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
 from lacuna.config import SamplingKeys, UserError
 from lacuna.sampler import Completion, Sampler
@@ -42,9 +47,12 @@ from lacuna.tokenizer import ends_in_words
 STEPS = 8  # tokens between two looks at the batch: the granularity of a stream
 BODY_SECONDS = 30  # for a client to send its request's body
 BODY_BYTES = 2**20  # of the longest body of a request
-BACKLOG = 2048  # connections that wait to be accepted
+DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**32  # minus one means that there is no limit
+CONNECTIONS = 4096  # open at once, if descriptors allow
+BACKLOG = min(2048, DESCRIPTORS // 4)  # connections that wait to be accepted; they are accepted all at once
 RETRY_SECONDS = 1
 FAILED = 500, "the model failed on this server; its log says why", None, "internal_error"
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would send a stream in lumps
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -72,6 +80,7 @@ class Driver:
     def __init__(self, sampler: Sampler, capacity: int) -> None:
         self.sampler, self.capacity = sampler, capacity
         self.tickets: dict[int, Ticket] = {}
+        self.jobs = deque[tuple[Future[list[Scores]], Any]]()
         self.wake = threading.Event()
         self.is_stopping = self.is_dead = False
 
@@ -90,7 +99,9 @@ class Driver:
             while not self.is_stopping:
                 self.wake.wait()
                 self.wake.clear()
-                while not self.sampler.is_idle and not self.is_stopping:
+                while (self.jobs or not self.sampler.is_idle) and not self.is_stopping:
+                    if self.jobs:
+                        self.score(*self.jobs[0])
                     self.loop.call_soon_threadsafe(self.deliver, self.sampler.advance(STEPS))
         except Exception:
             if not self.loop.is_closed():  # as it is after a second Ctrl-C, which ends the server at once
@@ -109,14 +120,22 @@ class Driver:
         self.is_dead = True
         for ticket in set(self.tickets.values()):
             ticket.parts.put_nowait(ApiError(*FAILED))
+        for future, _ in self.jobs:
+            future.set_exception(ApiError(*FAILED))
+
+    def score(self, future: Future[list[Scores]], requests: list[sampler.Request]) -> None:
+        found = [prompt_scores(self.sampler, each.prompt, each.top_logprobs) for each in requests]
+        self.jobs.popleft()
+        if future.set_running_or_notify_cancel():
+            future.set_result(found)
 
     @property
     def held(self) -> int:
-        """Completions that wait or run."""
-        return sum(ticket.left[number] for number, ticket in self.tickets.items())
+        """Completions that wait or run, and prompts that wait for their scores."""
+        return len(self.jobs) + sum(ticket.left[number] for number, ticket in self.tickets.items())
 
-    def submit(self, requests: list[sampler.Request]) -> Ticket:
-        """Submit requests to the sampler, all or none. Raises ApiError if there is no room for them."""
+    def check_room(self, requests: list[sampler.Request]) -> None:
+        """Raises ApiError if there is no room for these requests."""
         if self.is_dead or self.is_stopping:
             raise ApiError(503, "this server can no longer answer; its log says why", None, "unavailable")
         count = sum(request.n for request in requests)
@@ -126,11 +145,20 @@ class Driver:
         if self.held + count > self.capacity:
             message = f"{self.held} completions wait or run, and this server holds {self.capacity}; try again"
             raise ApiError(429, message, None, "queue_full", RETRY_SECONDS)
+
+    async def scored(self, requests: list[sampler.Request]) -> list[Scores]:
+        """The scores of each request's prompt."""
+        self.check_room(requests)
+        self.jobs.append((future := Future[list[Scores]](), requests))
+        self.wake.set()
+        return await asyncio.wrap_future(future)
+
+    def submit(self, requests: list[sampler.Request]) -> Ticket:
+        """Submit requests to the sampler, all or none. Raises ApiError if there is no room for them."""
+        self.check_room(requests)
         numbers = [self.sampler.submit(request) for request in requests]
-        ticket = Ticket(
-            places={number: place for place, number in enumerate(numbers)},
-            left={number: request.n for number, request in zip(numbers, requests, strict=True)},
-        )
+        left = {number: request.n for number, request in zip(numbers, requests, strict=True)}
+        ticket = Ticket({number: place for place, number in enumerate(numbers)}, left)
         self.tickets |= dict.fromkeys(numbers, ticket)
         self.wake.set()
         return ticket
@@ -173,7 +201,7 @@ class Stream(StreamingResponse):
     """Server-sent events; `release` is called however the answer ends, even if it never began."""
 
     def __init__(self, content: AsyncIterator[str], release: Callable[[], None]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        super().__init__(content, media_type="text/event-stream", headers=STREAM_HEADERS)
         self.release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,8 +218,12 @@ async def generate(kind: type[ChatBody] | type[CompletionBody], request: Request
     body = parse_body(kind, await read_body(request))
     check_name(body.model, service)
     requests = await run_in_threadpool(requests_of, body, service.generator)
+    has_scores = isinstance(body, CompletionBody) and body.echo and body.logprobs is not None
     answer = Answer(body, requests, service.generator.sampler.tokenizer)
-    ticket = driver.submit(requests)
+    scores = await driver.scored(requests) if has_scores else []
+    ticket = Ticket({}, {}) if body.max_tokens == 0 else driver.submit(requests)
+    for part in answer.prompts(scores):
+        ticket.parts.put_nowait(part)
     if body.stream:
         return Stream(events(answer, ticket), partial(driver.release, ticket))
     watch = asyncio.create_task(report_disconnect(request, ticket))
@@ -214,14 +246,12 @@ async def events(answer: Answer, ticket: Ticket) -> AsyncIterator[str]:
         yield event(chunk)
     try:
         async for place, part in answer_parts(ticket):
-            if part.text or part.finish_reason or answer.body.logprobs not in (None, False):
-                yield event(answer.chunk([answer.choice(place, part, "delta")]))
-            else:
-                answer.completion_tokens += len(part.tokens)
+            for chunk in answer.chunks(place, part):
+                yield event(chunk)
     except ApiError as error:
         yield event(error.body())
         return
-    if answer.body.wants_usage:
+    if answer.body.stream_options.get("include_usage"):
         yield event(answer.chunk([]) | {"usage": answer.usage()})
     yield "data: [DONE]\n\n"
 
@@ -232,7 +262,6 @@ def event(value: dict[str, Any]) -> str:
 
 async def read_body(request: Request) -> bytes:
     """The JSON body of a request, no longer than the config allows."""
-    limit = BODY_BYTES
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json")
     body = bytearray()
@@ -240,8 +269,10 @@ async def read_body(request: Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
                 body += piece
-                if len(body) > limit:
-                    raise ApiError(413, f"the body has more than {limit:,} bytes, the most accepted here; shorten it")
+                if len(body) > BODY_BYTES:
+                    raise ApiError(
+                        413, f"the body has more than {BODY_BYTES:,} bytes, the most accepted here; shorten it"
+                    )
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} seconds; send it at once") from None
     return bytes(body)
@@ -254,13 +285,11 @@ def check_name(name: str, service: Service) -> None:
 
 
 def model_card(service: Service) -> dict[str, Any]:
+    sampler = service.generator.sampler
     return {
-        "id": service.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "lacuna",
-        "max_model_len": service.generator.sampler.capacity,
-    }
+        "id": service.name, "object": "model", "created": service.created, "owned_by": "lacuna",
+        "max_model_len": sampler.capacity, "has_chat_template": sampler.tokenizer.template is not None,
+    }  # fmt: skip
 
 
 async def models(request: Request) -> Response:
@@ -290,6 +319,7 @@ ROUTES = [
     Route("/v1/models/{name:path}", one_model),
     Route("/health", health),
 ]
+PATHS = ", ".join(route.path for route in ROUTES[1:])
 
 
 # The app
@@ -297,14 +327,17 @@ ROUTES = [
 
 async def api_error(request: Request, error: Exception) -> Response:
     """Any exception as an error object that reveals nothing about this machine."""
+    headers: dict[str, str] = {}
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     if isinstance(error, HTTPException):
-        hints = {404: "there is nothing at this path; the API begins with /v1", 405: "this path has other methods"}
+        hints = {404: f"there is nothing at this path; this server has {PATHS}", 405: "this path has other methods"}
+        headers |= error.headers or {}
         error = ApiError(error.status_code, hints.get(error.status_code, error.detail))
     if not isinstance(error, ApiError):
         error = ApiError(*FAILED)
-    headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else {}
+    if error.retry_seconds:
+        headers["Retry-After"] = str(error.retry_seconds)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body(), error.status, headers)
@@ -320,24 +353,17 @@ def check_entry(request: Request, config: ServeConfig) -> None:
             message = "this server needs its key: send the header Authorization: Bearer KEY"
             raise ApiError(401, message, None, "invalid_api_key")
         return
-    if not is_loopback(re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")):
+    if not is_loopback(re.sub(r":\d+$", "", request.headers.get("host", "").lower()).strip("[]")):
         raise ApiError(403, "without a key this server answers only to localhost; set api_key to open it", "host")
 
 
-def guarded(app: ASGIApp, config: ServeConfig) -> ASGIApp:
-    """The app for those whom `check_entry` lets in."""
+class GuardedRouter(Router):
+    """The endpoints for those whom `check_entry` lets in."""
 
-    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            request = Request(scope)
-            try:
-                check_entry(request, config)
-            except ApiError as error:
-                response = await api_error(request, error)
-                return await response(scope, receive, send)
-        await app(scope, receive, send)
-
-    return guard
+            check_entry(Request(scope), scope["app"].state.service.config)
+        await super().__call__(scope, receive, send)
 
 
 def make_service(config: ServeConfig, generator: Generator, listener: socket.socket) -> Service:
@@ -364,10 +390,12 @@ def make_app(service: Service) -> ASGIApp:
         await run_in_threadpool(service.driver.stop)
 
     handlers = dict.fromkeys((HTTPException, ApiError, ClientDisconnect, Exception), api_error)
-    app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=handlers)
-    app.router.redirect_slashes = False
+    app = Starlette(exception_handlers=handlers)
+    app.router = GuardedRouter(ROUTES, redirect_slashes=False, lifespan=lifespan)
     app.state.service = service
-    return guarded(app, service.config)
+    if origins := service.config.allow_origin:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    return app
 
 
 def served_name(config: ServeConfig, source: Path) -> str:
@@ -382,9 +410,27 @@ def served_name(config: ServeConfig, source: Path) -> str:
 # The command
 
 
+class Connection(H11Protocol):
+    """A connection of a server that never runs out of descriptors: of more than `limit` the one idle longest is closed,
+    or the new one if none is idle."""
+
+    limit, is_logged = min(CONNECTIONS, DESCRIPTORS // 2), False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.began = time.monotonic()
+        others: list[Any] = [each for each in self.connections if not each.transport.is_closing()]
+        if len(others) > self.limit:
+            idle = [each for each in others if each is not self and (not each.cycle or each.cycle.response_complete)]
+            min(idle, key=lambda each: each.began, default=self).transport.close()
+            if not Connection.is_logged:
+                Connection.is_logged = True
+                print(f"more than {self.limit:,} connections: those idle longest are closed", file=sys.stderr)
+
+
 def make_server(config: ServeConfig, app: ASGIApp) -> uvicorn.Server:
     settings = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="on", backlog=BACKLOG, log_level="error", access_log=False,
+        app, http=Connection, ws="none", lifespan="on", backlog=BACKLOG, log_level="error", access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=config.drain_seconds,
     )  # fmt: skip
     return uvicorn.Server(settings)
