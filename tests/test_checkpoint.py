@@ -533,6 +533,7 @@ DAMAGE = {
     "manifest cut short": (lambda d: os.truncate(d / "manifest.json", 500), "damaged"),
     "manifest of zeros": (lambda d: (d / "manifest.json").write_bytes(bytes(500)), "damaged"),
     "another JSON": (lambda d: (d / "manifest.json").write_text("[1]"), "damaged"),
+    "a deep JSON": (lambda d: (d / "manifest.json").write_text("[" * 10**5), "RecursionError: maximum recursion depth"),
     "a number changed": (
         lambda d: (d / "manifest.json").write_text(
             (d / "manifest.json").read_text().replace('"wall_seconds": 1.5', '"wall_seconds": 1.6')

@@ -142,6 +142,7 @@ WRONG_FILES = {
     "inf": ("learning_rate = inf", DATA, ": learning_rate = Infinity should be a finite number"),
     "nan in a table": ("", DATA + "weight = nan", ": data.0.weight = NaN should be a finite number"),
     "twice": ("steps = 5\nsteps = 6", DATA, ": This key is given twice (at line 4, column 10): steps = 6"),
+    "deep": ("steps = " + "[" * 10**5, DATA, ": maximum recursion depth exceeded"),
     "broken": ("steps = ", DATA, ": Invalid value (at line 3, column 9): steps ="),
     "unset": ("output_dir = '${UNSET_NAME}'", DATA, ': output_dir = "${UNSET_NAME}": UNSET_NAME is not in the env'),
     "unset in a table": (

@@ -62,8 +62,8 @@ def after_prompt(
     return jnp.stack(rows, axis=1)
 
 
-# with biases, with norms of queries and keys, with scaled rotation, without in some layers, with norms of outputs
-DECODED = ("qwen2", "qwen3", "llama3", "smollm3", "olmo2")
+# with biases, with norms of queries and keys, without rotation in some layers, with norms of outputs and all heads
+DECODED = ("qwen2", "qwen3", "smollm3", "olmo2")
 
 
 def prompts_of(model: ModelConfig, steps: int) -> np.ndarray:

@@ -386,7 +386,7 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         hint = "; a run: name one of its checkpoints/" if (directory / "checkpoints").is_dir() else ""
         raise UserError(f"{path}: no manifest, so no checkpoint ({error.strerror}){hint}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path}: no manifest of ours, so damaged ({reason})") from error
 

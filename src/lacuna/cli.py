@@ -140,7 +140,7 @@ def read_toml(file: str, config: type[Keys]) -> Values:
         raise UserError(f"{file}: {error.strerror}{did_you_mean(file, siblings)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         message = str(error).replace("Cannot overwrite a value", "This key is given twice")
         line = re.search(r"at line (\d+)", message)
         raise UserError(f"{file}: {message}{f': {text.splitlines()[int(line[1]) - 1]}' if line else ''}") from error
