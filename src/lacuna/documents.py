@@ -567,10 +567,10 @@ def intact_facts(directory: Path) -> dict[str, Any] | None:
     if not directory.exists():
         return None
     try:
-        facts, sha256 = json.loads((directory / "facts.json").read_text())
-        damaged = [] if content_hash(facts) == sha256 else ["facts.json"]
+        facts = json.loads((directory / "facts.json").read_text())
+        damaged = [] if facts.pop("content_hash") == content_hash(facts) else ["facts.json"]
         damaged += [name for name in CACHED if file_hash(directory / name) != facts["sha256"][name]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         damaged = [f"{type(error).__name__}: {error}"]
     if not damaged:
         return facts
@@ -646,7 +646,7 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
     }
     for name in CACHED:
         sync(directory / name)
-    write_atomically(directory / "facts.json", json.dumps([facts, content_hash(facts)]))
+    write_atomically(directory / "facts.json", json.dumps(facts | {"content_hash": content_hash(facts)}))
 
 
 def progress() -> Progress:
