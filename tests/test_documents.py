@@ -35,6 +35,7 @@ from lacuna.documents import (
     prepare,
     read_rows,
     seams,
+    usable,
 )
 from lacuna.tokenizer import Tokenizer, TrainOn, chat_spans, decode, encode, encode_spans, load_tokenizer
 
@@ -277,6 +278,29 @@ def test_what_is_no_data_is_refused_even_if_bad_rows_are_skipped(
     write(tmp_path, "notes.xml", b"<a/>")
     with pytest.raises(UserError, match=reason):
         load(DataSource(path=path.format(tmp_path), split=split), tokenizer, tmp_path / "cache", skip_bad=True)
+
+
+def test_a_row_nested_too_deeply_for_its_use_is_a_bad_row() -> None:
+    def use(_: str, row: dict[str, Any]) -> str:
+        return json.dumps(row["value"])
+
+    deep: list[Any] = []
+    for _ in range(99_999):
+        deep = [deep]
+    rows, bad = [("a line 1", {"value": deep}), ("a line 2", {"value": 2})], list[str]()
+    assert list(usable(rows, use, True, bad)) == ["2"] and bad == ["a line 1: it is nested too deeply"]
+    with pytest.raises(UserError, match="^a line 1: it is nested too deeply "):
+        list(usable(rows, use, False, bad))
+    while deep:  # as Python, too, would take it apart by recursion
+        deep = deep.pop()
+
+
+def test_a_template_without_end_stops_the_run_and_is_no_bad_row(tmp_path: Path) -> None:
+    template = "{% for a in range(99999) %}{{ 'a' * 99999 }}{% endfor %}"
+    (tmp_path / "endless.jinja").write_text(template)
+    endless = load_tokenizer(TINY, str(tmp_path / "endless.jinja"))
+    with pytest.raises(UserError, match="^the chat template loops or writes without end"):
+        load(write(tmp_path, "a.jsonl", GOOD), endless, tmp_path, skip_bad=True)
 
 
 def test_a_refusal_that_is_not_of_a_row_is_not_left_out_with_bad_rows(tmp_path: Path) -> None:
