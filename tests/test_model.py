@@ -338,6 +338,8 @@ def test_a_window_counts_where_it_binds_a_layer() -> None:
         ({"max_window_layers": None}, 64), ({"layer_types": ["full_attention", "sliding_attention"]}, 64),
     ):  # fmt: skip
         assert model_config(qwen | window | change, "config.json").sliding_window == found
+    other = qwen | window | {"max_window_layers": 2, "model_type": "smollm3"}  # where that key says nothing
+    assert model_config(other, "config.json").sliding_window == 64
     assert mistral.pop("sliding_window") is None
     assert model_config(mistral, "config.json").sliding_window == 4096  # as transformers takes a missing key
 

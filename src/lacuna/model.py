@@ -308,7 +308,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     if head % 2:
         raise UserError(f"{where}: head_dim = {head} is odd, and rotary embedding turns pairs of channels")
-    types, is_bound = keys["layer_types"], keys["max_window_layers"] < layers
+    types, is_bound = keys["layer_types"], family not in ("qwen2", "qwen3") or keys["max_window_layers"] < layers
     has_window = "sliding_attention" in types if types else keys["use_sliding_window"] and is_bound
     has_window |= family == "mistral" and raw.get("use_sliding_window") is None
     scaling: tuple[float, ...] = ()
