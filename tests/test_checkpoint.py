@@ -463,7 +463,7 @@ def test_a_run_state_comes_back_bit_for_bit_on_any_mesh(
 ) -> None:
     assert MODEL.vocabulary_size == 160
     state = state_on(shape, padded(rows))
-    directory = save(tmp_path / "one", state, 7)
+    directory = save(tmp_path / "one", state, 7, is_best=True)
     manifest = checkpoint.checked_manifest(directory)
     assert manifest.run == facts(7)
     abstract = trainer.abstract_state(padded(other_rows), mesh_of(*other))
@@ -477,7 +477,7 @@ def test_a_run_state_comes_back_bit_for_bit_on_any_mesh(
         np.testing.assert_array_equal(ours, expected)
     same = trainer.abstract_state(padded(rows), mesh_of(*shape))
     again = checkpoint.load_checkpoint(directory, manifest, same, trainer.saved_shapes(MODEL))
-    assert contents(save(tmp_path / "two", again, 7)) == contents(directory)
+    assert contents(save(tmp_path / "two", again, 7, is_best=True)) == contents(directory)
 
 
 def test_the_model_is_written_from_a_checkpoint_as_from_memory(tmp_path: Path) -> None:
