@@ -164,7 +164,7 @@ def test_overwrite_deletes_a_run_and_nothing_else(small: Path) -> None:
     with pytest.raises(UserError, match="would delete"):
         cli.run(own)
     wrong = config.model_copy(update={"model_name": str(small), "from_scratch": False})
-    with pytest.raises(UserError, match="no such file; to train from random weights"):
+    with pytest.raises(UserError, match="to train from random weights"):
         cli.run(wrong)
     assert (config.run_directory / "model" / "config.json").exists()
 
