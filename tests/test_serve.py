@@ -1,6 +1,7 @@
 """The server over real sockets: OpenAI's own client, hostile clients, and the page in a browser."""
 
 import asyncio
+import copy
 import http.client
 import json
 import random
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import openai
 import pytest
-from conftest import make_small, mesh_of
+from conftest import TINY, make_small, mesh_of
 from pydantic import SecretStr
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -34,10 +35,10 @@ from lacuna.apps import protocol, serve
 from lacuna.apps.configs import ServeConfig
 from lacuna.apps.constraints import forest_of
 from lacuna.apps.generator import Generator as ModelGenerator
-from lacuna.apps.protocol import ChatBody
+from lacuna.apps.protocol import ApiError, ChatBody, chat_prompt
 from lacuna.cli import parse
 from lacuna.config import SamplingKeys, UserError
-from lacuna.tokenizer import Tokenizer, encode, load_tokenizer, render
+from lacuna.tokenizer import Tokenizer, decode, encode, load_tokenizer, render
 
 NAME = "small"
 CAPACITY = 320
@@ -1059,3 +1060,25 @@ def test_sigterm_finishes_the_answers_that_have_begun(directory: Path) -> None:
         capacity = min(4096, shape["max_position_embeddings"])
         assert f"slots: 2, each of {capacity:,} tokens" in process.stdout.read()
         assert process.stderr.read() == ""
+
+
+def test_a_developer_message_and_template_variables_take_effect_or_are_refused(
+    alone: sampler.Sampler, tmp_path: Path
+) -> None:
+    def prompt(template: str, **fields: Any) -> str:
+        (tmp_path / "chat.jinja").write_text(template)
+        tokenizer = load_tokenizer(TINY, str(tmp_path / "chat.jinja"))
+        body = ChatBody.model_validate(
+            chat(messages=[{"role": "developer", "content": "Be brief."}, *QUESTION], **fields)
+        )
+        other = copy.copy(alone)
+        other.tokenizer = tokenizer
+        return decode(tokenizer, chat_prompt(body, other))
+
+    named = "{{ mode }}{% for m in messages if m.role in roles %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    roles = {"roles": ["system", "user"]}
+    assert prompt(named, chat_template_kwargs=roles | {"mode": "no_think "}).startswith(
+        "no_think system: Be brief.user"
+    )
+    with pytest.raises(ApiError, match=r"message 1 \(developer\): the chat template leaves it out of this chat"):
+        prompt(named, chat_template_kwargs={"roles": ["user"]})

@@ -444,7 +444,7 @@ def plain_message(message: Any) -> Any:
     return message
 
 
-def plain_text(messages: list[Any]) -> str:
+def joined_contents(messages: list[Any]) -> str:
     """Messages without a chat template."""
     return "\n\n".join(str(message["content"]) for message in messages)
 
@@ -467,7 +467,7 @@ def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train
         return Prepared(text, spans, counted=(*counted, *["thoughts"] * left_out_thoughts(messages, text)))
     edge, text = 0, example.text
     if text is None:
-        prompt = plain_text(messages)
+        prompt = joined_contents(messages)
         edge, text = len(prompt), prompt + answer["content"]
     first = edge if train_on != "all" else 0
     start = tokenizer.backend.encode("").ids[:1] if not has_bos(tokenizer, text) else []

@@ -27,7 +27,7 @@ from lacuna.documents import (
     Example,
     checked_text,
     example_of,
-    plain_text,
+    joined_contents,
     read_rows,
     slice_between,
     split_bounds,
@@ -189,7 +189,7 @@ def prompt_of(
         text = render(tokenizer, messages, tools, add_generation_prompt=True, variables=variables)
         check_written(tokenizer, messages, tools, variables)
     else:
-        text = plain_text(messages)
+        text = joined_contents(messages)
     return text, tuple(encode(tokenizer, text, add_special_tokens=not is_chat).tolist())
 
 

@@ -29,7 +29,7 @@ from lacuna.apps.generator import Generator, Scores
 from lacuna.apps.tools import Call, before_calls, parse_calls
 from lacuna.config import SamplingKeys
 from lacuna.sampler import TOP_LOGPROBS, Completion, Request, Sampler, joined_parts
-from lacuna.tokenizer import REPLACEMENT, TextStream, Tokenizer, called_name, decode, encode, render
+from lacuna.tokenizer import REPLACEMENT, TextStream, Tokenizer, called_name, check_written, decode, encode, render
 
 LEAST_TOP_P = 1e-6  # with a smaller one float32 would leave no token
 COMPLETION_TOKENS = 16  # of a plain completion that does not say, as in OpenAI's reference
@@ -170,6 +170,7 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[Any], AfterValidator(checked_functions)] = []
     tool_choice: Literal["none", "auto"] = "auto"
     parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def offered(self) -> list[dict[str, Any]]:
@@ -247,12 +248,14 @@ def chat_prompt(body: ChatBody, sampler: Sampler) -> list[int]:
     if sampler.tokenizer.template is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
     messages = [message.model_dump(exclude_defaults=True) for message in body.messages]
+    tools, variables = body.offered or None, body.chat_template_kwargs or {}
     try:
-        text = render(sampler.tokenizer, messages, body.offered or None, add_generation_prompt=True)
+        text = render(sampler.tokenizer, messages, tools, add_generation_prompt=True, variables=variables)
+        if not all(called_name(tool) in text for tool in body.offered):
+            raise ApiError(400, "tools: the chat template of this model does not write them; leave tools out", "tools")
+        check_written(sampler.tokenizer, messages, tools, variables)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
-    if not all(called_name(tool) in text for tool in body.offered):
-        raise ApiError(400, "tools: the chat template of this model does not write them; leave tools out", "tools")
     return encoded(text, sampler, "messages", False)
 
 
