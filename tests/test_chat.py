@@ -111,6 +111,18 @@ def test_answers_go_to_standard_output_and_the_rest_to_standard_error(
     assert f"{len(prompt)} of 320 tokens" in err and all(name in err for name in CHAT_COMMANDS)
 
 
+def test_a_terminal_gets_every_line_of_an_answer_once_and_in_order(
+    local: Local, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pieces are written as they come, and nothing that was written is drawn again."""
+    text = "".join(f"```python\n{'x = 1  # é😀' * 9}{number}\n```\n\n" for number in range(100))
+    pieces = [AnswerPiece(text[start : start + 7], 1) for start in range(0, len(text), 7)]
+    monkeypatch.setattr(local, "answer", lambda *_: (each for each in [*pieces, AnswerPiece("", 0, "stop")]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    Chat(ChatConfig(), local, is_terminal=False).take(QUESTION)
+    assert capsys.readouterr().out == text + "\n"
+
+
 @pytest.mark.parametrize(
     ("counts", "line"),
     [

@@ -408,6 +408,10 @@ def test_the_sampled_token_is_among_the_likeliest(served: Served) -> None:
     logprobs = found.choices[0].logprobs
     pairs = list(zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True))
     assert all(value in top.values() for value, top in pairs) and {len(top) for _, top in pairs} == {1, 2}
+    alone = (
+        served.client().completions.create(model=NAME, prompt="Ben has", max_tokens=3, logprobs=0).choices[0].logprobs
+    )
+    assert [[*top.values()] for top in alone.top_logprobs] == [[value] for value in alone.token_logprobs]
 
 
 # Tools

@@ -388,7 +388,7 @@ class Answer:
         stream, offset = self.offsets.get(index) or (TextStream(self.tokenizer, prompt), 0)
         rows = []
         for token, value, top in self.shown(place, part):
-            likely = {token: value, **dict(top)} if top else {}  # the token itself is always among them
+            likely = {token: value, **dict(top)}  # the token itself is always among them
             scores = finite(value), {self.key(each): finite(likely[each]) for each in likely}
             is_first = math.isnan(value)  # of an echoed prompt, where nothing predicts it
             rows.append((written(self.tokenizer, token), *((None, None) if is_first else scores), offset))
