@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from lacuna import cli, config
 from lacuna.cli import parse
@@ -485,3 +486,11 @@ def test_a_cache_is_not_moved_to_where_another_user_can_put_programs(
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     with pytest.raises(UserError, match="/dev/null/lacuna: .*; set XDG_CACHE_HOME to a directory with room"):
         _ = config.Keys().cache_dir
+
+
+def test_template_variables_are_names_with_values_in_json() -> None:
+    pairs = "enable_thinking=false", 'mode = "a=b"'
+    made = SftConfig(model_name="m", run_name="r", data=({"path": "x"},), template_variables=pairs)
+    assert made.template == ("", "2024-07-26", {"enable_thinking": False, "mode": "a=b"}) and hash(made)
+    with pytest.raises(ValidationError, match="no NAME=VALUE with a value in JSON; write .*mode=.text"):
+        SftConfig(model_name="m", run_name="r", data=({"path": "x"},), template_variables=("mode=brief",))

@@ -184,6 +184,7 @@ BAD = {
     "content.jsonl": (chat(USER, ANSWER | {"content": 3}), r"line 1: message 2 \(assistant\): content is int"),
     "no_answer.jsonl": (chat(USER), "line 1: no assistant message"),
     "no_messages.jsonl": (chat(), r"line 1: messages is \[\], not a list of messages"),
+    "semicolons.csv": (b"prompt;completion\n1;2\n", "line 1: broken CSV: columns are separated by ';', not by commas"),
     "not_messages.jsonl": (b'{"messages": "Hi"}', "line 1: messages is 'Hi', not a list"),
     "surrogate.jsonl": (GOOD + HALF, r"line 2: U\+D83D is half a character"),
     "surrogate_text.jsonl": (rb'{"text": "ab\ud83d"}', r"line 1: text holds '\\ud83d' at character 3, half a"),

@@ -810,7 +810,8 @@ def test_variables_reach_the_template_from_its_tokenizer_and_from_a_chat(tmp_pat
     tokenizer = load_tokenizer(directory, "", "2024-07-26", {"mode": "brief", "enable_thinking": True})
     assert render(tokenizer, GOOD) == "brief True"
     assert render(tokenizer, GOOD, variables={"enable_thinking": False}) == "brief False"
-    assert render(tokenizer, GOOD, variables={"messages": []}) == "brief True"
+    with pytest.raises(ValueError, match="chat_template_kwargs: messages is what the chat says"):
+        render(tokenizer, GOOD, variables={"messages": []})
 
 
 def test_a_chat_with_tools_takes_the_template_for_tools(tmp_path: Path) -> None:

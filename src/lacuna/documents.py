@@ -226,6 +226,9 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
     ):
         table = csv.DictReader(lines, strict=True)
         try:
+            names = table.fieldnames or [""]
+            if len(names) == 1 and (separator := re.search("[;\t]", names[0])):
+                raise csv.Error(f"columns are separated by {separator[0]!r}, not by commas")
             for row in table:
                 wrong = ValueError(f"it has not one value for each of {len(table.fieldnames or ())} columns")
                 yield f"{file} line {table.line_num}", wrong if None in (*row, *row.values()) else row

@@ -326,6 +326,10 @@ def render(
             f"{tokenizer.directory}: no chat template in chat_template.jinja or tokenizer_config.json; "
             "give one with --chat-template configs/chat_template.jinja"
         )
+    if taken := sorted({"messages", "tools", "add_generation_prompt"} & variables.keys()):
+        raise ValueError(
+            f"chat_template_kwargs: {taken[0]} is what the chat itself says, and no variable; leave it out"
+        )
     values = {
         "documents": None,
         **tokenizer.special_tokens,
