@@ -327,9 +327,7 @@ def render(
             "give one with --chat-template configs/chat_template.jinja"
         )
     if taken := sorted({"messages", "tools", "add_generation_prompt"} & variables.keys()):
-        raise ValueError(
-            f"chat_template_kwargs: {taken[0]} is what the chat itself says, and no variable; leave it out"
-        )
+        raise ValueError(f"chat_template_kwargs: {taken[0]} is what the chat says, not a variable; leave it out")
     values = {
         "documents": None,
         **tokenizer.special_tokens,
