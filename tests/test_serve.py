@@ -538,7 +538,7 @@ def test_an_agent_calls_a_function(caller: Served) -> None:
         (TEXT, {"model": NAME, "prompt": []}, 400, "prompt", "at least 1"),
         (TEXT, {"model": NAME, "prompt": {"a": 1}}, 400, "prompt", "list"),
         (CHAT, chat(messages=[{"role": "user", "content": "x" * 900_000}]), 400, "messages", "900,0"),
-        (CHAT, chat(messages=[{"role": "user"}]), 400, "messages.0", "content is missing"),
+        (CHAT, chat(messages=[{"role": "user"}]), 400, "messages", "neither content nor tool_calls"),
         (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", "a function with its name"),
         (CHAT, chat(tools=[{"name": "f"}]), 400, "tools", "a function with its name"),
         (CHAT, chat(tools={"name": "f"}), 400, "tools", "array"),

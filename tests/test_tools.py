@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lacuna.apps.tools import Call, before_calls, parse_calls
+from lacuna.apps.tools import before_calls, parse_calls
 from lacuna.tokenizer import Tokenizer, load_tokenizer, render
 
 NAMES = ("add", "weather_of")
@@ -29,7 +29,7 @@ def tokenizer_of(directory: Path) -> Tokenizer:
     return load_tokenizer(directory)
 
 
-def answer_with(tokenizer: Tokenizer, calls: list[Call]) -> str:
+def answer_with(tokenizer: Tokenizer, calls: list[dict[str, Any]]) -> str:
     """What the model writes to call these tools: the template's own turn, without header and end."""
     tools: list[dict[str, Any]] = [
         {"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in NAMES
@@ -76,7 +76,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "expected"), CASES)
-def test_text_and_calls_are_parted_and_what_was_streamed_stays(text: str, expected: tuple[str, list[Call]]) -> None:
+def test_text_and_calls_are_parted_and_what_was_streamed_stays(
+    text: str, expected: tuple[str, list[dict[str, Any]]]
+) -> None:
     assert parse_calls(text, NAMES) == expected
     growing = [before_calls(text[:size]) for size in range(min(len(text), 200))]
     assert all(more.startswith(said) for said, more in pairwise([*growing, expected[0]]))

@@ -48,6 +48,7 @@ VOCABULARY_BLOCK = 128
 PREFILL_ROWS, PREFILL_PAGES = (64, 16, 4, 1), 128
 LEAST_PAGES = 4
 
+Scores = tuple[tuple[float, ...], tuple[Any, ...]]
 FinishReason = Literal["", "stop", "length"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("", "stop", "length")
 
@@ -308,6 +309,23 @@ def resized(cache: Cache, pages: int) -> Cache:
 
 cast_params = jax.jit(decoding_params, static_argnames=("model", "dtype"))
 fill_cache = jax.jit(lambda params, token, model: prefill(params, token, model)[1], static_argnames="model")
+
+
+@partial(jax.jit, static_argnames="model")
+def score_tokens(
+    params: PyTree[Array], token: Int[Array, "row token"], model: ModelConfig
+) -> tuple[Float[Array, " token"], Int[Array, "token top"], Float[Array, "token top"]]:
+    """Of each token of the first row but its last: the log-probability (nats) of the next one, and the likeliest tokens
+    there with theirs. In batches, as the logits of a whole prompt are large."""
+    hidden, _ = prefill(params, token, model)
+
+    def score(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        logits = logits_of(part[0][None, None], head_of(params, model), model.vocabulary_size)[0, 0]
+        logits -= jax.nn.logsumexp(logits)
+        top, top_token = jax.lax.top_k(logits, min(TOP_LOGPROBS, model.vocabulary_size))
+        return logits[part[1]], top_token, top
+
+    return jax.lax.map(score, (hidden[0], jnp.roll(token[0], -1)), batch_size=PAGE)
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -585,6 +603,17 @@ class Sampler:
                 if part.finish_reason and progress:
                     progress(joined_parts(parts[key]))
         return [joined_parts(parts[key]) for key in sorted(parts)]
+
+    def scores_of(self, prompt: tuple[int, ...], top: int) -> Scores:
+        """The log-probability in nats of each token of a prompt given those before it, nan for the first, and the
+        likeliest `top` tokens in its place with theirs."""
+        token = np.zeros((slots_for(1, self.mesh), page_count(len(prompt), self.capacity) * PAGE), np.int32)
+        token[:, : len(prompt)] = prompt
+        with jax.set_mesh(self.mesh):
+            found = jax.device_get(score_tokens(self.params, token, self.model))
+        values, ids, tops = (part[: len(prompt) - 1].tolist() for part in found)
+        likeliest = (tuple(zip(row[:top], value[:top], strict=True)) for row, value in zip(ids, tops, strict=True))
+        return (math.nan, *values), ((), *likeliest)
 
     def _drop_cancelled(self) -> None:
         while self.cancellations:

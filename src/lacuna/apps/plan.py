@@ -74,11 +74,10 @@ GPU_TARGETS = {
              "clock": 1.41},
     "h100": {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "shared": 233472, "block": 232448, "cache": 52428800,
              "clock": 1.98},
-    "h200": {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "shared": 233472, "block": 232448, "cache": 52428800,
-             "clock": 1.98},
     "rtx4090": {"major": 8, "minor": 9, "cores": 128, "fpus": 128, "shared": 102400, "block": 101376, "cache": 75497472,
                 "clock": 2.52},
 }  # fmt: skip
+GPU_TARGETS["h200"] = GPU_TARGETS["h100"]  # but for its memory
 GPU_TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048

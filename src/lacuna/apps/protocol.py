@@ -25,10 +25,10 @@ from pydantic import (
     model_validator,
 )
 
-from lacuna.apps.generator import Generator, Scores
-from lacuna.apps.tools import Call, before_calls, parse_calls
+from lacuna.apps.generator import Generator
+from lacuna.apps.tools import before_calls, parse_calls
 from lacuna.config import SamplingKeys
-from lacuna.sampler import TOP_LOGPROBS, Completion, Request, Sampler, joined_parts
+from lacuna.sampler import TOP_LOGPROBS, Completion, Request, Sampler, Scores, joined_parts
 from lacuna.tokenizer import REPLACEMENT, TextStream, Tokenizer, called_name, check_written, decode, encode, render
 
 LEAST_TOP_P = 1e-6  # with a smaller one float32 would leave no token
@@ -115,8 +115,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 def checked_functions(value: Any) -> Any:
     """Tools, or calls of them."""
-    kinds = [each.get("type") for each in value if called_name(each) and "function" in each]
-    if kinds != ["function"] * len(value):
+    if not all(called_name(each) and "function" in each and each.get("type") == "function" for each in value):
         raise ValueError("should be a list of objects, each with type function and a function with its name")
     return value
 
@@ -153,12 +152,6 @@ class MessageBody(Body):
     reasoning: str | None = None
     tool_calls: Annotated[list[Any], AfterValidator(checked_functions)] = []
     tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def says_something(self) -> "MessageBody":
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing, and only a message with tool_calls may leave it out")
-        return self
 
 
 class ChatBody(GenerationBody):
@@ -247,6 +240,8 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
 def chat_prompt(body: ChatBody, sampler: Sampler) -> list[int]:
     if sampler.tokenizer.template is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
+    if any(message.content is None and not message.tool_calls for message in body.messages):
+        raise ApiError(400, "messages: one of them has neither content nor tool_calls; add its content", "messages")
     messages = [message.model_dump(exclude_defaults=True) for message in body.messages]
     tools, variables = body.offered or None, body.chat_template_kwargs or {}
     try:
@@ -414,7 +409,7 @@ class Answer:
         return {"token": text, "logprob": finite(value), "bytes": whole}
 
 
-def written_call(number: int, call: Call) -> dict[str, Any]:
+def written_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
     """A call as OpenAI writes it."""
     function = call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
     return {"index": number, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

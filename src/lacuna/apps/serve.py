@@ -38,17 +38,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lacuna import sampler
 from lacuna.apps.configs import ServeConfig, is_loopback
-from lacuna.apps.generator import Generator, Scores, load_generator, prompt_scores, rules_by_origin
+from lacuna.apps.generator import Generator, load_generator, rules_by_origin
 from lacuna.apps.protocol import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
 from lacuna.config import SamplingKeys, UserError
-from lacuna.sampler import Completion, Sampler
+from lacuna.sampler import Completion, Sampler, Scores
 from lacuna.tokenizer import ends_in_words
 
 STEPS = 8  # tokens between two looks at the batch: the granularity of a stream
 BODY_SECONDS = 30  # for a client to send its request's body
 BODY_BYTES = 2**20  # of the longest body of a request
 DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**32  # minus one means that there is no limit
-CONNECTIONS = 4096  # open at once, if descriptors allow
 BACKLOG = min(2048, DESCRIPTORS // 4)  # connections that wait to be accepted; they are accepted all at once
 RETRY_SECONDS = 1
 FAILED = 500, "the model failed on this server; its log says why", None, "internal_error"
@@ -124,7 +123,7 @@ class Driver:
             future.set_exception(ApiError(*FAILED))
 
     def score(self, future: Future[list[Scores]], requests: list[sampler.Request]) -> None:
-        found = [prompt_scores(self.sampler, each.prompt, each.top_logprobs) for each in requests]
+        found = [self.sampler.scores_of(each.prompt, each.top_logprobs) for each in requests]
         self.jobs.popleft()
         if future.set_running_or_notify_cancel():
             future.set_result(found)
@@ -327,12 +326,11 @@ PATHS = ", ".join(route.path for route in ROUTES[1:4])
 
 async def api_error(request: Request, error: Exception) -> Response:
     """Any exception as an error object that reveals nothing about this machine."""
-    headers: dict[str, str] = {}
+    headers = dict(getattr(error, "headers", None) or {})
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     if isinstance(error, HTTPException):
         hints = {404: f"there is nothing at this path; this server has {PATHS}", 405: "this path has other methods"}
-        headers |= error.headers or {}
         error = ApiError(error.status_code, hints.get(error.status_code, error.detail))
     if not isinstance(error, ApiError):
         error = ApiError(*FAILED)
@@ -414,7 +412,7 @@ class Connection(H11Protocol):
     """A connection of a server that never runs out of descriptors: of more than `limit` the one idle longest is closed,
     or the new one if none is idle."""
 
-    limit, is_logged = min(CONNECTIONS, DESCRIPTORS // 2), False
+    limit, is_logged = min(4096, DESCRIPTORS // 2), False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)

@@ -13,10 +13,7 @@ BARE = re.compile(r"\s*(?=\{)")
 AFTER = re.compile(r"\s*</tool_call>|[\s;]*")
 
 
-Call = dict[str, Any]  # name and arguments
-
-
-def parse_calls(text: str, names: Collection[str]) -> tuple[str, list[Call]]:
+def parse_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
     """What an answer says besides its calls, and the calls. Bare JSON is a call only of a tool with one of the names,
     and only if there is nothing else."""
     said, calls, end = "", [], 0
@@ -41,14 +38,13 @@ def before_calls(text: str) -> str:
     return "" if BARE.match(text) else before_stop(text, (OPENING,))[0].rstrip()
 
 
-def call_at(text: str, start: int) -> tuple[Call | None, int]:
+def call_at(text: str, start: int) -> tuple[dict[str, Any] | None, int]:
     """The call in the JSON object there, with a name and arguments (Llama 3: parameters), and where that ends."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, start
-    after = AFTER.match(text, end)
-    end = after.end() if after else end
+    end = after.end() if (after := AFTER.match(text, end)) else end
     match value:
         case {"name": str(name), "arguments": dict(arguments)} | {"name": str(name), "parameters": dict(arguments)}:
             return {"name": name, "arguments": arguments}, end
