@@ -51,7 +51,7 @@ def after_prompt(
 ) -> jax.Array:
     """Logits after each of `following`, decoded one by one on the cache of prompts of mixed lengths."""
     empty = empty_cache(model, token.shape[0], pages, "float32")
-    filled = prefill(params, token, model)
+    _, filled = prefill(params, token, model)
     cache = jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled)
     rows = []
     for step in range(following.shape[1]):
