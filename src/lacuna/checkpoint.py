@@ -280,11 +280,11 @@ def copy_description(
             shutil.copyfile(source / name, directory / name)
     for name, text in (changed or {}).items():
         (directory / name).write_text(text, "utf-8")
-    path, (architecture, defaults) = directory / "config.json", FAMILIES[model.family]
-    raw, stated = read_json(path), {"architectures": [architecture], "num_key_value_heads": model.kv_heads}
+    path, family = directory / "config.json", FAMILIES[model.family]
+    raw, stated = read_json(path), {"architectures": [family.architecture], "num_key_value_heads": model.kv_heads}
     stated |= {"head_dim": model.head} if model.family == "qwen3" else {}
     changes = {key: value for key, value in stated.items() if not raw.get(key)}
-    if raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False)) != model.is_tied:
+    if raw.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False)) != model.is_tied:
         changes["tie_word_embeddings"] = model.is_tied
     if changes:
         path.write_text(json.dumps(raw | changes, indent=2) + "\n")

@@ -29,6 +29,16 @@ PAGE = 64  # tokens of the cache
 TRANSPOSED_BLOCK = 64
 PRODUCT = "product"  # names matrix products on a CPU, which rematerialisation keeps
 
+Tokens = Int[Array, "batch token"]
+PerToken = Float[Array, "batch token"]
+Hidden = Float[Array, "batch token embed"]
+Head = Float[Array, "vocab embed"]
+PerSlot = Int[Array, " slot"]
+Logits = Float[Array, "batch token vocab"]
+Inputs = Float[Array, "token inputs"]
+Outputs = Float[Array, "token outputs"]
+Matrix = Float[Array, "inputs outputs"]
+Rotation = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"]]  # cosine and sine
 # Of each layer, keys [slot, kv_head, page, head, offset] and values [slot, kv_head, page, offset, head]
 Cache = tuple[tuple[Array, Array], ...]
 
@@ -71,14 +81,9 @@ class ModelConfig:
     def sizes(self) -> dict[str, int]:
         """Length of every logical axis."""
         return {
-            "layer": self.layers,
-            "vocab": self.padded_vocabulary,
-            "embed": self.embed,
-            "kv_head": self.kv_heads,
-            "group": self.group,
-            "head": self.head,
-            "feedforward": self.feedforward,
-        }
+            "layer": self.layers, "vocab": self.padded_vocabulary, "embed": self.embed, "kv_head": self.kv_heads,
+            "group": self.group, "head": self.head, "feedforward": self.feedforward,
+        }  # fmt: skip
 
     def capacity(self, wanted: int) -> int:
         """The longest sequence the model takes, up to `wanted`: its positions and any sliding window limit it."""
@@ -87,7 +92,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row of the table: logical axes, role, name and axes in the Hugging Face file (`*` joins merged axes)."""
+    """One row of the table: logical axes, role, name and axes in the Hugging Face file (`*` joins merged axes); one of
+    the layers' has a tensor there for each, and `file_name` is what follows the layer's own name."""
 
     axes: str
     role: Literal["matmul", "residual", "embedding", "norm", "bias"]
@@ -99,59 +105,76 @@ class Parameter:
         """Matrices and embeddings take weight decay; norm scales and biases, stacked or not, do not."""
         return self.role in ("matmul", "residual", "embedding")
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether the row is of the layers, stacked."""
+        return self.axes.startswith("layer ")
 
-LAYER = "model.layers.{layer}."
+
 EMBEDDING = Parameter("vocab embed", "embedding", "model.embed_tokens.weight", "vocab embed")
-LAYERS = {
-    "query": Parameter(
-        "layer embed kv_head group head", "matmul", LAYER + "self_attn.q_proj.weight", "kv_head*group*head embed"
-    ),
-    "key": Parameter("layer embed kv_head head", "matmul", LAYER + "self_attn.k_proj.weight", "kv_head*head embed"),
-    "value": Parameter("layer embed kv_head head", "matmul", LAYER + "self_attn.v_proj.weight", "kv_head*head embed"),
-    "output": Parameter(
-        "layer kv_head group head embed", "residual", LAYER + "self_attn.o_proj.weight", "embed kv_head*group*head"
-    ),
-    "gate": Parameter("layer embed feedforward", "matmul", LAYER + "mlp.gate_proj.weight", "feedforward embed"),
-    "up": Parameter("layer embed feedforward", "matmul", LAYER + "mlp.up_proj.weight", "feedforward embed"),
-    "down": Parameter("layer feedforward embed", "residual", LAYER + "mlp.down_proj.weight", "embed feedforward"),
-}
-INPUT_NORMS = {
-    "attention_norm": Parameter("layer embed", "norm", LAYER + "input_layernorm.weight", "embed"),
-    "feedforward_norm": Parameter("layer embed", "norm", LAYER + "post_attention_layernorm.weight", "embed"),
-}
-OUTPUT_NORMS = {
-    "attention_output_norm": Parameter("layer embed", "norm", LAYER + "post_attention_layernorm.weight", "embed"),
-    "feedforward_output_norm": Parameter("layer embed", "norm", LAYER + "post_feedforward_layernorm.weight", "embed"),
-}
-QKV_BIAS = {
-    "query_bias": Parameter("layer kv_head group head", "bias", LAYER + "self_attn.q_proj.bias", "kv_head*group*head"),
-    "key_bias": Parameter("layer kv_head head", "bias", LAYER + "self_attn.k_proj.bias", "kv_head*head"),
-    "value_bias": Parameter("layer kv_head head", "bias", LAYER + "self_attn.v_proj.bias", "kv_head*head"),
-}
-OUTPUT_BIAS = {"output_bias": Parameter("layer embed", "bias", LAYER + "self_attn.o_proj.bias", "embed")}
-QUERY_KEY_NORM = {
-    "query_norm": Parameter("layer head", "norm", LAYER + "self_attn.q_norm.weight", "head"),
-    "key_norm": Parameter("layer head", "norm", LAYER + "self_attn.k_norm.weight", "head"),
-}
-ALL_HEADS_NORM = {
-    "query_norm": Parameter(
-        "layer kv_head group head", "norm", LAYER + "self_attn.q_norm.weight", "kv_head*group*head"
-    ),
-    "key_norm": Parameter("layer kv_head head", "norm", LAYER + "self_attn.k_norm.weight", "kv_head*head"),
-}
 FINAL_NORM = Parameter("embed", "norm", "model.norm.weight", "embed")
 HEAD = Parameter("vocab embed", "matmul", "lm_head.weight", "vocab embed")
+MATRICES = {
+    "query": Parameter(
+        "layer embed kv_head group head", "matmul", "self_attn.q_proj.weight", "kv_head*group*head embed"
+    ),
+    "key": Parameter("layer embed kv_head head", "matmul", "self_attn.k_proj.weight", "kv_head*head embed"),
+    "value": Parameter("layer embed kv_head head", "matmul", "self_attn.v_proj.weight", "kv_head*head embed"),
+    "output": Parameter(
+        "layer kv_head group head embed", "residual", "self_attn.o_proj.weight", "embed kv_head*group*head"
+    ),
+    "gate": Parameter("layer embed feedforward", "matmul", "mlp.gate_proj.weight", "feedforward embed"),
+    "up": Parameter("layer embed feedforward", "matmul", "mlp.up_proj.weight", "feedforward embed"),
+    "down": Parameter("layer feedforward embed", "residual", "mlp.down_proj.weight", "embed feedforward"),
+}
+INPUT_NORMS = {
+    "attention_norm": Parameter("layer embed", "norm", "input_layernorm.weight", "embed"),
+    "feedforward_norm": Parameter("layer embed", "norm", "post_attention_layernorm.weight", "embed"),
+}
+OUTPUT_NORMS = {
+    "attention_output_norm": Parameter("layer embed", "norm", "post_attention_layernorm.weight", "embed"),
+    "feedforward_output_norm": Parameter("layer embed", "norm", "post_feedforward_layernorm.weight", "embed"),
+}
+QKV_BIAS = {
+    "query_bias": Parameter("layer kv_head group head", "bias", "self_attn.q_proj.bias", "kv_head*group*head"),
+    "key_bias": Parameter("layer kv_head head", "bias", "self_attn.k_proj.bias", "kv_head*head"),
+    "value_bias": Parameter("layer kv_head head", "bias", "self_attn.v_proj.bias", "kv_head*head"),
+}
+BIASES = QKV_BIAS | {"output_bias": Parameter("layer embed", "bias", "self_attn.o_proj.bias", "embed")}
+EACH_HEAD_NORM = {
+    "query_norm": Parameter("layer head", "norm", "self_attn.q_norm.weight", "head"),
+    "key_norm": Parameter("layer head", "norm", "self_attn.k_norm.weight", "head"),
+}
+ALL_HEADS_NORM = {
+    "query_norm": Parameter("layer kv_head group head", "norm", "self_attn.q_norm.weight", "kv_head*group*head"),
+    "key_norm": Parameter("layer kv_head head", "norm", "self_attn.k_norm.weight", "kv_head*head"),
+}
+
+
+class Family(NamedTuple):
+    """A model_type: its class in transformers, its rows besides the matrices, those that attention_bias adds, and what
+    it takes where config.json lacks a key."""
+
+    architecture: str
+    rows: dict[str, Parameter]
+    biases: dict[str, Parameter]
+    defaults: dict[str, Any]
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", INPUT_NORMS, BIASES, {}),
+    "mistral": Family("MistralForCausalLM", INPUT_NORMS, {}, {"sliding_window": 4096}),
+    "qwen2": Family("Qwen2ForCausalLM", INPUT_NORMS | QKV_BIAS, QKV_BIAS, {"max_window_layers": 28}),
+    "qwen3": Family("Qwen3ForCausalLM", INPUT_NORMS | EACH_HEAD_NORM, BIASES, {"max_window_layers": 28}),
+    "smollm3": Family("SmolLM3ForCausalLM", INPUT_NORMS, BIASES, {"tie_word_embeddings": True, "rope_theta": 2e6}),
+    "olmo2": Family("Olmo2ForCausalLM", OUTPUT_NORMS | ALL_HEADS_NORM, BIASES, {}),
+}
 
 
 def parameter_table(model: ModelConfig) -> PyTree[Parameter]:
     """Every weight of the model, in the shape of the parameter tree."""
-    layers = (
-        LAYERS
-        | (OUTPUT_NORMS | ALL_HEADS_NORM if model.family == "olmo2" else INPUT_NORMS)
-        | (QKV_BIAS if model.has_bias or model.family == "qwen2" else {})
-        | (OUTPUT_BIAS if model.has_bias and model.family != "qwen2" else {})
-        | (QUERY_KEY_NORM if model.family == "qwen3" else {})
-    )
+    family = FAMILIES[model.family]
+    layers = MATRICES | family.rows | (family.biases if model.has_bias else {})
     table = {"embedding": EMBEDDING, "layers": layers, "final_norm": FINAL_NORM}
     return table if model.is_tied else table | {"head": HEAD}
 
@@ -191,15 +214,6 @@ def read_model_config(directory: Path) -> ModelConfig:
     return model_config(read_json(path), str(path))
 
 
-# The class of each family in transformers, and what that takes where a key is missing
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", {}),
-    "mistral": ("MistralForCausalLM", {"sliding_window": 4096}),
-    "qwen2": ("Qwen2ForCausalLM", {"max_window_layers": 28}),
-    "qwen3": ("Qwen3ForCausalLM", {"max_window_layers": 28}),
-    "smollm3": ("SmolLM3ForCausalLM", {"tie_word_embeddings": True, "rope_theta": 2e6}),
-    "olmo2": ("Olmo2ForCausalLM", {}),
-}
 # Keys of config.json: the type of each, and the default where it may be missing or null
 KEYS: dict[str, tuple[type, Any]] = {
     "vocab_size": (int, None), "hidden_size": (int, None), "intermediate_size": (int, None),
@@ -288,7 +302,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     ):
         if value not in supported:
             raise UserError(f"{where}: {name} {value!r} is not supported; supported are {', '.join(supported)}")
-    fields = {**FAMILIES[str(family)][1], **raw, **rope}
+    fields = {**FAMILIES[str(family)].defaults, **raw, **rope}
     keys = read_keys(fields, KEYS, where)
     refused = [(key, fields[key]) for key, only in ONLY_VALUES.items() if fields.get(key) and fields[key] not in only]
     refused += [(f"a rope of its own for {key}", value) for key, value in rope.items() if isinstance(value, dict)]
@@ -337,7 +351,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         rope_scaling=scaling,
         unrotated_layers=tuple(layer for layer in range(layers) if family == "smollm3" and not is_rotated[layer]),
         is_tied=keys["tie_word_embeddings"],
-        has_bias=keys["attention_bias"] and family != "mistral",
+        has_bias=keys["attention_bias"] and bool(FAMILIES[str(family)].biases),
         attention_dropout=keys["attention_dropout"],
         initializer_range=keys["initializer_range"],
         file_dtype=file_dtype,
@@ -420,24 +434,11 @@ def rms_norm(x: Float[Array, "..."], scale: Float[Array, "*normed"], epsilon: fl
     return (normalized * scale).astype(x.dtype)
 
 
-Rotation = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"]]
-
-
-def rotation_at(position: Int[Array, "batch token"], model: ModelConfig) -> Rotation:
+def rotation_at(position: Tokens, model: ModelConfig) -> Rotation:
     """Cosine and sine for each position and pair of channels."""
     angle = position[..., None] * rotary_frequencies(model)
-    if model.rope_type != "yarn":
-        return jnp.cos(angle), jnp.sin(angle)
-    magnitude = model.rope_scaling[3]
+    magnitude = model.rope_scaling[3] if model.rope_type == "yarn" else 1.0
     return magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)
-
-
-def rotation_of_layer(rotation: Rotation, layer: Int[Array, ""] | int | None, model: ModelConfig) -> Rotation:
-    """The rotation, or none at all in a layer without; the number of the layer matters only where there are such."""
-    if not model.unrotated_layers:
-        return rotation
-    is_rotated = jnp.all(layer != jnp.asarray(model.unrotated_layers))
-    return jnp.where(is_rotated, rotation[0], 1), jnp.where(is_rotated, rotation[1], 0)
 
 
 def rotate(x: Float[Array, "batch token *heads head"], rotation: Rotation) -> Float[Array, "batch token *heads head"]:
@@ -459,9 +460,7 @@ def linear(
 
 
 @jax.custom_vjp
-def matrix_product(
-    x: Float[Array, "token inputs"], weight: Float[Array, "inputs outputs"]
-) -> Float[Array, "token outputs"]:
+def matrix_product(x: Inputs, weight: Matrix) -> Outputs:
     """`x @ weight` on a CPU, summed in float32: XLA has a fast kernel for bfloat16 there only with float32 sums.
 
     The backward pass first writes the incoming gradient to memory, row-major. Otherwise XLA fuses its computation with
@@ -476,10 +475,7 @@ def _product(axes: str, x: Array, y: Array) -> Array:
     return checkpoint_name(product.astype(x.dtype), PRODUCT)
 
 
-def _matrix_product_backward(
-    residual: tuple[Float[Array, "token inputs"], Float[Array, "inputs outputs"]],
-    gradient: Float[Array, "token outputs"],
-) -> tuple[Float[Array, "token inputs"], Float[Array, "inputs outputs"]]:
+def _matrix_product_backward(residual: tuple[Inputs, Matrix], gradient: Outputs) -> tuple[Inputs, Matrix]:
     x, weight = residual
     x, gradient = jax.lax.optimization_barrier((x, gradient))
     return _product("to,io->ti", gradient, weight), product_over_tokens(x, gradient).astype(weight.dtype)
@@ -488,9 +484,7 @@ def _matrix_product_backward(
 matrix_product.defvjp(lambda x, weight: (_product("ti,io->to", x, weight), (x, weight)), _matrix_product_backward)
 
 
-def product_over_tokens(
-    x: Float[Array, "token inputs"], gradient: Float[Array, "token outputs"]
-) -> Float[Array, "inputs outputs"]:
+def product_over_tokens(x: Inputs, gradient: Outputs) -> Matrix:
     """A weight's gradient, in float32; on a CPU the fast bfloat16 kernel needs the transpose in memory."""
     if platform() == "cpu" and x.dtype == jnp.bfloat16:
         x = _written_transposed(x)
@@ -506,18 +500,21 @@ def _written_transposed(x: Float[Array, "row column"]) -> Float[Array, "column r
     return jax.lax.optimization_barrier(jnp.transpose(blocks, (0, 2, 1, 3)).reshape(x.shape[::-1]))
 
 
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
 def layer_forward(
-    x: Float[Array, "batch token embed"],
-    layer: PyTree[Array],
-    rotation: Rotation,
-    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
-    model: ModelConfig,
-) -> tuple[Float[Array, "batch token embed"], Any]:
+    x: Hidden, layer: PyTree[Array], number: Array | int | None, rotation: Rotation, attend: Attend, model: ModelConfig
+) -> tuple[Hidden, Any]:
     """One decoder layer: attention and gated feed-forward (Shazeer 2020), each on a normed copy of the residual, or
     with its own output normed.
 
-    `attend` maps query, key and value to their mix and a second value, which is returned: decoding's cache.
+    `attend` maps query, key and value to their mix and a second value, which is returned: decoding's cache. The layer's
+    number matters only in a model where some layers are not rotated.
     """
+    if model.unrotated_layers:
+        is_rotated = jnp.all(number != jnp.asarray(model.unrotated_layers))
+        rotation = jnp.where(is_rotated, rotation[0], 1), jnp.where(is_rotated, rotation[1], 0)
 
     def norm(x: Array, name: str) -> Array:
         return rms_norm(x, layer[name], model.norm_epsilon) if name in layer else x
@@ -536,20 +533,20 @@ def layer_forward(
     return shard_rows(x + norm(linear(hidden, layer["down"]), "feedforward_output_norm")), kept
 
 
-def embed(params: PyTree[Array], token: Int[Array, "batch token"]) -> Float[Array, "batch token embed"]:
+def embed(params: PyTree[Array], token: Tokens) -> Hidden:
     """Embeddings of the tokens, in the dtype of compute."""
     return shard_rows(params["embedding"][token].astype(params["layers"]["query"].dtype))
 
 
 def forward(
     params: PyTree[Array],
-    x: Float[Array, "batch token embed"],
-    segment: Int[Array, "batch token"],
-    position: Int[Array, "batch token"],
+    x: Hidden,
+    segment: Tokens,
+    position: Tokens,
     model: ModelConfig,
     rematerialisation: str = "none",
-    prompt_offset: Int[Array, "batch token"] | None = None,
-) -> Float[Array, "batch token embed"]:
+    prompt_offset: Tokens | None = None,
+) -> Hidden:
     """Embedded rows to final normed hidden states; `params` are in the dtype of compute.
 
     `rematerialisation` says what the backward pass computes again: nothing, all but matrix products and attention, or
@@ -563,10 +560,9 @@ def forward(
     rotation = rotation_at(position, model)
 
     def next_layer(x: Array, numbered: tuple[PyTree[Array], Array | None]) -> tuple[Array, None]:
-        layer, number = numbered
-        return layer_forward(x, layer, rotation_of_layer(rotation, number, model), attend, model)
+        return layer_forward(x, *numbered, rotation, attend, model)
 
-    body: Callable[..., Any] = next_layer
+    body: Any = next_layer
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
         matmuls = policies.save_from_both_policies(
@@ -599,9 +595,7 @@ def empty_cache(model: ModelConfig, slots: int, pages: int, dtype: DTypeLike) ->
     )
 
 
-def prefill(
-    params: PyTree[Array], token: Int[Array, "batch token"], model: ModelConfig
-) -> tuple[Float[Array, "batch token embed"], Cache]:
+def prefill(params: PyTree[Array], token: Tokens, model: ModelConfig) -> tuple[Hidden, Cache]:
     """Hidden states of prompts, final norm applied, and the cache, padded to whole pages; what follows a shorter prompt
     is never read."""
     rotation = rotation_at(jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape), model)
@@ -614,7 +608,7 @@ def prefill(
 
     x, cache = shard_rows(params["embedding"][token]), []
     for number, layer in enumerate(params["layers"]):
-        x, kept = layer_forward(x, layer, rotation_of_layer(rotation, number, model), attend, model)
+        x, kept = layer_forward(x, layer, number, rotation, attend, model)
         cache.append(kept)
     return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(cache)
 
@@ -626,12 +620,7 @@ def rotation_table(cache: Cache, model: ModelConfig) -> Rotation:
 
 
 def decode_step(
-    params: PyTree[Array],
-    cache: Cache,
-    token: Int[Array, " slot"],
-    length: Int[Array, " slot"],
-    rotations: Rotation,
-    model: ModelConfig,
+    params: PyTree[Array], cache: Cache, token: PerSlot, length: PerSlot, rotations: Rotation, model: ModelConfig
 ) -> tuple[Float[Array, "slot 1 embed"], Cache]:
     """Hidden state after one more token in each slot, final norm applied, and the cache with that token at `length`."""
     rotation = rotations[0][length], rotations[1][length]
@@ -646,8 +635,7 @@ def decode_step(
 
     x, grown = shard_rows(params["embedding"][token[:, None]]), []
     for number, (layer, pages) in enumerate(zip(params["layers"], cache, strict=True)):
-        turned = rotation_of_layer(rotation, number, model)
-        x, pages = layer_forward(x, layer, turned, partial(attend, *pages), model)
+        x, pages = layer_forward(x, layer, number, rotation, partial(attend, *pages), model)
         grown.append(pages)
     return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(grown)
 
@@ -656,7 +644,7 @@ def cached_attention(
     query: Float[Array, "slot kv_head group head"],
     keys: Float[Array, "slot kv_head page head offset"],
     values: Float[Array, "slot kv_head page offset head"],
-    length: Int[Array, " slot"],
+    length: PerSlot,
 ) -> Float[Array, "slot kv_head group head"]:
     """Attention of one query per slot to the tokens up to and including position `length`.
 
@@ -674,14 +662,12 @@ def cached_attention(
     return (jnp.sum(mixed, axis=2) / total[..., None]).astype(values.dtype)
 
 
-def head_of(params: PyTree[Array], model: ModelConfig) -> Float[Array, "vocab embed"]:
+def head_of(params: PyTree[Array], model: ModelConfig) -> Head:
     """The output matrix: the embedding itself where the model ties them."""
     return params["embedding"] if model.is_tied else params["head"]
 
 
-def logits_of(
-    hidden: Float[Array, "batch token embed"], head: Float[Array, "vocab embed"], vocabulary_size: int
-) -> Float[Array, "batch token vocab"]:
+def logits_of(hidden: Hidden, head: Head, vocabulary_size: int) -> Logits:
     """Float32 logits; those of a padded vocabulary are -inf, so they have no probability and no gradient."""
     logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=jnp.float32)
     if head.shape[0] == vocabulary_size:
@@ -690,12 +676,10 @@ def logits_of(
 
 
 LOSS_CHUNK = {"cpu": 512}  # tokens on a device, elsewhere 2048
+LossOf = Callable[[PerToken, Any], Float[Array, ""]]
 
 
-Rows = PyTree[Shaped[Array, "batch token ..."]]
-
-
-def _scan_tokens(step: Callable[[Any, Any], tuple[Any, Any]], start: Any, rows: Rows) -> tuple[Any, Any]:
+def _scan_tokens(step: Callable[[Any, Any], tuple[Any, Any]], start: Any, rows: PyTree) -> tuple[Any, Any]:
     """`jax.lax.scan` over chunks of every row's tokens, zero-padded at the end; what it stacks becomes rows again.
 
     A device has no more than LOSS_CHUNK tokens of a chunk in its part of the rows.
@@ -716,7 +700,7 @@ def _scan_tokens(step: Callable[[Any, Any], tuple[Any, Any]], start: Any, rows: 
     return total, jax.tree.map(join, chunks)
 
 
-def whole_head(head: Float[Array, "vocab embed"], dtype: DTypeLike) -> Float[Array, "vocab embed"]:
+def whole_head(head: Head, dtype: DTypeLike) -> Head:
     """The head for the chunks, gathered before the loop over them, which would gather it for each."""
     return shard(head.astype(dtype), AXIS_RULES["vocab"])
 
@@ -725,14 +709,14 @@ class TokenStatistics(NamedTuple):
     """For each target its negative log-likelihood, whether it was the likeliest token, and the entropy of the
     distribution it was predicted by; in nats."""
 
-    loss: Float[Array, "batch token"]
+    loss: PerToken
     is_correct: Bool[Array, "batch token"]
-    entropy: Float[Array, "batch token"]
+    entropy: PerToken
 
 
 def _chunk_statistics(
-    logits: Float[Array, "batch token vocab"], target: Int[Array, "batch token"]
-) -> tuple[TokenStatistics, Float[Array, "batch token vocab"], Bool[Array, "batch token vocab"]]:
+    logits: Logits, target: Tokens
+) -> tuple[TokenStatistics, Logits, Bool[Array, "batch token vocab"]]:
     """Statistics of the targets, the probabilities, and which of them is each target's."""
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     is_target = target[..., None] == jnp.arange(logits.shape[-1])
@@ -742,14 +726,8 @@ def _chunk_statistics(
     return TokenStatistics(loss, jnp.argmax(logits, axis=-1) == target, entropy), probability, is_target
 
 
-def token_statistics(
-    hidden: Float[Array, "batch token embed"],
-    head: Float[Array, "vocab embed"],
-    target: Int[Array, "batch token"],
-    vocabulary_size: int,
-) -> TokenStatistics:
+def token_statistics(hidden: Hidden, head: Head, target: Tokens, vocabulary_size: int) -> TokenStatistics:
     """Statistics of each target, chunk by chunk; those that the caller ignores cost nothing."""
-
     head = whole_head(head, hidden.dtype)
 
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, TokenStatistics]:
@@ -759,21 +737,14 @@ def token_statistics(
     return _scan_tokens(step, None, (hidden, target))[1]
 
 
-def cross_entropy(
-    log_probability: Float[Array, "batch token"], weight: Float[Array, "batch token"]
-) -> Float[Array, ""]:
+def cross_entropy(log_probability: PerToken, weight: PerToken) -> Float[Array, ""]:
     """Weighted sum of the targets' negative log-likelihoods, in nats."""
     return -jnp.sum(log_probability * weight)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def summed_token_loss(
-    hidden: Float[Array, "batch token embed"],
-    head: Float[Array, "vocab embed"],
-    target: Int[Array, "batch token"],
-    fields: PyTree[Array],
-    loss_of: Callable[[Float[Array, "batch token"], Any], Float[Array, ""]],
-    vocabulary_size: int,
+    hidden: Hidden, head: Head, target: Tokens, fields: PyTree[Array], loss_of: LossOf, vocabulary_size: int
 ) -> tuple[Float[Array, ""], TokenStatistics]:
     """The sum over targets of `loss_of` their log-probabilities and `fields`, and the targets' statistics.
 
@@ -786,7 +757,7 @@ def summed_token_loss(
 
 
 def _token_loss_forward(
-    hidden: Array, head: Array, target: Array, fields: PyTree[Array], loss_of: Callable, vocabulary_size: int
+    hidden: Hidden, head: Head, target: Tokens, fields: PyTree[Array], loss_of: LossOf, vocabulary_size: int
 ) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
     parts = row_shards(jax.sharding.get_abstract_mesh())
     compute_head = whole_head(head, hidden.dtype)

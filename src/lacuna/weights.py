@@ -252,14 +252,11 @@ def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, Sto
         raise UserError(f"{directory}: the weights do not fit config.json; {fix}\n  {listed}")
 
 
-def has_layers(row: Parameter) -> bool:
-    """Whether the file has a tensor of this row for each layer."""
-    return row.axes.startswith("layer ")
-
-
 def file_names(row: Parameter, model: ModelConfig) -> list[str]:
     """Names of a row's tensors in the file."""
-    return [row.file_name.format(layer=layer) for layer in range(model.layers if has_layers(row) else 1)]
+    if not row.has_layers:
+        return [row.file_name]
+    return [f"model.layers.{layer}.{row.file_name}" for layer in range(model.layers)]
 
 
 def file_shape(row: Parameter, model: ModelConfig) -> tuple[int, ...]:
@@ -281,7 +278,7 @@ def load_parameter(row: Parameter, tensors: Mapping[str, StoredTensor], model: M
         spans = dict(zip(row.axes.split(), shard_box(index, shape), strict=True))
         layers = slice(*spans.pop("layer", (0, 1)))
         parts = [from_file(tensors[name], row, spans) for name in names[layers]]
-        return np.stack(parts) if has_layers(row) else parts[0]
+        return np.stack(parts) if row.has_layers else parts[0]
 
     return jax.make_array_from_callback(shape, NamedSharding(mesh, partition_spec(row)), shard)
 
@@ -304,7 +301,7 @@ def from_file(tensor: StoredTensor, row: Parameter, spans: Mapping[str, tuple[in
 def file_tensor(leaf: Any, row: Parameter, layer: int, model: ModelConfig, dtype: Any) -> np.ndarray:
     """A file's tensor from a weight in memory: its layer without padding, transposed, merged and cast."""
     axes = row.axes.split()
-    if has_layers(row):
+    if row.has_layers:
         leaf, axes = leaf[layer], axes[1:]
     values = np.asarray(leaf).transpose([axes.index(axis) for axis in file_order(row)])
     if "vocab" in axes:
