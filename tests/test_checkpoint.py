@@ -223,7 +223,7 @@ def stored(directory: Path, name: str, dtype: Any) -> None:
             lambda d: stored(d, "F8_E4M3", ml_dtypes.float8_e4m3fn),
             "q_proj.weight is stored as F8_E4M3; float32, bfloat16",
         ),
-        (lambda d: stored(d, "I32", np.int32), "q_proj.weight is stored as int32; float32, bfloat16"),
+        (lambda d: stored(d, "I32", np.int32), "q_proj.weight is stored as I32; float32, bfloat16"),
         (lambda d: (d / "config.json").write_text("[" * 10**5), "config.json: not JSON"),
         (lambda d: (d / "config.json").write_text("{"), "not JSON"),
         (lambda d: (d / "config.json").unlink(), "no config.json"),

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.tree_util import keystr
 from jaxtyping import Array, PyTree
 from pydantic import BaseModel
 
@@ -41,14 +40,12 @@ from lacuna.weights import (
     ADAPTER,
     PICKLED,
     StoredTensor,
+    copied_pieces,
     has_own_head,
     is_checkpoint,
+    leaf_name,
     load_params,
     open_tensors,
-    overlap,
-    shard_box,
-    whole,
-    within,
     without_weights,
     write_safetensors,
     write_weights,
@@ -58,16 +55,9 @@ MANIFEST_FORMAT = 3
 SOURCE = "source"  # in the directory of a run, with what its model has besides weights
 FAILURES_IN_A_ROW = 3
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model",
+    "vocab.json", "merges.txt", "added_tokens.json", "generation_config.json",
+)  # fmt: skip
 
 Config = TypeVar("Config", bound=ModelKeys)
 
@@ -102,15 +92,12 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
     if with_weights:
         wanted += ["model*.safetensors", "model.safetensors.index.json"]
     name, _, revision = model_name.partition("@")
+    at: dict[str, Any] = {"repo_id": name, "revision": revision or None}
     try:
-        found = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=wanted, ignore_patterns="*/*"
-            )
-        )
+        found = Path(huggingface_hub.snapshot_download(**at, allow_patterns=wanted, ignore_patterns="*/*"))
         if not with_weights or any(found.glob("*.safetensors")):
             return found
-        names = huggingface_hub.list_repo_files(name, revision=revision or None)
+        names = huggingface_hub.list_repo_files(**at)
     except Exception as error:  # its HTTP and storage clients raise their own kinds
         if isinstance(error, errors.GatedRepoError):
             reason = "access is restricted; accept its terms on its page on the hub, then log in with `hf auth login`"
@@ -413,8 +400,6 @@ def checked_manifest(directory: Path) -> Manifest:
 
 # Run states
 
-leaf_name = partial(keystr, simple=True, separator="/")
-
 
 def open_checkpoint(directory: Path, manifest: Manifest) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its path in the state, as params/layers/query."""
@@ -440,10 +425,7 @@ def load_checkpoint(directory: Path, manifest: Manifest, abstract: PyTree, shape
                 f"{directory}: {name} is {found}, this run wants {wanted.dtype} of shape {wanted.shape}; is it another "
                 "model's?"
             )
-        assert leaf.sharding
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: tensor.read(shard_box(index, leaf.shape))
-        )
+        return tensor.placed(leaf)
 
     return jax.tree.map_with_path(load, abstract, shapes)
 
@@ -452,23 +434,6 @@ def saved_params(directory: Path, model: ModelConfig) -> PyTree[StoredTensor]:
     """The parameters of a checkpoint that this process wrote or checked, each read when needed."""
     saved = open_checkpoint(directory, read_manifest(directory))
     return jax.tree.map_with_path(lambda path, _: saved[f"params/{leaf_name(path)}"], parameter_table(model))
-
-
-def copied_pieces(state: PyTree[Array], shapes: PyTree) -> dict[str, np.ndarray]:
-    """Copies of those pieces of the state that this process writes, by the tensor's path and the piece's first index.
-
-    Every element is in one piece, written by one process; rows that pad the vocabulary are in none.
-    """
-    for leaf in jax.tree.leaves(state):
-        leaf.copy_to_host_async()
-    copies = {}
-    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(shapes), strict=True):
-        for shard in leaf.addressable_shards:
-            held = shard_box(shard.index, leaf.shape)
-            if shard.replica_id == 0 and (box := overlap(held, whole(wanted.shape))) is not None:
-                key = f"{leaf_name(path)}@{','.join(str(begin) for begin, _ in box)}"
-                copies[key] = np.array(np.asarray(shard.data)[within(box, held)])
-    return copies
 
 
 def write_pieces(scratch: Path, copies: Mapping[str, np.ndarray], needed: int) -> str:

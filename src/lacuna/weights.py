@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import keystr
 from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 
@@ -23,12 +25,12 @@ from lacuna.model import EMBEDDING, HEAD, ModelConfig, Parameter, parameter_tabl
 from lacuna.tokenizer import read_json
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # ours, in a file's header
-STORED_DTYPES = dict.fromkeys(("F64", "F32", "BF16", "F16"), np.dtype(np.float32)) | {"I32": np.dtype(np.int32)}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 BLOCK_ROWS = 4096
 SHARD_BYTES = 5 * 10**9
 LISTED = 10
 ADAPTER = "adapter_config.json"
+leaf_name = partial(keystr, simple=True, separator="/")
 Box = tuple[tuple[int, int], ...]  # of each axis the first index and the one after the last
 
 
@@ -88,6 +90,13 @@ class StoredTensor:
         boxes = [((at, min(at + BLOCK_ROWS, rows[1])), *rest) for at in range(0, rows[1], BLOCK_ROWS)]
         return all(np.array_equal(self.read(box), other.read(box)) for box in boxes)
 
+    def placed(self, leaf: jax.ShapeDtypeStruct) -> Array:
+        """The tensor in the shape and sharding of `leaf`, each device reading only its part."""
+        assert leaf.sharding
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: self.read(shard_box(index, leaf.shape))
+        )
+
     def __getitem__(self, layer: int) -> np.ndarray:
         return self.read(((layer, layer + 1), *whole(self.shape[1:])))[0]
 
@@ -98,7 +107,7 @@ class StoredTensor:
 def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """Every tensor of safetensors files by name; a key such as `name@64,0` is of a piece that begins at that index.
 
-    Floats are read as float32.
+    Floats are read as float32; only pieces may be int32, as a run's counters are.
 
     Raises:
         UserError: a file is missing or damaged, or the pieces of a tensor do not make it up.
@@ -108,15 +117,14 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
         try:
             file = safe_open(path, "numpy")
             for key in file.keys():
-                name, _, begin = key.partition("@")
+                name, is_piece, begin = key.partition("@")
                 piece = file.get_slice(key)
-                shape = piece.get_shape()
+                shape, kind = piece.get_shape(), piece.get_dtype()
                 first = map(int, begin.split(",")) if begin else [0] * len(shape)
                 box = tuple((start, start + size) for start, size in zip(first, shape, strict=True))
-                if (dtype := STORED_DTYPES.get(piece.get_dtype())) is None:
-                    raise UserError(
-                        f"{path}: {name} is stored as {piece.get_dtype()}; float32, bfloat16 and float16 are read"
-                    )
+                if kind not in ("F64", "F32", "BF16", "F16") and not (is_piece and kind == "I32"):
+                    raise UserError(f"{path}: {name} is stored as {kind}; float32, bfloat16 and float16 are read")
+                dtype = np.dtype(np.int32 if kind == "I32" else np.float32)
                 tensors.setdefault(name, StoredTensor(dtype, [])).pieces.append((box, piece))
         except UserError:
             raise
@@ -127,6 +135,24 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
             where = sorted(box for box, _ in tensor.pieces)
             raise UserError(f"{path.parent}: the pieces of {name}, at {where}, do not make it up exactly once")
     return tensors
+
+
+def copied_pieces(arrays: PyTree[Array], shapes: PyTree) -> dict[str, np.ndarray]:
+    """Copies of those pieces of arrays that this process writes, by their names for `open_tensors`: the array's path in
+    the tree and the piece's first index.
+
+    Every element is in one piece, written by one process; rows that pad the vocabulary are in none.
+    """
+    for leaf in jax.tree.leaves(arrays):
+        leaf.copy_to_host_async()
+    copies = {}
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(arrays), jax.tree.leaves(shapes), strict=True):
+        for shard in leaf.addressable_shards:
+            held = shard_box(shard.index, leaf.shape)
+            if shard.replica_id == 0 and (box := overlap(held, whole(wanted.shape))) is not None:
+                key = f"{leaf_name(path)}@{','.join(str(begin) for begin, _ in box)}"
+                copies[key] = np.array(np.asarray(shard.data)[within(box, held)])
+    return copies
 
 
 # Weights in Hugging Face layout
@@ -235,8 +261,6 @@ def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, Sto
         for row in jax.tree.leaves(parameter_table(model))
         for name in file_names(row, model)
     }
-    if other := [name for name, tensor in tensors.items() if tensor.dtype != np.float32]:
-        raise UserError(f"{directory}: {other[0]} is stored as int32; float32, bfloat16 and float16 are read")
     wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
     unknown = [name for name in found if name not in wanted]
     if wrong or unknown:
@@ -311,6 +335,8 @@ def file_tensor(leaf: Any, row: Parameter, layer: int, model: ModelConfig, dtype
 
 def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
     """Write the safetensors files of a model."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     dtype, table = jnp.dtype(model.file_dtype), parameter_table(model)
     tensors = {
         name: (leaf, row, layer)
@@ -319,18 +345,13 @@ def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
     }
     shapes = {name: (dtype, file_shape(row, model)) for name, (_, row, _) in tensors.items()}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape) in shapes.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    files = {"model.safetensors": shards[0]}
-    if len(shards) > 1:
-        files = {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, 1)}
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    files = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
+    )
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for file, names in files.items():
+    for file, names in files.filename_to_tensors.items():
         values = (file_tensor(*tensors[name], model, dtype) for name in names)
         write_safetensors(scratch / file, {name: shapes[name] for name in names}, values)
 
