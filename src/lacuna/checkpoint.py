@@ -30,26 +30,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 from pydantic import BaseModel
 
+from lacuna import weights
 from lacuna.attention import choose_backend
 from lacuna.config import DataKeys, GrpoConfig, ModelKeys, TemplateKeys, TrainingConfig, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
-from lacuna.metrics import byte_size, content_hash, duration, sync
+from lacuna.metrics import byte_size, content_hash, duration, file_hash, sync
 from lacuna.model import FAMILIES, ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
 from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json
-from lacuna.weights import (
-    ADAPTER,
-    PICKLED,
-    StoredTensor,
-    copied_pieces,
-    has_own_head,
-    is_checkpoint,
-    leaf_name,
-    load_params,
-    open_tensors,
-    without_weights,
-    write_safetensors,
-    write_weights,
-)
+from lacuna.weights import StoredTensor, leaf_name
 
 MANIFEST_FORMAT = 3
 SOURCE = "source"  # in the directory of a run, with what its model has besides weights
@@ -82,13 +70,13 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
             f"checkpoints, such as {path / 'best'}"
         )
     if path.is_dir():
-        if not (path / "config.json").is_file() and (path / ADAPTER).is_file():
-            raise UserError(f"{path}: {without_weights(path, os.listdir(path))}")
+        if not (path / "config.json").is_file() and (path / weights.ADAPTER).is_file():
+            raise UserError(f"{path}: {weights.without_weights(path, os.listdir(path))}")
         return path
     import huggingface_hub
     from huggingface_hub import errors
 
-    wanted = ["config.json", ADAPTER, *TOKENIZER_FILES]
+    wanted = ["config.json", weights.ADAPTER, *TOKENIZER_FILES]
     if with_weights:
         wanted += ["model*.safetensors", "model.safetensors.index.json"]
     name, _, revision = model_name.partition("@")
@@ -112,7 +100,7 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
                 f"({error.__cause__ or error}); once that is fixed, the same command fetches the rest"
             )
         raise UserError(f"model_name {model_name!r}: {' '.join(reason.split())}") from error
-    raise UserError(f"model_name {model_name!r}: {without_weights(found, names)}")
+    raise UserError(f"model_name {model_name!r}: {weights.without_weights(found, names)}")
 
 
 def settled(config: Config, platform: str = "") -> Config:
@@ -151,7 +139,7 @@ def described_in(source: Path) -> Path:
     Raises:
         UserError: the checkpoint lies in no run.
     """
-    if not is_checkpoint(source):
+    if not weights.is_checkpoint(source):
         return source
     run = next(parent for parent in source.resolve().parents if parent.name != "checkpoints")
     kept = [run / name for name in (SOURCE, "model") if (run / name / "config.json").is_file()]
@@ -209,7 +197,7 @@ def model_on(source: Path, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, 
     """
     model = read_model_config(source)
     is_random = isinstance(config, TrainingConfig) and config.from_scratch
-    own_head = model.is_tied and not is_random and has_own_head(source)
+    own_head = model.is_tied and not is_random and weights.has_own_head(source)
     shards = mesh.shape[AXIS_RULES["vocab"]]
     backend, line = choose_backend(config, mesh, model.head)
     padded = math.ceil(model.vocabulary_size / shards) * shards
@@ -225,8 +213,8 @@ def opened_params(opened: OpenedModel) -> PyTree[Array]:
         UserError: no weights, damaged ones, or others than config.json asks for.
     """
     source, model, _, mesh, _ = opened
-    if not is_checkpoint(source):
-        return load_params(source, model, mesh)
+    if not weights.is_checkpoint(source):
+        return weights.load_params(source, model, mesh)
 
     def abstract(model: ModelConfig, row: Parameter) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, partition_spec(row))
@@ -247,7 +235,7 @@ def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         copy_description(source, scratch, model)
-        write_weights(scratch, params, model)
+        weights.write_weights(scratch, params, model)
         return replace_directory(scratch, directory)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -345,8 +333,7 @@ def files_digest(paths: Iterable[Path]) -> str:
     """A hash of the content of files."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 
@@ -356,7 +343,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if directory.suffix in PICKLED:
+    if directory.suffix in weights.PICKLED:
         raise UserError(
             f"{directory}: pickled checkpoints are never read; load it where it was made and save its weights with "
             "safetensors.torch.save_file, or its model with save_pretrained, then train with --model-name on that"
@@ -388,8 +375,7 @@ def checked_manifest(directory: Path) -> Manifest:
     for process, sha256 in enumerate(manifest.shards):
         path = shard_path(directory, process)
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_hash(path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         if found != sha256:
@@ -403,7 +389,7 @@ def checked_manifest(directory: Path) -> Manifest:
 
 def open_checkpoint(directory: Path, manifest: Manifest) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its path in the state, as params/layers/query."""
-    return open_tensors(shard_path(directory, process) for process in range(len(manifest.shards)))
+    return weights.open_tensors(shard_path(directory, process) for process in range(len(manifest.shards)))
 
 
 def load_checkpoint(directory: Path, manifest: Manifest, abstract: PyTree, shapes: PyTree) -> PyTree[Array]:
@@ -443,7 +429,7 @@ def write_pieces(scratch: Path, copies: Mapping[str, np.ndarray], needed: int) -
     if (free := shutil.disk_usage(scratch).free) < needed:
         raise OSError(errno.ENOSPC, f"{byte_size(needed)} are needed, {byte_size(free)} are free", str(path))
     shapes = {key: (values.dtype, values.shape) for key, values in copies.items()}
-    return write_safetensors(path, shapes, copies.values())
+    return weights.write_safetensors(path, shapes, copies.values())
 
 
 # Saving
@@ -472,7 +458,7 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         facts = facts if is_best else facts.model_copy(update={"best": self.best})
-        copies, outcome = copied_pieces(state, shapes), futures.Future[str]()
+        copies, outcome = weights.copied_pieces(state, shapes), futures.Future[str]()
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
         def complete() -> None:

@@ -31,7 +31,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from lacuna.config import DataSource, UserError
 from lacuna.distributed import writing_to
-from lacuna.metrics import content_hash, sync, write_atomically
+from lacuna.metrics import content_hash, file_hash, sync, write_atomically
 from lacuna.tokenizer import (
     EncodedText,
     Span,
@@ -580,11 +580,6 @@ def intact_facts(directory: Path) -> dict[str, Any] | None:
     print(f"WARNING: encoded anew, as the cache {directory} is damaged ({', '.join(damaged)})", file=sys.stderr)
     shutil.rmtree(directory, ignore_errors=True)
     return None
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def mapped(path: Path, dtype: DTypeLike) -> np.ndarray:

@@ -532,28 +532,22 @@ class Sampler:
 
     def check(self, request: Request) -> None:
         """Raises UserError where the request can't be generated."""
-        length = len(request.prompt)
-        if length >= self.capacity:
-            raise UserError(
-                f"the prompt has {length:,} tokens, and prompt and completion together have room for "
-                f"{self.capacity:,}; shorten the prompt to {self.capacity - 1:,} tokens or less"
-            )
-        if not length:
-            raise UserError("the prompt has no token; begin with the tokenizer's BOS or with some text")
+        length, stop_count, n, top = len(request.prompt), len(request.stop_ids), request.n, request.top_logprobs
+        refusals = {
+            f"the prompt has {length:,} tokens, and prompt and completion together have room for {self.capacity:,}; "
+            f"shorten the prompt to {self.capacity - 1:,} tokens or less": length >= self.capacity,
+            "the prompt has no token; begin with the tokenizer's BOS or with some text": not length,
+            f"stop_ids has {stop_count} tokens; at most {STOP_IDS} can stop a completion": stop_count > STOP_IDS,
+            "stop holds an empty string, which would stop everything; leave it out": not all(request.stop),
+            f"n = {n} should be 1 or more, top_logprobs = {top} 0 to {TOP_LOGPROBS}":
+                n < 1 or not 0 <= top <= TOP_LOGPROBS,
+            f"root = {request.root} is no node of the sampler's constraint with tokens to choose from; "
+            "give the Sampler a constraint with it, or leave root at -1": request.root not in self.roots,
+        }  # fmt: skip
+        for problem, is_there in refusals.items():
+            if is_there:
+                raise UserError(problem)
         check_vocabulary([*request.prompt, *request.stop_ids], self.model)
-        if len(request.stop_ids) > STOP_IDS:
-            raise UserError(f"stop_ids has {len(request.stop_ids)} tokens; at most {STOP_IDS} can stop a completion")
-        if not all(request.stop):
-            raise UserError("stop holds an empty string, which would stop everything; leave it out")
-        if request.n < 1 or not 0 <= request.top_logprobs <= TOP_LOGPROBS:
-            raise UserError(
-                f"n = {request.n} should be 1 or more, top_logprobs = {request.top_logprobs} 0 to {TOP_LOGPROBS}"
-            )
-        if request.root not in self.roots:
-            raise UserError(
-                f"root = {request.root} is no node of the sampler's constraint with tokens to choose from; "
-                "give the Sampler a constraint with it, or leave root at -1"
-            )
 
     def submit(self, request: Request) -> int:
         """Queue a request; its completions carry the number returned. Raises UserError where it can't be generated."""
