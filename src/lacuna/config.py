@@ -1,7 +1,6 @@
 """The config of each command: its keys with their defaults, bounds and descriptions. Never imports jax."""
 
 import difflib
-import errno
 import importlib.util
 import json
 import os
@@ -49,31 +48,25 @@ def usable_cache(chosen: str) -> Path:
     Raises:
         UserError: nothing can be written to either.
     """
-    wanted = Path(chosen) / "lacuna"
-    try:
-        if chosen.startswith("~"):
-            raise OSError(errno.ENOENT, "this user has no home directory")
-        probe(wanted)
+    wanted, own = Path(chosen) / "lacuna", Path(tempfile.gettempdir()) / f"lacuna-{os.getuid()}"
+    problem = unusable(wanted, 0o777) if wanted.parts[0] != "~" else f"{wanted}: this user has no home directory"
+    if not problem:
         return wanted
-    except OSError as error:
-        problem = f"{wanted}: {error.strerror}"
-    try:
-        own = Path(tempfile.gettempdir()) / f"lacuna-{os.getuid()}"
-        own.mkdir(mode=0o700, exist_ok=True)
-        if own.is_symlink() or own.stat().st_uid != os.getuid():  # programs are loaded from there, so no one else's
-            raise OSError(errno.EPERM, "it is another user's")
-        probe(own)
-    except OSError as error:
-        raise UserError(f"{problem}, nor can /tmp be used; set XDG_CACHE_HOME to a directory with room") from error
+    if own.is_symlink() or unusable(own, 0o700) or own.stat().st_uid != os.getuid():  # programs are loaded from there
+        raise UserError(f"{problem}, nor can {own} be used; set XDG_CACHE_HOME to a directory with room")
     print(f"WARNING: {problem}; the cache is {own}, unless XDG_CACHE_HOME names another place", file=sys.stderr)
     return own
 
 
-def probe(directory: Path) -> None:
-    """Make a directory, if it is not there, and see that a file of 1 MB can be written to it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory) as file:
-        file.write(bytes(10**6))
+def unusable(directory: Path, mode: int) -> str:
+    """Why a file of 1 MB can't be written to a directory, which is made if it is not there; empty if it can."""
+    try:
+        directory.mkdir(mode, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(10**6))
+    except OSError as error:
+        return f"{directory}: {error.strerror}"
+    return ""
 
 
 def to_toml(config: Keys, without: Iterable[str] = ()) -> str:
@@ -307,7 +300,7 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
     @property
     def has_evaluation(self) -> bool:
         """Whether there is anything to do at an evaluation."""
-        return bool(self.eval_config or self.eval_data)
+        return bool(self.eval_config or self.eval_data or getattr(self, "sample_prompts", ()))
 
     @model_validator(mode="after")
     def keys_agree(self) -> "TrainingConfig":
@@ -335,11 +328,6 @@ class RowsConfig(TrainingConfig):
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
     sample_prompts: tuple[str, ...] = Field((), description="Prompts to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
-
-    @property
-    def has_evaluation(self) -> bool:
-        """Whether there is anything to do at an evaluation."""
-        return super().has_evaluation or bool(self.sample_prompts)
 
     @model_validator(mode="after")
     def batch_divides(self) -> "RowsConfig":
