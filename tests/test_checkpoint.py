@@ -439,12 +439,19 @@ def state() -> trainer.TrainState:
     return state_on((1, 1, 1))
 
 
+def reported(saver: checkpoint.Saver) -> list[str]:
+    """What a saver says of the saves that have ended."""
+    lines = list[str]()
+    saver.report(lines.append)
+    return lines
+
+
 def save(run: Path, state: Any, step: int, keep: int = 9, is_best: bool = False) -> Path:
     """The checkpoint of a step, written and committed."""
     saver = checkpoint.Saver(run, keep, "session")
     saver.save(state, trainer.saved_shapes(MODEL), facts(step), is_best)
     saver.wait()
-    list(saver.news())
+    reported(saver)
     return checkpoint.checkpoint_directory(run, step)
 
 
@@ -622,11 +629,11 @@ def test_a_save_returns_before_it_is_written_and_the_next_waits_for_it(
     monkeypatch.setattr(checkpoint, "write_pieces", lambda *given: may_write.wait() and write_pieces(*given))
     saver, shapes = checkpoint.Saver(tmp_path, 9, "session"), trainer.saved_shapes(MODEL)
     saver.save(state, shapes, facts(1), True)
-    assert list(saver.news()) == [] and saver.newest is None and not checkpoint.saved_steps(tmp_path)
+    assert reported(saver) == [] and saver.newest is None and not checkpoint.saved_steps(tmp_path)
     threading.Timer(0.25, may_write.set).start()
     assert saver.save(state, shapes, facts(2), False) >= 0.2
     saver.wait()
-    first, second = saver.news()
+    first, second = reported(saver)
     assert (first.split(" (")[0], second.split(" (")[0]) == (
         f"saved {checkpoint.checkpoint_directory(tmp_path, 1)}, the best so far",
         f"saved {saver.newest}",
@@ -660,7 +667,7 @@ def test_an_error_of_the_program_while_saving_is_raised_where_it_is_noticed(
     saver.save(state, trainer.saved_shapes(MODEL), facts(1), False)
     saver.wait()
     with pytest.raises(ZeroDivisionError):
-        list(saver.news())
+        reported(saver)
 
 
 def fails(number: int, is_due: Callable[..., bool], usual: Callable[..., Any]) -> Callable[..., Any]:
@@ -679,7 +686,7 @@ def saved_with(saver: checkpoint.Saver, state: trainer.TrainState, step: int, be
     given = facts(step).model_copy(update={"best": best})
     saver.save(state, trainer.saved_shapes(MODEL), given, best is not None)
     saver.wait()
-    (line,) = saver.news()
+    (line,) = reported(saver)
     return line
 
 
@@ -835,7 +842,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_an_intact_checkpoint_and_leftovers
         saver.save(state, trainer.saved_shapes(MODEL), facts(4), False)
         saver.wait()
     with pytest.raises(Killed):
-        list(saver.news())
+        reported(saver)
     found = checkpoint.newest_good(tmp_path, said.append)
     assert found and not said and found[1].run.step == (4 if point in ("after the rename", "during retention") else 2)
     assert (found[0] != first or contents(first) == before) and len(os.listdir(tmp_path / "checkpoints")) == 2
@@ -852,7 +859,7 @@ def test_a_full_disk_is_survived_twice_and_no_partial_file_stays(
     def try_to_save(step: int) -> list[str]:
         saver.save(state, shapes, facts(step), False)
         saver.wait()
-        return list(saver.news())
+        return reported(saver)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))

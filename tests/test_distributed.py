@@ -137,7 +137,7 @@ def test_a_process_that_was_stopped_did_not_hang(tmp_path: Path, ends: Ends, mon
 def test_a_watchdog_looks_until_its_context_ends(tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "WATCH_SECONDS", 0.001)
     watchdog = Watchdog(tmp_path / "log")
-    with watchdog.watching():
+    with distributed.repeated(watchdog.look):
         while watchdog.looks < 3:
             time.sleep(0.001)
     time.sleep(0.05)

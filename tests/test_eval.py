@@ -1,11 +1,14 @@
 """Evaluation: every figure from its raw material, transformers' losses and likelihoods, and evaluations that resume."""
 
+import errno
 import itertools
 import json
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from lacuna.apps.rewards import correct
 from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, to_toml
 from lacuna.documents import prepare
 from lacuna.eval import Predictions, Problem, Problems, Tasks, log_likelihoods
+from lacuna.metrics import LineFile
 from lacuna.model import ModelConfig, embed, forward, head_of, initial_params, logits_of, read_model_config
 from lacuna.sampler import Completion
 from lacuna.tokenizer import encode, load_tokenizer
@@ -176,6 +180,14 @@ def test_a_killed_evaluation_resumes_to_the_same_answers(
     for task in ("generate", "choices"):
         assert predictions(config, task) == predictions(uninterrupted, task)
         assert summary(config)[task] == summary(uninterrupted)[task]
+
+
+def test_an_answer_that_finds_no_room_on_the_disk_ends_the_evaluation(tmp_path: Path) -> None:
+    with closing(LineFile(tmp_path / "predictions.jsonl")) as kept:
+        whole, kept.file = kept.file, Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UserError, match="No space left on device; fix that, or choose another output_dir"):
+            Predictions(kept).add(("generate", 0, 0), {"output": "4"})
+        kept.file = whole
 
 
 def test_another_evaluation_is_not_mixed_in(uninterrupted: EvalConfig, model_directory: Path, tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> 
     inputs = CASES["inputs"]
     config = grpo_config(updates_per_rollout=2, sequence_length=24, kl_weight=0.1, clip_low=0.1, clip_high=0.1)
     batch, current, places = rows_of(inputs, config)
-    _, facts = grpo.policy_loss(config).objective(current, batch)
+    _, (sums, largest) = grpo.policy_loss(config).objective(current, batch)
+    facts = sums | largest
     rows, slots = np.array(places).T
     named = batch._asdict() | {"current": current}
     wide = {name: np.asarray(leaf, np.float64)[rows, slots] for name, leaf in named.items()}
@@ -268,7 +269,7 @@ def test_the_entropy_is_that_of_the_distributions() -> None:
     model, params = load(REFERENCE / "qwen3")
     rows, _ = grpo.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
-    _, facts = grpo.policy_loss(config)(params, batch, model, None)
+    _, (facts, _) = grpo.policy_loss(config)(params, batch, model, None)
     hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
     logits = np.asarray(hidden @ head_of(params, model).T / 0.8, np.float64)[np.asarray(batch.weight) > 0]
     probability = np.exp(logits - logits.max(-1, keepdims=True))
@@ -343,7 +344,7 @@ def test_other_weights_of_the_policy_that_a_run_is_held_to_are_refused_by_name(t
     shutil.copyfile(TINY / "tokenizer.json", source / "tokenizer.json")
     model, tokenizer = read_model_config(source), load_tokenizer(source)
     opened = OpenedModel(source, model, tokenizer, mesh_of(1, 1, 1), "")
-    inputs = Inputs(opened, Problems((), (), ("a digest",)), None, load_rewards(["correct"]), ())
+    inputs = Inputs(opened, Problems((), (), ("a digest",)), None, load_rewards(["correct"]))
     config = grpo_config(model_name=str(source), kl_weight=0.1)
     before = grpo.input_digests(config, inputs)
     facts = {"model": trainer.model_facts(opened.model), "data": ("a digest",), "inputs": before}

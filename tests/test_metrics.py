@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from conftest import records, text_run
 from lacuna import cli, metrics
 from lacuna.config import UserError
 from lacuna.metrics import (
+    LineFile,
     RunLog,
     byte_size,
     duration,
@@ -250,6 +252,14 @@ class FullDisk:
 
     def close(self) -> None:
         self.file.close()
+
+
+def test_lines_are_appended_after_the_last_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"row": 1}\n{"ro')
+    with closing(LineFile(path)) as lines:
+        lines.write('{"row": 2}')
+    assert path.read_text() == '{"row": 1}\n{"row": 2}\n'
 
 
 @pytest.mark.parametrize("is_freed", [True, False])

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -220,7 +221,7 @@ def test_a_report_that_fails_costs_nothing_but_a_line(small: Path) -> None:
     def fail(directory: Path) -> None:
         raise ValueError("no such backend")
 
-    run_training(config, write_report=fail)
+    run_training(config, partial(evaluation.evaluation_of_rows, None), fail)
     assert (config.run_directory / "model" / "model.safetensors").exists()
     assert json.loads((config.run_directory / "summary.json").read_text())["steps"] == 1
     assert "WARNING: no report.html (ValueError: no such backend)" in (config.run_directory / "run.log").read_text()

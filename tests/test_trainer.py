@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,24 @@ def loss_and_gradient(params: Any, batch: Batch, model: ModelConfig, step: int =
 
 def regrouped(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, leaf.shape[-1]), batch)
+
+
+class FactsOfTokens(NamedTuple):
+    """A loss of nothing, with facts whose names do not tell how those of micro-batches are combined."""
+
+    def __call__(self, params: Any, batch: Batch, model: ModelConfig, noise: Any) -> tuple[jax.Array, trainer.Facts]:
+        tokens, longest = jnp.sum(batch.segment > 0), jnp.max(batch.position)
+        return jnp.sum(params["embedding"]) * 0.0, ({"tokens_max": tokens}, {"longest": longest})
+
+
+def test_facts_of_micro_batches_are_summed_or_the_largest_as_the_loss_says() -> None:
+    model = read_model_config(REFERENCE / "qwen3")
+    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    batch = random_batch(0, 3, 2, 16, model.vocabulary_size)
+    _, facts = trainer.train_step(
+        state, batch, np.float32(1), trainer.recipe_of(config(), 50), model, "float32", FactsOfTokens()
+    )
+    assert facts["tokens_max"] == np.sum(batch.segment > 0) and facts["longest"] == batch.position.max()
 
 
 @pytest.mark.parametrize("family", [pytest.param("qwen3", marks=pytest.mark.slow), "llama2"])
@@ -148,10 +166,13 @@ def sized(**changes: int) -> ModelConfig:
 
 def born(model: ModelConfig, mesh: Mesh) -> trainer.TrainState:
     """Random weights and empty moments over a mesh."""
-    make = jax.jit(
-        lambda key: trainer.fresh_state(initial_params(key, model)), out_shardings=trainer.state_shardings(model, mesh)
-    )
-    return make(jax.random.key(0))
+    return birth(model, mesh)(jax.random.key(0))
+
+
+def birth(model: ModelConfig, mesh: Mesh) -> Any:
+    """What makes random weights and empty moments over a mesh from a key."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract_state(model, mesh))
+    return jax.jit(lambda key: trainer.fresh_state(initial_params(key, model)), out_shardings=shardings)
 
 
 def curve(model: ModelConfig, mesh: Mesh, steps: int, rows: int, length: int) -> tuple[Any, np.ndarray]:
@@ -214,13 +235,9 @@ def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[in
             recipe, state = trainer.recipe_of(config(), 50), trainer.abstract_state(model, mesh)
             lowered = trainer.train_step.lower(state, batch, np.float32(1), recipe, model, dtype, ROW_LOSS)
             memory: Any = lowered.compile().memory_analysis()
-            make = jax.jit(
-                lambda key: trainer.fresh_state(initial_params(key, model)),
-                out_shardings=trainer.state_shardings(model, mesh),
-            )
-            birth: Any = make.lower(jax.random.key(0)).compile().memory_analysis()
+            new: Any = birth(model, mesh).lower(jax.random.key(0)).compile().memory_analysis()
         held[count], temporary[count] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        at_birth[count] = birth.temp_size_in_bytes + birth.output_size_in_bytes
+        at_birth[count] = new.temp_size_in_bytes + new.output_size_in_bytes
     assert held[1] > 3 * 8 * layer and temporary[1] > 8 * layer
     for count in counts:  # a few layers at a time are gathered whole, no more
         assert held[count] < 1.02 * held[1] / count

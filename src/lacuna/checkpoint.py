@@ -16,7 +16,7 @@ import threading
 import time
 import tomllib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import replace
@@ -216,13 +216,23 @@ def opened_params(opened: OpenedModel) -> PyTree[Array]:
     if not weights.is_checkpoint(source):
         return weights.load_params(source, model, mesh)
 
-    def abstract(model: ModelConfig, row: Parameter) -> jax.ShapeDtypeStruct:
+    shapes = ({"params": abstract_params(each, mesh)} for each in (model, unpadded(model)))
+    return load_checkpoint(source, checked_manifest(source), *shapes)["params"]
+
+
+def abstract_params(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a model's weights."""
+
+    def abstract(row: Parameter) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, partition_spec(row))
         return jax.ShapeDtypeStruct(shape_of(row, model.sizes), np.float32, sharding=sharding)
 
-    unpadded, table = replace(model, padded_vocabulary=model.vocabulary_size), parameter_table(model)
-    shapes = ({"params": jax.tree.map(partial(abstract, each), table)} for each in (model, unpadded))
-    return load_checkpoint(source, checked_manifest(source), *shapes)["params"]
+    return jax.tree.map(abstract, parameter_table(model))
+
+
+def unpadded(model: ModelConfig) -> ModelConfig:
+    """The model as files have it, without the rows that pad the vocabulary in memory."""
+    return replace(model, padded_vocabulary=model.vocabulary_size)
 
 
 def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path) -> list[str]:
@@ -232,7 +242,6 @@ def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path
     are read layer by layer. Returns what went wrong once the model was complete.
     """
     scratch = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
         copy_description(source, scratch, model)
         weights.write_weights(scratch, params, model)
@@ -245,10 +254,11 @@ def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path
 def copy_description(
     source: Path, directory: Path, model: ModelConfig, changed: Mapping[str, str] | None = None
 ) -> None:
-    """Copy what a model has besides weights; files in `changed`, by name, have that text instead.
+    """Copy what a model has besides weights, in place of what lies there; files in `changed`, by name, have that text.
 
     config.json then states what it left out and readers would take to be something else.
     """
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     for name in ("config.json", *TOKENIZER_FILES):
         if name == "config.json" or (source / name).is_file():
@@ -518,14 +528,14 @@ class Saver:
         problems += remove_old(self.run_directory, self.keep)
         return "", f"; WARNING: {'; '.join(problems)}" if problems else ""
 
-    def news(self) -> Iterator[str]:
-        """Lines about the saves that have ended since the last call.
+    def report(self, say: Callable[[str], None]) -> None:
+        """Say how the saves went that have ended since the last call.
 
         Raises:
             UserError: the third save in a row has failed.
         """
         while self.saves and self.saves[0].done():
-            yield self.saves.popleft().result()
+            say(self.saves.popleft().result())
 
     def wait(self) -> None:
         """Wait until the last save has ended, whatever its outcome."""

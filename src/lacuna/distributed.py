@@ -72,10 +72,9 @@ def cluster() -> Generator[None]:
         sys.stdout = open(os.devnull, "w")
     threading.Thread(target=await_failure, daemon=True).start()
     heartbeats = Heartbeats()
-    for work in (heartbeats.exchange, heartbeats.look):
-        repeat(work, IS_LEAVING)
     try:
-        yield
+        with repeated(heartbeats.exchange), repeated(heartbeats.look):
+            yield
     except UserError as error:
         end_job(str(error), 2)
     except KeyboardInterrupt:
@@ -190,14 +189,20 @@ class Heartbeats:
             end_job(f"process {silent[0]} has given no heartbeat for {HEARTBEAT_SECONDS} s", 1)
 
 
-def repeat(work: Callable[[], None], has_ended: threading.Event) -> None:
+@contextmanager
+def repeated(work: Callable[[], None]) -> Generator[None]:
     """Do something once a second in a thread of its own, less often while this process stands still."""
+    has_ended = threading.Event()
 
     def work_on() -> None:
         while not has_ended.wait(WATCH_SECONDS):
             work()
 
     threading.Thread(target=work_on, daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
 
 
 def end_job(line: str, code: int) -> NoReturn:
@@ -265,8 +270,8 @@ class Stop:
 class Watchdog:
     """Ends the process when nothing was reported for 300 s and for 20 of its usual intervals.
 
-    Its clock stands still until the first report, and while the process itself was stopped: it counts how often its
-    thread has looked, once a second.
+    Its clock stands still until the first report, and while the process itself was stopped: it counts how often it has
+    looked, which it is to do once a second.
     """
 
     def __init__(self, log: Path) -> None:
@@ -298,15 +303,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             end_job(line, STALL_EXIT_CODE)
 
-    @contextmanager
-    def watching(self) -> Generator[None]:
-        """Look once a second."""
-        repeat(self.look, has_ended := threading.Event())
-        try:
-            yield
-        finally:
-            has_ended.set()
-
 
 # Directories that one process of all holds
 
@@ -318,13 +314,16 @@ def describe_error(error: OSError) -> str:
 
 @contextmanager
 def held_directory(directory: Path) -> Generator[None]:
-    """Hold a directory for this process alone, by a lock file with its number and host.
+    """Hold a directory for this job alone, by a lock file with its first process's number and host.
 
     The lock is of POSIX's kind, which processes that this one forks do not inherit.
 
     Raises:
         UserError: another process holds it, or it can't be written.
     """
+    if not is_first():
+        yield
+        return
     path = directory / LOCK
     with writing_to(directory):
         while True:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +17,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
-from lacuna import metrics
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch, Dataset, describe, load_dataset
-from lacuna.distributed import Watchdog, fast_dtype, is_first, put_batch, row_shards, writing_to
+from lacuna.distributed import Watchdog, fast_dtype, put_batch, row_shards, writing_to
 from lacuna.documents import (
     Example,
     checked_text,
@@ -33,6 +31,7 @@ from lacuna.documents import (
     split_bounds,
     usable,
 )
+from lacuna.metrics import LineFile, read_json_lines
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, power_of_two, slots_for
 from lacuna.tokenizer import NO_VARIABLES, Message, Tokenizer, Variables, check_messages, check_written, encode, render
@@ -334,14 +333,11 @@ class Predictions:
     """Answers by task, row and sample. Each is appended to a file, if there is one, as soon as it is known; those of an
     earlier start are read from it."""
 
-    def __init__(self, path: Path | None = None, report: ReportProgress = lambda done, total: None) -> None:
-        earlier = metrics.read_json_lines(path, "task", "row", "sample") if path else []
+    def __init__(self, kept: LineFile | None = None, report: ReportProgress = lambda done, total: None) -> None:
+        earlier = read_json_lines(kept.path, "task", "row", "sample") if kept else []
         self.lines: dict[Key, Line] = {(line["task"], line["row"], line["sample"]): line for line in earlier}
-        self.path, self.report = path if is_first() else None, report
+        self.kept, self.report = kept, report
         self.done = self.total = 0
-        if self.path and self.path.exists():
-            with self.path.open("rb+") as file:  # a line cut short by a kill ends here
-                file.truncate(file.read().rfind(b"\n") + 1)
 
     def missing(self, keys: Sequence[Key]) -> list[int]:
         """Places of the keys that have no answer yet; from now on progress is reported over all of these keys."""
@@ -355,10 +351,10 @@ class Predictions:
         if key in self.lines:
             return
         self.lines[key] = dict(zip(("task", "row", "sample"), key, strict=True)) | content
-        if self.path:
-            text = json.dumps(self.lines[key], ensure_ascii=False) + "\n"
-            with writing_to(self.path.parent), self.path.open("ab", buffering=0) as file:
-                file.write(text.encode("utf-8", "surrogatepass"))
+        if self.kept:
+            self.kept.write(json.dumps(self.lines[key], ensure_ascii=False))
+            with writing_to(self.kept.path.parent):
+                self.kept.flush()
         self.done += 1
         self.report(self.done, self.total)
 

@@ -7,7 +7,6 @@ a plain sum over tokens, each with a weight made beforehand, so neither packing 
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -27,15 +26,7 @@ from lacuna import checkpoint, metrics, trainer, weights
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Mixture, first_fit, locate
-from lacuna.distributed import (
-    check_same,
-    enable_compilation_cache,
-    from_first,
-    is_first,
-    make_mesh,
-    put_batch,
-    row_shards,
-)
+from lacuna.distributed import check_same, from_first, held_directory, is_first, make_mesh, put_batch, row_shards
 from lacuna.eval import Problem, Problems, Tasks, expected_answers, measure_in_training, read_problems
 from lacuna.model import (
     ModelConfig,
@@ -48,7 +39,7 @@ from lacuna.model import (
     token_statistics,
 )
 from lacuna.sampler import Completion, Request, Sampler, slots_for
-from lacuna.trainer import Evaluation, Recipe, Run, Step, TrainState
+from lacuna.trainer import Evaluation, Facts, Recipe, Run, Step, TrainState
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
 SHOWN_COMPLETIONS = 4
@@ -282,13 +273,13 @@ class PolicyLoss(NamedTuple):
 
     def __call__(
         self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, noise: Any
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+    ) -> tuple[Float[Array, ""], Facts]:
         hidden, head = self.hidden_states(params, batch, model), head_of(params, model)
         loss, found = summed_token_loss(
             hidden, head, batch.target, batch, lambda *part: self.objective(*part)[0], model.vocabulary_size
         )
-        facts = self.objective(-found.loss, batch)[1]
-        return loss, facts | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}
+        sums, largest = self.objective(-found.loss, batch)[1]
+        return loss, (sums | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}, largest)
 
     def hidden_states(self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig) -> Array:
         """Hidden states whose logits are those over the temperature."""
@@ -299,8 +290,8 @@ class PolicyLoss(NamedTuple):
 
     def objective(
         self, log_probability: Float[Array, "*rows token"], batch: RolloutBatch
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The loss of a batch given the log-probabilities of its targets, and sums over its tokens to be logged."""
+    ) -> tuple[Float[Array, ""], Facts]:
+        """The loss of a batch given the log-probabilities of its targets, and what is logged of its tokens."""
         is_counted = batch.weight > 0
 
         def difference(a: Array, b: Array) -> Array:
@@ -319,14 +310,13 @@ class PolicyLoss(NamedTuple):
             from_reference = difference(batch.reference, log_probability)
             divergence = jnp.exp(from_reference) - from_reference - 1
             loss += self.kl_weight * divergence
-        facts = {
+        sums = {
             "count": jnp.sum(is_counted),
             "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
             "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
             "kl": jnp.sum(divergence * is_counted),
-            "logprob_difference_max": jnp.max(jnp.abs(mismatch)),
         }
-        return jnp.sum(batch.weight * loss), facts
+        return jnp.sum(batch.weight * loss), (sums, {"logprob_difference_max": jnp.max(jnp.abs(mismatch))})
 
 
 def policy_loss(config: GrpoConfig) -> PolicyLoss:
@@ -423,7 +413,6 @@ class Inputs(NamedTuple):
     problems: Problems
     held_out: Problems | None
     rewards: Sequence[Reward]
-    stop_ids: tuple[int, ...]
 
 
 def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs:
@@ -431,16 +420,14 @@ def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     opened = open_model(config, mesh, with_weights=not config.from_scratch)
     check_trainable(opened.model, config.sequence_length)
-    longest = config.sequence_length - config.max_completion_tokens
-    wants_answers = any(reward.needs_answer for reward in rewards)
-    limits = longest, wants_answers
+    limits = config.sequence_length - config.max_completion_tokens, any(reward.needs_answer for reward in rewards)
     problems = read_problems(config.data, config, opened.tokenizer, *limits)
     held_out = read_problems(config.eval_data, config, opened.tokenizer, *limits) if config.eval_data else None
     if config.prompts_per_step > len(problems.problems):
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is more than the {len(problems.problems)} problems there are"
         )
-    return Inputs(opened, problems, held_out, rewards, tuple(opened.tokenizer.ends))
+    return Inputs(opened, problems, held_out, rewards)
 
 
 def input_digests(config: GrpoConfig, inputs: Inputs) -> dict[str, str]:
@@ -481,8 +468,8 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
 def run_grpo(
     config: GrpoConfig,
     rewards: Sequence[Reward],
-    prepare: Callable[[OpenedModel], Tasks] | None = None,
-    write_report: Callable[[Path], None] | None = None,
+    prepare: Callable[[OpenedModel], Tasks] | None,
+    write_report: Callable[[Path], None],
 ) -> None:
     """The command grpo, from config to exported model; `prepare` makes the tasks to run now and then.
 
@@ -490,35 +477,31 @@ def run_grpo(
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
     """
     config = checkpoint.settled(config)
-    with trainer.started_run(config, write_report) as run:
+    with held_directory(config.run_directory):
+        run = Run(config, write_report)
         inputs = read_inputs_of_grpo(config, rewards)
         opened, digests = inputs.opened, inputs.problems.digests
         run.inputs = input_digests(config, inputs) if is_first() else {}
-        tasks = prepare(inputs.opened) if prepare else None
-        run.check_unchanged(opened.model, digests)
+        tasks = prepare(opened) if prepare else None
         check_same("config, model or data", json.dumps([trainer.masked_config(config), digests]))
-        enable_compilation_cache(config)
-        with jax.set_mesh(opened.mesh):
-            state, reference = run.first_state(opened), None
+        count = step_count(config, inputs)
+        with run.begun(opened, digests, count, problem_lines(config, inputs, count)) as state:
+            reference = None
             if config.kl_weight:
                 first = trainer.starting_state(config, opened) if run.resumed else state
                 reference = cast_weights(first.params, opened.model, config.compute_dtype)
-            count = step_count(config, inputs)
-            with run.logged(opened, digests, count, problem_lines(config, inputs, count)):
-                path = config.run_directory / "rollouts.jsonl" if is_first() else Path(os.devnull)
-                if is_first():
-                    metrics.drop_later_steps(path, run.step)
-                with closing(metrics.LineFile(path)) as kept:
-                    steps = RolloutSteps(config, inputs, run, reference, tasks, state.params, kept)
-                    evaluation = Evaluation([], "", steps.measure) if inputs.held_out or tasks else None
-                    if evaluation and inputs.held_out and run.step == 0:
-                        with run.off_the_clock():
-                            run.log.step({"step": 0, **steps.held_out_rewards(state.params)})
-                    what = "its completions are those of step {} in rollouts.jsonl"
-                    run.train(state, steps.take, evaluation, what.format)
-                last = metrics.read_json_lines(config.run_directory / "metrics.jsonl")[-1:]
-                final = last[0].get("reward") if last else None
-                run.finish({"best_eval_reward": run.saver.best, "final_reward": final})
+            with closing(metrics.LineFile(config.run_directory / "rollouts.jsonl", run.step)) as kept:
+                steps = RolloutSteps(config, inputs, run, reference, tasks, state.params, kept)
+                evaluation = Evaluation([], "", steps.measure) if inputs.held_out or tasks else None
+                if inputs.held_out and run.step == 0:
+                    with run.off_the_clock():
+                        run.log.step({"step": 0, **steps.held_out_rewards(state.params)})
+                run.train(
+                    state, steps.take, evaluation, "its completions are those of step {} in rollouts.jsonl".format
+                )
+            last = metrics.read_json_lines(config.run_directory / "metrics.jsonl")[-1:]
+            final = last[0].get("reward") if last else None
+            run.finish({"best_eval_reward": run.saver.best, "final_reward": final})
 
 
 def slot_count(config: GrpoConfig, mesh: Mesh) -> int:
@@ -563,11 +546,12 @@ class RolloutSteps:
     ) -> None:
         self.config, self.inputs, self.run, self.kept = config, inputs, run, kept
         self.reference, self.tasks = reference, tasks
-        mesh = inputs.opened.mesh
+        opened = inputs.opened
         recipe = trainer.recipe_of(config, run.steps * config.updates_per_rollout)
-        self.recipe = jax.device_put(recipe, trainer.everywhere(mesh))
-        slots = slot_count(config, mesh)
-        self.sampler = Sampler(params, inputs.opened, slots, config.sequence_length, config.compute_dtype)
+        self.recipe = jax.device_put(recipe, trainer.everywhere(opened.mesh))
+        slots = slot_count(config, opened.mesh)
+        self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype)
+        self.stop_ids = tuple(opened.tokenizer.ends)
 
     def take(self, state: TrainState) -> Step:
         """One rollout, its rewards and its updates."""
@@ -598,7 +582,7 @@ class RolloutSteps:
         requests = []
         for place, problem in asked:
             seed = int(np.random.default_rng([config.seed, ROLLOUT, place]).integers(2**32))
-            requests.append(Request(problem.token, config.rules, self.inputs.stop_ids, seed=seed, n=size))
+            requests.append(Request(problem.token, config.rules, self.stop_ids, seed=seed, n=size))
         completions = self.sampler.generate(requests, self.report_completion)
         pairs = [(asked[completion.request][1], completion.text) for completion in completions]
         values, seconds = rewards_of(rewards, pairs, f"step {self.run.step}")
@@ -640,7 +624,7 @@ class RolloutSteps:
         self.sampler.load(params)
         problems = self.inputs.held_out.problems
         rules = SamplingKeys(temperature=0.0, max_tokens=self.config.max_completion_tokens)
-        requests = [Request(problem.token, rules, self.inputs.stop_ids) for problem in problems]
+        requests = [Request(problem.token, rules, self.stop_ids) for problem in problems]
         texts = [completion.text for completion in self.sampler.generate(requests, self.report_completion)]
         pairs = list(zip(problems, texts, strict=True))
         values, _ = rewards_of(self.inputs.rewards, pairs, f"evaluation {self.run.step}")

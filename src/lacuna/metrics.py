@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from lacuna.config import LINES, UserError, printable
+from lacuna.distributed import is_first
 
 PEAK_FLOPS: dict[str, float] = {
     "A100": 312e12,  # NVIDIA A100 data sheet
@@ -252,16 +253,30 @@ def start_wandb(mode: Literal["online", "offline"], directory: Path, config: dic
 
 
 class LineFile:
-    """Lines appended to a file; those that find no room on the disk are kept, and written once there is some."""
+    """Lines that the first process of a job appends to a file, which a line cut short by a kill no longer ends.
 
-    def __init__(self, path: Path, mode: Literal["ab", "wb"] = "ab") -> None:
-        self.path, self.file, self.waiting = path, path.open(mode, buffering=0), b""
+    Of JSON lines with steps those after `last_step` are dropped first; at 0 any file starts empty. Lines that find no
+    room on the disk are kept, and written once there is some.
+    """
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        self.path, self.waiting = path, b""
+        if is_first() and last_step is not None:
+            drop_later_steps(path, last_step)
+        self.file = (path if is_first() else Path(os.devnull)).open("ab", buffering=0)
+        if is_first():
+            self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, line: str) -> None:
+        """Append a line now, or once there is room for it."""
         self.waiting += line.encode("utf-8", "surrogatepass") + b"\n"
         with suppress(OSError):
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that wait for room. Raises OSError if there is none."""
+        while self.waiting:
+            self.waiting = self.waiting[self.file.write(self.waiting) :]
 
     def close(self) -> None:
         """Close the file, with a warning about lines that found no room."""
@@ -273,8 +288,8 @@ class LineFile:
 class RunLog:
     """Everything a run logs; as a context manager it leaves whole files and a sane terminal.
 
-    metrics.jsonl keeps the steps up to `resume_step` and drops the rest; 0 starts it from scratch. Where `is_kept` is
-    false, as in all processes of a job but the first, nothing is written or shown.
+    metrics.jsonl keeps the steps up to `resume_step` and drops the rest; 0 starts it from scratch. Only the first
+    process of a job writes and shows anything.
     """
 
     def __init__(
@@ -285,23 +300,20 @@ class RunLog:
         resume_step: int = 0,
         wandb_mode: Literal["off", "online", "offline"] = "off",
         config: dict[str, Any] | None = None,
-        is_kept: bool = True,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path, text_path = (directory / name if is_kept else Path(os.devnull) for name in ("metrics.jsonl", "run.log"))
-        if is_kept:
-            drop_later_steps(path, resume_step)
-        self.metrics_file, self.text_file = LineFile(path, "ab"), LineFile(text_path, "ab" if resume_step else "wb")
+        self.metrics_file = LineFile(directory / "metrics.jsonl", resume_step)
+        self.text_file = LineFile(directory / "run.log", None if resume_step else 0)
         self.steps, self.log_every = steps, log_every
         self.step_seconds: deque[float] = deque(maxlen=100)
-        self.console = Console(highlight=False, quiet=not is_kept)
+        self.console = Console(highlight=False, quiet=not is_first())
         numbers = TextColumn("{task.fields[numbers]}", markup=False)
         columns = SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None), numbers
         is_hidden = not self.console.is_interactive
         self.bar = Progress(*columns, console=self.console, refresh_per_second=4, disable=is_hidden, expand=True)
         self.task = self.bar.add_task("", total=steps, completed=resume_step, numbers="")
         self.wandb: Any = None
-        if wandb_mode != "off" and is_kept:
+        if wandb_mode != "off" and is_first():
             with self.wandb_may_fail():
                 self.wandb = start_wandb(wandb_mode, directory, config or {}, resume_step > 0)
         self.bar.start()

@@ -12,7 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ from lacuna.distributed import (
     is_first,
     make_mesh,
     put_batch,
+    repeated,
     row_shards,
     writing_to,
 )
@@ -63,7 +64,6 @@ from lacuna.model import (
     initial_params,
     parameter_counts,
     parameter_table,
-    partition_spec,
     summed_token_loss,
 )
 from lacuna.tokenizer import changed_files, decode, ends_in_words
@@ -97,7 +97,8 @@ class Recipe(NamedTuple):
 
 
 Noise = Callable[[Int[Array, "row token"], Float[Array, "row token embed"]], Float[Array, "row token embed"]]
-Loss = Callable[[PyTree[Array], Any, ModelConfig, Noise], tuple[Float[Array, ""], dict[str, Array]]]
+Facts = tuple[dict[str, Array], dict[str, Array]]  # of micro-batches: those that are summed, and those of the largest
+Loss = Callable[[PyTree[Array], Any, ModelConfig, Noise], tuple[Float[Array, ""], Facts]]
 
 adam = optax.scale_by_adam(ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
 
@@ -116,29 +117,25 @@ def train_step(
     """One AdamW step (Loshchilov & Hutter 2019) on micro-batches [micro_batch, row, token], and what is logged of it.
 
     `loss` sums over the tokens of a micro-batch. The sums of all are divided once by `divisor`, so each token weighs
-    the same wherever it lies; None: its weights are shares already. Of its facts those named `..._max` are combined by
-    maximum, all others summed. Only the first `count` micro-batches are used; None: all. A loss or gradient that is
-    not finite changes no weight.
+    the same wherever it lies; None: its weights are shares already. Only the first `count` micro-batches are used;
+    None: all. A loss or gradient that is not finite changes no weight.
     """
     compute, rows = cast(state.params, model, dtype), batch.token.shape[1]
     key = jax.random.fold_in(recipe.noise_key, state.step)
 
-    def micro_batch_loss(params: PyTree[Array], number: Int[Array, ""] | int) -> tuple[Array, dict[str, Array]]:
+    def micro_batch_loss(params: PyTree[Array], number: Int[Array, ""] | int) -> tuple[Array, Facts]:
         micro_batch = jax.tree.map(lambda leaf: leaf[number], batch)
         return loss(params, micro_batch, model, partial(embedding_noise, key, number * rows, recipe.neftune_alpha))
 
-    def add_micro_batch(number: Int[Array, ""], total: tuple[PyTree, Array, dict]) -> tuple[PyTree, Array, dict]:
-        (value, facts), gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)(compute, number)
-        facts = {
-            name: (jnp.maximum if name.endswith("_max") else jnp.add)(total[2][name], fact)
-            for name, fact in facts.items()
-        }
-        return jax.tree.map(jnp.add, total[0], gradient), total[1] + value, facts
+    def add_micro_batch(number: Int[Array, ""], total: tuple[PyTree, dict]) -> tuple[PyTree, dict]:
+        (value, (sums, largest)), gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)(compute, number)
+        summed = jax.tree.map(jnp.add, total[0], (gradient, value, sums))
+        return summed, jax.tree.map(jnp.maximum, total[1], largest)
 
-    value, facts = jax.eval_shape(lambda: micro_batch_loss(compute, 0))
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (state.params, value, facts))
+    value, (sums, largest) = jax.eval_shape(lambda: micro_batch_loss(compute, 0))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ((state.params, value, sums), largest))
     micro_batches = batch.token.shape[0] if count is None else count
-    gradient, value, facts = jax.lax.fori_loop(0, micro_batches, add_micro_batch, zero)
+    (gradient, value, sums), largest = jax.lax.fori_loop(0, micro_batches, add_micro_batch, zero)
     if divisor is not None:
         value, share = value / divisor, 1 / divisor
         gradient = jax.tree.map(lambda leaf: leaf * share, gradient)
@@ -157,8 +154,8 @@ def train_step(
         lambda new, old: jnp.where(is_finite, new, old), (params, moments), (state.params, state.moments)
     )
     skipped = jnp.where(is_finite, 0, state.skipped + 1)
-    facts |= {"loss": value, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
-    return TrainState(params, moments, state.step + 1, skipped), facts
+    facts = {"loss": value, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
+    return TrainState(params, moments, state.step + 1, skipped), facts | sums | largest
 
 
 def learning_rate(step: Int[Array, ""], recipe: Recipe) -> Float[Array, ""]:
@@ -192,13 +189,13 @@ class RowLoss(NamedTuple):
 
     def __call__(
         self, params: PyTree[Array], batch: Batch, model: ModelConfig, noise: Noise
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+    ) -> tuple[Float[Array, ""], Facts]:
         x = embed(params, batch.token)
         if self.has_noise:
             x = x + noise(batch.segment, x)
         hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation)
-        head = head_of(params, model)
-        return summed_token_loss(hidden, head, batch.target, batch.weight, cross_entropy, model.vocabulary_size)[0], {}
+        weighted = batch.target, batch.weight, cross_entropy, model.vocabulary_size
+        return summed_token_loss(hidden, head_of(params, model), *weighted)[0], ({}, {})
 
 
 # The state on its devices
@@ -221,35 +218,22 @@ def fresh_state(params: PyTree[Array]) -> TrainState:
     return TrainState(params, adam.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def state_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    """Where each part of the state lies."""
-    params: Any = jax.tree.map(lambda row: NamedSharding(mesh, partition_spec(row)), parameter_table(model))
-    whole: Any = everywhere(mesh)
-    return TrainState(params, optax.ScaleByAdamState(whole, params, params), whole, whole)
-
-
-def state_shapes(model: ModelConfig) -> TrainState:
-    """Shapes of the state."""
-    return jax.eval_shape(lambda key: fresh_state(initial_params(key, model)), jax.random.key(0))
+def abstract_state(model: ModelConfig, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state."""
+    params: Any = checkpoint.abstract_params(model, mesh)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere(mesh))
+    return TrainState(params, optax.ScaleByAdamState(scalar, params, params), scalar, scalar)
 
 
 def saved_shapes(model: ModelConfig) -> TrainState:
     """Shapes of the state in a checkpoint, which does without the rows that pad the vocabulary."""
-    return state_shapes(replace(model, padded_vocabulary=model.vocabulary_size))
-
-
-def abstract_state(model: ModelConfig, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the state, to restore a checkpoint into."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state_shapes(model),
-        state_shardings(model, mesh),
-    )
+    return jax.eval_shape(lambda key: fresh_state(initial_params(key, checkpoint.unpadded(model))), jax.random.key(0))
 
 
 def starting_state(config: TrainingConfig, opened: OpenedModel) -> TrainState:
     """Weights as the config wants them, random or loaded, and empty moments, each created on its devices."""
-    model, shardings = opened.model, state_shardings(opened.model, opened.mesh)
+    model = opened.model
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, opened.mesh))
     if config.from_scratch:
         random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
         return random(jax.random.key(config.seed))
@@ -276,7 +260,7 @@ COMMAND_OF: dict[type[TrainingConfig], str] = {PretrainConfig: "pretrain", SftCo
 
 
 def check_free(config: TrainingConfig) -> None:
-    """Refuse to begin where something lies that the config does not ask to resume or to overwrite.
+    """Refuse to begin in a directory, held by now, with what the config does not ask to resume or to overwrite.
 
     | in the directory  | neither | resume, or resume_from in it | overwrite                      |
     |-------------------|---------|------------------------------|--------------------------------|
@@ -285,7 +269,7 @@ def check_free(config: TrainingConfig) -> None:
     | a run             | refuse  | resume                       | delete, unless inputs lie in it |
     """
     directory = config.run_directory
-    if not directory.exists() or all(path.name in (LOCK, "config.toml.tmp") for path in directory.iterdir()):
+    if all(path.name in (LOCK, "config.toml.tmp") for path in directory.iterdir()):
         return
     steps, log = checkpoint.saved_steps(directory), directory / "metrics.jsonl"
     if not steps and not (directory / "config.toml").exists():
@@ -305,6 +289,8 @@ def check_free(config: TrainingConfig) -> None:
 def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The checkpoint that the config asks to resume from, the same for all processes; None for a new run."""
     chosen = config.resume_from
+    if is_first():
+        check_free(config)
     if is_first() and chosen:
         checkpoint.checked_manifest(Path(chosen))
     elif is_first() and config.resume:
@@ -364,11 +350,9 @@ def prepare_directory(config: TrainingConfig, opened: OpenedModel, first_step: i
     metrics.write_atomically(directory / "config.toml", to_toml(config, without=START_ONLY))
     if first_step == 0 or not (directory / checkpoint.SOURCE).is_dir():
         scratch = directory / f"{checkpoint.SOURCE}.tmp"
-        for leftover in (scratch, directory / checkpoint.SOURCE):
-            shutil.rmtree(leftover, ignore_errors=True)
         changed = changed_files(opened.tokenizer, template_of(config))
         checkpoint.copy_description(opened.tokenizer.directory, scratch, opened.model, changed)
-        scratch.rename(directory / checkpoint.SOURCE)
+        checkpoint.replace_directory(scratch, directory / checkpoint.SOURCE)
 
 
 # The run
@@ -386,27 +370,16 @@ class Evaluation(NamedTuple):
 Step = tuple[TrainState, dict[str, Any], dict[str, Array]]
 
 
-@contextmanager
-def started_run(config: TrainingConfig, write_report: Callable[[Path], None] | None = None) -> Generator["Run"]:
-    """A run whose directory is held for this job alone, as long as the context or the process lives.
+class Run:
+    """A run that trains, in a directory that is held for it: what its loop logs to, saves with and ends by; `step`
+    counts the steps done.
 
     Raises:
-        UserError: another process holds it; or a run lies there that the config neither resumes nor overwrites; or the
-            checkpoint to resume from is damaged, or was made with another fixed key.
+        UserError: a run lies there that the config neither resumes nor overwrites; or the checkpoint to resume from is
+            damaged, or was made with another fixed key.
     """
-    if not is_first():
-        yield Run(config, write_report)
-        return
-    check_free(config)  # before anything is written there
-    with held_directory(config.run_directory):
-        check_free(config)  # again, now that no one else can write
-        yield Run(config, write_report)
 
-
-class Run:
-    """A run that trains: what its loop logs to, saves with and ends by; `step` counts the steps done."""
-
-    def __init__(self, config: TrainingConfig, write_report: Callable[[Path], None] | None) -> None:
+    def __init__(self, config: TrainingConfig, write_report: Callable[[Path], None]) -> None:
         self.config, self.write_report = config, write_report
         self.began = self.clock = time.perf_counter()
         self.lines = list[str]()
@@ -432,37 +405,36 @@ class Run:
             if now != saved:
                 raise UserError(f"{name}: its content has changed since the checkpoint; restore it, or start again")
 
-    def first_state(self, opened: OpenedModel) -> TrainState:
-        """The state to begin with: that of the checkpoint, or a new one."""
-        return saved_state(*self.resumed, opened) if self.resumed else starting_state(self.config, opened)
-
     @contextmanager
-    def logged(
+    def begun(
         self, opened: OpenedModel, digests: tuple[str, ...], steps: int, lines: Iterable[str]
-    ) -> Generator[None]:
-        """The run with its log open, which begins with the model, the devices, these lines and those of the start.
+    ) -> Generator[TrainState]:
+        """The state to begin with, of the checkpoint or new, on the mesh and with the log open, which begins with the
+        model, the devices, these lines and those of the start.
 
         Raises:
-            UserError: the directory has no room for it.
+            UserError: model or data changed since the checkpoint, or the directory has no room for the log.
         """
         config, directory = self.config, self.config.run_directory
+        self.check_unchanged(opened.model, digests)
+        enable_compilation_cache(config)
         self.opened, self.digests, self.steps = opened, digests, steps
         self.watchdog = Watchdog(directory / "run.log")
-        newest, best = (self.resumed[0], self.resumed[1].run.best) if self.resumed else (None, None)
-        best = best if checkpoint.best_checkpoint(directory).is_dir() else None
+        newest, manifest = self.resumed or (None, None)
+        best = manifest.run.best if manifest and checkpoint.best_checkpoint(directory).is_dir() else None
         self.saver = Saver(directory, config.keep, from_first("session", secrets.token_hex(4)), newest, best)
         lines = [*model_lines(config, opened), *lines, *self.lines]
-        with writing_to(directory):
-            if is_first():
-                prepare_directory(config, opened, self.step, lines.append)
-            self.log = RunLog(
-                directory, steps, config.log_every, self.step, config.wandb, masked_config(config), is_first()
-            )
-        with self.log:
-            for line in lines:
-                self.log.info(line)
-            self.clock = time.perf_counter()
-            yield
+        with jax.set_mesh(opened.mesh):
+            state = saved_state(*self.resumed, opened) if self.resumed else starting_state(config, opened)
+            with writing_to(directory):
+                if is_first():
+                    prepare_directory(config, opened, self.step, lines.append)
+                self.log = RunLog(directory, steps, config.log_every, self.step, config.wandb, masked_config(config))
+            with self.log:
+                for line in lines:
+                    self.log.info(line)
+                self.clock = time.perf_counter()
+                yield state
 
     def train(
         self,
@@ -477,7 +449,7 @@ class Run:
         `describe_step` says what a step was trained on, where it had no effect.
         """
         config, stop, unlogged = self.config, Stop(), None
-        with stop.listening(self.log.info), self.watchdog.watching(), self.saver.finishing():
+        with stop.listening(self.log.info), repeated(self.watchdog.look), self.saver.finishing():
             while self.step < self.steps:
                 state, record, figures = take_step(state)
                 self.step += 1
@@ -499,12 +471,12 @@ class Run:
                 if is_save:
                     with self.off_the_clock():
                         self.save(state, best)
-                self.log_saves()
+                self.saver.report(self.log.info)
                 if is_stop:
                     break
             self.watchdog.pause()
             self.saver.wait()
-            self.log_saves()
+            self.saver.report(self.log.info)
         if self.saver.failures:
             raise UserError("the last step is not saved; make room and continue with --resume")
         return state
@@ -600,11 +572,6 @@ class Run:
         shapes = saved_shapes(self.opened.model)
         self.save_seconds.append(self.saver.save(state, shapes, facts, is_best=best is not None))
 
-    def log_saves(self) -> None:
-        """Log every save that finished since the last call."""
-        for line in self.saver.news():
-            self.log.info(line)
-
     def finish(self, facts: dict[str, Any]) -> None:
         """Write the model if all steps are done, summary.json, with these facts of the loop, and the report."""
         if is_first():
@@ -635,12 +602,11 @@ class Run:
             "save_hold_up_seconds": max(self.save_seconds, default=None),
         }
         metrics.write_summary(directory, summary | facts)
-        if self.write_report:
-            try:
-                self.write_report(directory)
-                self.log.info(f"report: {directory / 'report.html'}")
-            except Exception as error:  # of whatever draws it; nothing else needs it
-                self.log.info(f"WARNING: no report.html ({type(error).__name__}: {error}); all else is written")
+        try:
+            self.write_report(directory)
+            self.log.info(f"report: {directory / 'report.html'}")
+        except Exception as error:  # of whatever draws it; nothing else needs it
+            self.log.info(f"WARNING: no report.html ({type(error).__name__}: {error}); all else is written")
         if not is_ended:
             again = f"{command} @ {directory / 'config.toml'} --resume"
             self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to resume: uv run {again}")
@@ -670,8 +636,8 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
 
 def run_training(
     config: RowsConfig,
-    prepare_evaluation: Callable[[RowsConfig, OpenedModel], Evaluation] | None = None,
-    write_report: Callable[[Path], None] | None = None,
+    prepare_evaluation: Callable[[RowsConfig, OpenedModel], Evaluation],
+    write_report: Callable[[Path], None],
 ) -> "tuple[RowSteps, TrainState]":
     """The commands pretrain and sft, from config to exported model; its steps and the state it ended with.
 
@@ -679,23 +645,20 @@ def run_training(
         UserError: whatever about config, model, data or devices can't be trained with.
     """
     config = checkpoint.settled(config)
-    with started_run(config, write_report) as run:
+    with held_directory(config.run_directory):
+        run = Run(config, write_report)
         opened, dataset = read_inputs(config, with_weights=not (run.resumed or config.from_scratch))
-        evaluation = prepare_evaluation(config, opened) if prepare_evaluation and config.has_evaluation else None
+        evaluation = prepare_evaluation(config, opened) if config.has_evaluation else None
         digests = tuple(documents.facts["digest"] for documents in dataset.documents)
-        run.check_unchanged(opened.model, digests)
         first_rows = b"".join(leaf.tobytes() for leaf in dataset.batch(0, config.batch_size))
         inputs = repr((masked_config(config), opened.model, digests, evaluation.digest if evaluation else ""))
         check_same("config, model or data", hashlib.sha256(inputs.encode() + first_rows).hexdigest())
-        enable_compilation_cache(config)
         steps = config.steps or math.ceil(dataset.rows.row_count(config.epochs) / config.batch_size)
         lines = [*row_lines(config, opened.mesh, dataset, steps), *(evaluation.lines if evaluation else [])]
-        with jax.set_mesh(opened.mesh):
-            state = run.first_state(opened)
-            with run.logged(opened, digests, steps, lines):
-                rows = RowSteps(config, run, dataset)
-                state = run.train(state, rows.take, evaluation, rows.describe)
-                run.finish(rows.facts())
+        with run.begun(opened, digests, steps, lines) as state:
+            rows = RowSteps(config, run, dataset)
+            state = run.train(state, rows.take, evaluation, rows.describe)
+            run.finish(rows.facts())
         return rows, state
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
     """
     started, config = time.perf_counter(), checkpoint.settled(config)
     directory = config.run_directory
-    with held_directory(directory) if is_first() else nullcontext():
+    with held_directory(directory):
         if is_first() and (directory / "summary.json").exists() and not config.overwrite:
             raise UserError(
                 f"{directory} holds an evaluation already; add --overwrite to replace it, or another --run-name"
@@ -57,12 +57,16 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
         if is_first():
             begin_evaluation(tasks)
         from_first("evaluation begun", "")
-        with progress_bar() as report, jax.set_mesh(mesh):
-            predictions = Predictions(directory / "predictions.jsonl", report)
+        with (
+            closing(metrics.LineFile(directory / "predictions.jsonl")) as kept,
+            progress_bar() as report,
+            jax.set_mesh(mesh),
+        ):
+            predictions = Predictions(kept, report)
             known = hashlib.sha256(repr(sorted(predictions.lines, key=repr)).encode()).hexdigest()
             check_same("earlier predictions", known)  # nobody adds to them before all have read them
             if predictions.lines:
-                print(f"resuming with {len(predictions.lines):,} answers of {predictions.path}")
+                print(f"resuming with {len(predictions.lines):,} answers of {kept.path}")
             summary: Figures = {"command": "eval"}
             try:
                 params = checkpoint.opened_params(opened)
