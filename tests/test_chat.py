@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import pytest
@@ -35,7 +35,7 @@ from lacuna.cli import parse
 from lacuna.config import DataSource, UserError
 from lacuna.documents import jsonl_rows, prepare
 from lacuna.model import initial_params, read_model_config
-from lacuna.tokenizer import encode, render
+from lacuna.tokenizer import encode, load_tokenizer, render
 
 QUESTION = "Nora has 18 marbles."
 PATIENCE = 300  # seconds for what takes a second on a quiet machine
@@ -98,6 +98,15 @@ def test_the_model_sees_all_turns_except_those_undone(local: Local, directory: P
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
     conversation.take("/system")
     assert conversation.messages == []
+
+
+def test_a_message_that_the_template_leaves_out_is_refused(directory: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages[1:] %}{{ message.content }}<|im_end|>{% endfor %}")
+    tokenizer = load_tokenizer(directory, str(template))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    with pytest.raises(UserError, match=r"message 1 \(system\): the chat template leaves it out of this chat.*/undo"):
+        Local.prompt(cast(Local, SimpleNamespace(is_chat=True, tokenizer=tokenizer)), messages)
 
 
 def test_answers_go_to_standard_output_and_the_rest_to_standard_error(

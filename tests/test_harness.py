@@ -3,7 +3,8 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from lacuna.config import (
     UserError,  # noqa: E402
 )
 from lacuna.eval import Predictions  # noqa: E402
+from lacuna.tokenizer import load_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("tiny_choices", "tiny_rolling", "tiny_generate")
@@ -93,3 +95,11 @@ def test_an_unknown_task_is_refused_by_name(shelf: Path, tmp_path: Path) -> None
         cli.run(config_of(shelf, tmp_path, tasks=("tiny_choice",)))
     with pytest.raises(UserError, match="task_path = 'nowhere' is no directory"):
         cli.run(config_of(shelf, tmp_path, task_path="nowhere"))
+
+
+def test_a_message_that_the_template_leaves_out_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{% for message in messages[1:] %}{{ message.content }}{% endfor %}")
+    opened = SimpleNamespace(tokenizer=load_tokenizer(ROOT / "configs" / "tiny", str(tmp_path / "chat.jinja")))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    with pytest.raises(UserError, match=r"harness_chat: message 1 \(system\): the chat template leaves it out"):
+        harness.Model.apply_chat_template(cast(harness.Model, SimpleNamespace(opened=opened)), messages)

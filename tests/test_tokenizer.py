@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lacuna.config import UserError
+from lacuna.sandbox import rendered
 from lacuna.tokenizer import (
     BLANK,
     CLOSE,
@@ -27,7 +28,6 @@ from lacuna.tokenizer import (
     changed_files,
     chat_spans,
     check_messages,
-    check_written,
     decode,
     encode,
     encode_apart,
@@ -37,6 +37,7 @@ from lacuna.tokenizer import (
     left_out_thoughts,
     load_tokenizer,
     render,
+    render_prompt,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -776,11 +777,27 @@ def test_a_message_or_tool_that_the_template_leaves_out_is_refused(tmp_path: Pat
         "{{- '<|im_start|>' + message", "{{- '' if message.role == 'system' else '<|im_start|>' + message"
     )
     with pytest.raises(ValueError, match=r"message 1 \(system\): the chat template leaves it out of this chat"):
-        check_written(with_template(tmp_path, only_turns), [{"role": "system", "content": "x"}, user("a")])
+        render_prompt(with_template(tmp_path, only_turns), [{"role": "system", "content": "x"}, user("a")])
     with pytest.raises(ValueError, match="does not write its call of 'add'"):
         chat_spans(
             with_template(tmp_path, GENERATION), [user("a"), assistant("", tool_calls=[CALL])], None, "assistant"
         )
+
+
+@pytest.mark.parametrize("exchanges", [1, 2, 5])
+def test_a_chat_is_rendered_once_for_each_answer_and_few_times_besides(
+    small: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch, exchanges: int
+) -> None:
+    counts, messages = list[tuple[Any, ...]](), GOOD * exchanges
+    monkeypatch.setattr("lacuna.tokenizer.rendered", lambda *given: counts.append(given) or rendered(*given))
+    cases: list[tuple[str, TrainOn, int]] = [("chatml", "assistant", exchanges + 2), ("chatml", "last", 3)]
+    cases += [("chatml", "all", 2), ("generation", "assistant", 2)]
+    for name, train_on, count in cases:
+        chat_spans(small[name], messages, None, train_on)
+        assert len(counts) == count
+        counts.clear()
+    render_prompt(small["chatml"], messages[:1])
+    assert len(counts) == 2
 
 
 def test_a_template_that_is_stable_in_part_works_or_says_what_it_leaves_out(tmp_path: Path) -> None:

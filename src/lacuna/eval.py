@@ -34,7 +34,7 @@ from lacuna.documents import (
 from lacuna.metrics import LineFile, read_json_lines
 from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
 from lacuna.sampler import Completion, Request, Sampler, power_of_two, slots_for
-from lacuna.tokenizer import NO_VARIABLES, Message, Tokenizer, Variables, check_messages, check_written, encode, render
+from lacuna.tokenizer import NO_VARIABLES, Message, Tokenizer, Variables, check_messages, encode, render_prompt
 from lacuna.trainer import Evaluation
 
 ReportProgress = Callable[[int, int], None]  # called with how much is done, and of how much
@@ -185,8 +185,7 @@ def prompt_of(
 ) -> tuple[str, tuple[int, ...]]:
     """Text and tokens of messages to answer: by the chat template, or else their plain texts."""
     if is_chat:
-        text = render(tokenizer, messages, tools, add_generation_prompt=True, variables=variables)
-        check_written(tokenizer, messages, tools, variables)
+        text = render_prompt(tokenizer, messages, tools, variables)
     else:
         text = joined_contents(messages)
     return text, tuple(encode(tokenizer, text, add_special_tokens=not is_chat).tolist())

@@ -64,6 +64,10 @@ class Tokenizer:
     ends: dict[int, str]
 
 
+class UnwrittenTools(ValueError):
+    """A chat template leaves out a tool that it is given."""
+
+
 class EncodedText(NamedTuple):
     """A text's ids, which of them are supervised, and how many are not because they straddle the edge of a span."""
 
@@ -386,34 +390,42 @@ def with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
 
 
-def check_written(
-    tokenizer: Tokenizer, messages: list[Message], tools: Tools = None, variables: Variables = NO_VARIABLES
-) -> None:
-    """Raises ValueError if the chat template leaves out a message that is no answer, or a tool."""
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    tools: Tools = None,
+    variables: Variables = NO_VARIABLES,
+    add_generation_prompt: bool = True,
+) -> str:
+    """A chat as text to be answered. Raises ValueError too if the template leaves out a message or a tool."""
+    show = partial(render, tokenizer, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt)
+    render_marked(show, messages, tools)
+    return show(messages)
 
-    def missing(messages: list[Message]) -> set[int]:
-        marked, marks = [], {}
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant" and (content := message.get("content")):
-                marks[number], middle = f"{BLANK}{number}{BLANK}", len(content) // 2
-                message = message | {"content": content[:middle] + marks[number] + content[middle:]}
-            marked.append(message)
-        text = render(tokenizer, marked, tools, variables=variables)
-        if names := [name for tool in tools or () if (name := called_name(tool)) and name not in text]:
-            raise ValueError(
-                f"the chat template does not write the tool {names[0]!r}; take a template that does "
-                "(--chat-template), or leave the tools out (--data.0.tools-column none)"
-            )
-        return {number for number, mark in marks.items() if mark not in text}
 
-    if left_out := missing(messages):
-        number = min(left_out)
-        is_answered = messages[-1]["role"] == "assistant" and number not in missing(messages[:-1])
+def render_marked(show: Callable[..., str], messages: list[Message], tools: Tools) -> str:
+    """The chat as text but for what the template makes of a mark inside each message that is no answer; raises
+    ValueError if it leaves one of them out, or a tool."""
+    marked, marks = list(messages), {}
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" and (content := message.get("content")):
+            marks[number], middle = f"{BLANK}{number}{BLANK}", len(content) // 2
+            marked[number] = message | {"content": content[:middle] + marks[number] + content[middle:]}
+    text = show(marked)
+    if names := [name for tool in tools or () if (name := called_name(tool)) and name not in text]:
+        raise UnwrittenTools(
+            f"the chat template does not write the tool {names[0]!r}; take a template that does "
+            "(--chat-template), or leave the tools out (--data.0.tools-column none)"
+        )
+    if left_out := [number for number, mark in marks.items() if mark not in text]:
+        number = left_out[0]
+        is_answered = messages[-1]["role"] == "assistant" and marks[number] in show(marked[:-1])
         where = "where an answer is last" if is_answered else "of this chat"
         raise ValueError(
             f"message {number + 1} ({messages[number]['role']}): the chat template leaves it out {where}; join it with "
             "the first user message, or take a template that writes it (--chat-template)"
         )
+    return re.sub(f"{BLANK}\\d+{BLANK}", "", text)
 
 
 def left_out_thoughts(messages: list[Message], text: str) -> int:
@@ -443,38 +455,32 @@ def chat_spans(
     show = partial(render, tokenizer, tools=tools, variables=variables)
     marked = show(messages, variables={**variables, "generation_start": OPEN, "generation_end": CLOSE})
     text = marked.replace(OPEN, "").replace(CLOSE, "")
-    check_written(tokenizer, messages, tools, variables)
-    if train_on == "all":
-        return text, [(0, len(text))]
     edges = accumulate(map(len, re.split(f"[{OPEN}{CLOSE}]", marked)))
     found = list(zip(edges, edges, strict=False))  # without the piece after the last mark
+    needs_header = not found and train_on != "all"
+    prompted = render_marked(partial(show, add_generation_prompt=needs_header), messages, tools)
+    if train_on == "all":
+        return text, [(0, len(text))]
     if found and len(found) != len(turns):
         raise ValueError(f"the chat template marks {len(found)} answers as generated, and there are {len(turns)}")
-    prompted = "" if found else show(messages, add_generation_prompt=True)
     header = prompted.removeprefix(text) if prompted.startswith(text) else ""
-    spans: list[Span] = []
+    spans, end = list[Span](), tokenizer.end_of_turn
     for turn in learned[-1:] if train_on == "last" else learned:
         try:
-            how = show, tokenizer.end_of_turn, messages, turn, text, header
-            span = found[turns.index(turn)] if found else turn_span(*how)
+            span = found[turns.index(turn)] if found else turn_span(show, end, messages, turn, text, header)
             check_answer(messages[turn], text[slice(*span)])
             if spans and span[0] < spans[-1][1]:
                 raise ValueError("it overlaps the answer before it")
         except ValueError as error:
             raise ValueError(f"message {turn + 1} (assistant) can't be found in the rendered chat: {error}") from error
         spans.append(span)
-    check_end(tokenizer, text[: spans[-1][1]])
-    return text, spans
-
-
-def check_end(tokenizer: Tokenizer, text: str) -> None:
-    """Raises ValueError if a chat's last answer, with which `text` ends, is learned with an end that stops none."""
-    ends = [str(tokenizer.backend.id_to_token(end)) for end in tokenizer.ends]
-    if not text.rstrip().endswith(tuple(ends)):
+    ends, learned_end = [str(tokenizer.backend.id_to_token(each)) for each in tokenizer.ends], text[: spans[-1][1]]
+    if not learned_end.rstrip().endswith(tuple(ends)):
         raise ValueError(
-            f"the last answer is learned to end in {text[-20:]!r}, and answers stop only at {', '.join(ends)}; write "
-            "the end inside {% generation %}, or add its id to eos_token_id in generation_config.json"
+            f"the last answer is learned to end in {learned_end[-20:]!r}, and answers stop only at {', '.join(ends)}; "
+            "write the end inside {% generation %}, or add its id to eos_token_id in generation_config.json"
         )
+    return text, spans
 
 
 def check_answer(answer: Message, written: str) -> None:
@@ -505,11 +511,11 @@ def turn_span(
     common = before if text.startswith(before) else os.path.commonprefix([before, text])
     if end_of_turn[1] in before[len(common) :]:
         raise ValueError("the chat template writes what precedes differently if the answer differs")
+    start = None
     if not header and text.startswith(prompt := show(messages[:turn], add_generation_prompt=True)):
         start = len(prompt)
-    else:
-        header = header or after_last_message(show, messages[:turn])
-        start = start_after_header(common, header, end_of_turn[1]) if header else None
+    elif header := header or after_last_message(show, messages[:turn]):
+        start = start_after_header(common, header, end_of_turn[1])
     if start is None or start > content_end:
         raise ValueError("its beginning is not where the chat template would prompt for it")
     return start, content_end + end_of_turn.end()
@@ -523,15 +529,14 @@ def around_answer(
     answer, calls = messages[turn], messages[turn].get("tool_calls")
     blank = {key: value for key, value in answer.items() if key not in (*REASONING_KEYS, "tool_calls")}
     try:
-        shown = show([*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]])
-        before, *afters = shown.split(BLANK)
+        before, *afters = show([*messages[:turn], blank | {"content": BLANK}, *messages[turn + 1 :]]).split(BLANK)
     except ValueError:
         if not calls:
             raise
         name = {"name": BLANK, "arguments": {}}
         last = calls[-1] | ({"function": calls[-1]["function"] | name} if "function" in calls[-1] else name)
-        shown = show([*messages[:turn], answer | {"tool_calls": [*calls[:-1], last]}, *messages[turn + 1 :]])
-        before, *afters = shown.split(BLANK)
+        marked = answer | {"tool_calls": [*calls[:-1], last]}
+        before, *afters = show([*messages[:turn], marked, *messages[turn + 1 :]]).split(BLANK)
         afters = [after[found.start() if (found := end.search(after)) else 0 :] for after in afters]
     if len(afters) != 1:
         raise ValueError(f"the chat template writes its content {len(afters)} times")

@@ -31,7 +31,7 @@ from rich.text import Text
 from lacuna.apps.configs import ChatConfig
 from lacuna.cli import explain
 from lacuna.config import SamplingKeys, UserError, did_you_mean
-from lacuna.tokenizer import REPLACEMENT, Message, check_messages, encode, ends_in_words, render
+from lacuna.tokenizer import REPLACEMENT, Message, check_messages, encode, ends_in_words, render, render_prompt
 
 CHAT_COMMANDS = {
     "/system": "TEXT: set the system message; without TEXT, remove it",
@@ -103,7 +103,7 @@ class Local:
         if not self.is_chat:
             return tuple(encode(self.tokenizer, plain_text(messages), add_special_tokens=True).tolist())
         try:
-            text = render(self.tokenizer, messages, add_generation_prompt=messages[-1]["role"] != "assistant")
+            text = (render if messages[-1]["role"] == "assistant" else render_prompt)(self.tokenizer, messages)
         except ValueError as error:
             raise UserError(f"{error}; /undo removes the turn, /reset starts again") from error
         return tuple(encode(self.tokenizer, text, add_special_tokens=False).tolist())

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lacuna.config import OWN_TASKS, EvalConfig, SamplingKeys, UserError, did_you_mean
 from lacuna.eval import Figures, Key, Predictions, RunHarness, Tasks, complete, log_likelihoods, seed_of
 from lacuna.sampler import Completion, Request, before_stop
-from lacuna.tokenizer import decode, encode, end_of_text_id, render
+from lacuna.tokenizer import NO_VARIABLES, decode, encode, end_of_text_id, render_prompt
 
 MAX_TOKENS = 256  # of tasks that do not say, as in the harness's own models
 LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -55,7 +55,7 @@ class Model(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         messages: list[dict[str, Any]] = [dict(message) for message in chat_history]
         try:
-            text = render(self.opened.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+            text = render_prompt(self.opened.tokenizer, messages, None, NO_VARIABLES, add_generation_prompt)
         except ValueError as error:
             raise UserError(f"harness_chat: {error}") from error
         last = messages[-1]["content"]

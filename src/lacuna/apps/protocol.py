@@ -29,7 +29,16 @@ from lacuna.apps.generator import Generator
 from lacuna.apps.tools import before_calls, parse_calls
 from lacuna.config import SamplingKeys
 from lacuna.sampler import TOP_LOGPROBS, Completion, Request, Sampler, Scores, joined_parts
-from lacuna.tokenizer import REPLACEMENT, TextStream, Tokenizer, called_name, check_written, decode, encode, render
+from lacuna.tokenizer import (
+    REPLACEMENT,
+    TextStream,
+    Tokenizer,
+    UnwrittenTools,
+    called_name,
+    decode,
+    encode,
+    render_prompt,
+)
 
 LEAST_TOP_P = 1e-6  # with a smaller one float32 would leave no token
 COMPLETION_TOKENS = 16  # of a plain completion that does not say, as in OpenAI's reference
@@ -245,10 +254,10 @@ def chat_prompt(body: ChatBody, sampler: Sampler) -> list[int]:
     messages = [message.model_dump(exclude_defaults=True) for message in body.messages]
     tools, variables = body.offered or None, body.chat_template_kwargs or {}
     try:
-        text = render(sampler.tokenizer, messages, tools, add_generation_prompt=True, variables=variables)
-        if not all(called_name(tool) in text for tool in body.offered):
-            raise ApiError(400, "tools: the chat template of this model does not write them; leave tools out", "tools")
-        check_written(sampler.tokenizer, messages, tools, variables)
+        text = render_prompt(sampler.tokenizer, messages, tools, variables)
+    except UnwrittenTools:
+        message = "tools: the chat template of this model does not write them; leave tools out"
+        raise ApiError(400, message, "tools") from None
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
     return encoded(text, sampler, "messages", False)
