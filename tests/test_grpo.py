@@ -23,7 +23,7 @@ from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
 from lacuna.eval import Problem, Problems
 from lacuna.grpo import Inputs, Sample, rewards_of
-from lacuna.metrics import LineFile, drop_later_steps, read_json_lines
+from lacuna.metrics import LineFile, read_json_lines
 from lacuna.model import embed, forward, head_of, read_model_config
 from lacuna.sampler import Sampler
 from lacuna.tokenizer import load_tokenizer
@@ -545,7 +545,7 @@ def test_a_rollout_with_any_text_is_kept_and_cut(tmp_path: Path) -> None:
     with closing(LineFile(path)) as lines:
         for each in (sample, replace(sample, step=2)):
             lines.write(json.dumps(asdict(each), ensure_ascii=False))
-    drop_later_steps(path, 1)
+    LineFile(path, last_step=1).close()
     (line,) = read_json_lines(path)
     assert line["text"] == sample.text
 

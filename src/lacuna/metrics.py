@@ -188,12 +188,6 @@ def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     return records
 
 
-def drop_later_steps(path: Path, last_step: int) -> None:
-    """Keep only the lines of a JSON-lines file up to a step; at step 0 the file starts empty."""
-    kept = [line for line in read_json_lines(path, "step") if line["step"] <= last_step] if last_step else []
-    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What summary.json holds of the records alone: totals, medians, first and last."""
     known = {
@@ -262,7 +256,8 @@ class LineFile:
     def __init__(self, path: Path, last_step: int | None = None) -> None:
         self.path, self.waiting = path, b""
         if is_first() and last_step is not None:
-            drop_later_steps(path, last_step)
+            kept = [line for line in read_json_lines(path, "step") if line["step"] <= last_step] if last_step else []
+            write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         self.file = (path if is_first() else Path(os.devnull)).open("ab", buffering=0)
         if is_first():
             self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
