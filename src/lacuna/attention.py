@@ -129,9 +129,7 @@ def document_bounds(
     return jnp.where(first[:, :-1] < length, jnp.diff(first), -1), jnp.where(first < length, first, -1)
 
 
-def _cudnn_inputs(
-    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment
-) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array]]:
+def _cudnn_inputs(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment) -> tuple[tuple, tuple]:
     """Query, key and value with heads on one axis, and lengths and offsets of the documents for queries and for keys.
 
     There are as many heads of keys as of queries: jax 0.10.2 finds packed keys by the stride of the queries.

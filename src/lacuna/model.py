@@ -621,8 +621,8 @@ def rotation_table(cache: Cache, model: ModelConfig) -> Rotation:
 
 def decode_step(
     params: PyTree[Array], cache: Cache, token: PerSlot, length: PerSlot, rotations: Rotation, model: ModelConfig
-) -> tuple[Float[Array, "slot 1 embed"], Cache]:
-    """Hidden state after one more token in each slot, final norm applied, and the cache with that token at `length`."""
+) -> tuple[Float[Array, "slot vocab"], Cache]:
+    """Logits after one more token in each slot, and the cache with that token at `length`."""
     rotation = rotations[0][length], rotations[1][length]
     # One slot is written twice: XLA would fuse a scatter of one row into its readers and copy the cache at each step.
     slot = jnp.arange(max(len(token), 2)) % len(token)
@@ -637,7 +637,8 @@ def decode_step(
     for number, (layer, pages) in enumerate(zip(params["layers"], cache, strict=True)):
         x, pages = layer_forward(x, layer, number, rotation, partial(attend, *pages), model)
         grown.append(pages)
-    return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(grown)
+    hidden = rms_norm(x, params["final_norm"], model.norm_epsilon)
+    return logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0], tuple(grown)
 
 
 def cached_attention(

@@ -29,6 +29,7 @@ from lacuna.model import (
     PAGE,
     Cache,
     ModelConfig,
+    PerSlot,
     Rotation,
     check_sequence_length,
     decode_step,
@@ -48,6 +49,7 @@ VOCABULARY_BLOCK = 128
 PREFILL_ROWS, PREFILL_PAGES = (64, 16, 4, 1), 128
 LEAST_PAGES = 4
 
+SlotLogits = Float[Array, "slot vocab"]
 Scores = tuple[tuple[float, ...], tuple[Any, ...]]
 FinishReason = Literal["", "stop", "length"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("", "stop", "length")
@@ -60,16 +62,16 @@ class Rules(NamedTuple):
     """The rules of the request in each slot."""
 
     temperature: Float[Array, " slot"]
-    top_k: Int[Array, " slot"]
+    top_k: PerSlot
     top_p: Float[Array, " slot"]
     min_p: Float[Array, " slot"]
     repetition_penalty: Float[Array, " slot"]
     frequency_penalty: Float[Array, " slot"]
     presence_penalty: Float[Array, " slot"]
-    max_tokens: Int[Array, " slot"]
+    max_tokens: PerSlot
     seed: UInt32[Array, " slot"]
-    index: Int[Array, " slot"]
-    top_logprobs: Int[Array, " slot"]
+    index: PerSlot
+    top_logprobs: PerSlot
     stop_ids: Int[Array, "slot stop"]
 
 
@@ -88,10 +90,10 @@ class Slots(NamedTuple):
     in the forest (-1: unconstrained), and `is_prompted` and `count` are what penalties need to know."""
 
     cache: Cache
-    token: Int[Array, " slot"]
-    length: Int[Array, " slot"]
-    made: Int[Array, " slot"]
-    node: Int[Array, " slot"]
+    token: PerSlot
+    length: PerSlot
+    made: PerSlot
+    node: PerSlot
     is_active: Bool[Array, " slot"]
     is_prompted: Bool[Array, "slot vocab"]
     count: Int[Array, "slot vocab"]
@@ -116,12 +118,12 @@ class Emitted(NamedTuple):
     top_log_probability: Float[Array, "step slot top"]
 
 
-def penalise(logits: Float[Array, "slot vocab"], slots: Slots, rules: Rules) -> Float[Array, "slot vocab"]:
+def penalise(logits: SlotLogits, slots: Slots, rules: Rules) -> SlotLogits:
     """Logits less the penalties: repetition (Keskar et al. 2019) sees the prompt too, the others generated tokens."""
     is_penalised = (rules.repetition_penalty != 1) | (rules.frequency_penalty != 0) | (rules.presence_penalty != 0)
     is_generated = slots.count > 0
 
-    def penalised() -> Float[Array, "slot vocab"]:
+    def penalised() -> SlotLogits:
         penalty = rules.repetition_penalty[:, None]
         repeated = jnp.where(logits < 0, logits * penalty, logits / penalty)
         scores = jnp.where(slots.is_prompted | is_generated, repeated, logits)
@@ -130,13 +132,13 @@ def penalise(logits: Float[Array, "slot vocab"], slots: Slots, rules: Rules) -> 
     return jax.lax.cond(jnp.any(is_penalised & slots.is_active), penalised, lambda: logits)
 
 
-def restrict(logits: Float[Array, "slot vocab"], rules: Rules) -> Float[Array, "slot vocab"]:
+def restrict(logits: SlotLogits, rules: Rules) -> SlotLogits:
     """Logits over the temperature; those that top_k, top_p and min_p, in this order, rule out are -inf."""
     temperature = jnp.where(rules.temperature > 0, rules.temperature, 1)[:, None]
     scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     is_filtered = (rules.top_k > 0) | (rules.top_p < 1) | (rules.min_p > 0)
 
-    def filtered() -> Float[Array, "slot vocab"]:
+    def filtered() -> SlotLogits:
         bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
         rank = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
         most = jnp.where(rules.top_k > 0, rules.top_k, jnp.inf)
@@ -151,7 +153,7 @@ def restrict(logits: Float[Array, "slot vocab"], rules: Rules) -> Float[Array, "
 
 
 def threshold(
-    rank: UInt32[Array, "slot vocab"], weight: Float[Array, "slot vocab"], target: Float[Array, " slot"]
+    rank: UInt32[Array, "slot vocab"], weight: SlotLogits, target: Float[Array, " slot"]
 ) -> UInt32[Array, " slot"]:
     """The highest rank such that the weights of this rank and above sum to `target`; 0 where there is none. Found bit
     by bit, without a sort."""
@@ -164,13 +166,13 @@ def threshold(
     return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(rank.shape[:1], jnp.uint32))
 
 
-def in_blocks(scores: Float[Array, "slot vocab"], filling: float) -> Float[Array, "slot block part"]:
+def in_blocks(scores: SlotLogits, filling: float) -> Float[Array, "slot block part"]:
     """The vocabulary in blocks, the last one padded."""
     padding = ((0, 0), (0, -scores.shape[1] % VOCABULARY_BLOCK))
     return jnp.pad(scores, padding, constant_values=filling).reshape(len(scores), -1, VOCABULARY_BLOCK)
 
 
-def likeliest_token(scores: Float[Array, "slot vocab"]) -> Int[Array, " slot"]:
+def likeliest_token(scores: SlotLogits) -> PerSlot:
     """The first token of the highest score: by block, then within it, as XLA's argmax on a CPU is slow."""
     blocks = in_blocks(scores, -jnp.inf)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
@@ -178,15 +180,13 @@ def likeliest_token(scores: Float[Array, "slot vocab"]) -> Int[Array, " slot"]:
     return block * VOCABULARY_BLOCK + jnp.argmax(inside, axis=-1)
 
 
-def draw_token(
-    scores: Float[Array, "slot vocab"], seed: UInt32[Array, " slot"], index: Int[Array, " slot"], made: Array
-) -> Int[Array, " slot"]:
+def draw_token(scores: SlotLogits, seed: UInt32[Array, " slot"], index: PerSlot, made: Array) -> PerSlot:
     """A token of each row's softmax, by two uniform numbers: one for a block of the vocabulary, one for the token."""
 
     def uniforms(seed: Array, index: Array, made: Array) -> Float[Array, " 2"]:
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), made), (2,))
 
-    def pick(mass: Float[Array, "slot part"], uniform: Float[Array, " slot"]) -> Int[Array, " slot"]:
+    def pick(mass: Float[Array, "slot part"], uniform: Float[Array, " slot"]) -> PerSlot:
         total = jnp.cumsum(mass, axis=-1)
         return jnp.argmax(total > (uniform * total[:, -1])[:, None], axis=-1)
 
@@ -198,12 +198,12 @@ def draw_token(
 
 
 def choose_token(
-    scores: Float[Array, "slot vocab"], rules: Rules, made: Int[Array, " slot"], is_active: Bool[Array, " slot"]
-) -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
+    scores: SlotLogits, rules: Rules, made: PerSlot, is_active: Bool[Array, " slot"]
+) -> tuple[PerSlot, Float[Array, " slot"]]:
     """A token for each slot, and its log-probability in the distribution it was drawn from: 0 where greedy."""
     likeliest, is_drawn = likeliest_token(scores), rules.temperature > 0
 
-    def draw() -> tuple[Int[Array, " slot"], Float[Array, " slot"]]:
+    def draw() -> tuple[PerSlot, Float[Array, " slot"]]:
         kept = restrict(scores, rules)
         token = jnp.where(is_drawn, draw_token(kept, rules.seed, rules.index, made), likeliest)
         log_probability = kept[jnp.arange(len(token)), token] - jax.nn.logsumexp(kept, axis=-1)
@@ -223,9 +223,7 @@ def is_leaf(forest: Forest, node: Int[Array, "*row"]) -> Bool[Array, "*row"]:
     return forest.first[node] == forest.first[node + 1]
 
 
-def confine(
-    logits: Float[Array, "slot vocab"], forest: Forest, node: Int[Array, " slot"]
-) -> Float[Array, "slot vocab"]:
+def confine(logits: SlotLogits, forest: Forest, node: PerSlot) -> SlotLogits:
     """Logits of the tokens that a node allows, -inf for all others; node -1 allows everything."""
     token, _ = edges_of(forest, jnp.maximum(node, 0))
     token = jnp.where(token < 0, logits.shape[1], token)
@@ -233,7 +231,7 @@ def confine(
     return jnp.where(allowed | (node < 0)[:, None], logits, -jnp.inf)
 
 
-def follow(forest: Forest, node: Int[Array, " slot"], token: Int[Array, " slot"]) -> Int[Array, " slot"]:
+def follow(forest: Forest, node: PerSlot, token: PerSlot) -> PerSlot:
     """The child that a token leads to; -1 from node -1."""
     tokens, children = edges_of(forest, jnp.maximum(node, 0))
     child = jnp.max(jnp.where(tokens == token[:, None], children, 0), axis=-1)
@@ -245,8 +243,7 @@ def next_token(
     model: ModelConfig,
 ) -> tuple[Slots, Emitted]:  # fmt: skip
     """One more token in each active slot: penalise, constrain, choose, measure, and see whether it is the last."""
-    hidden, cache = decode_step(params, slots.cache, slots.token, slots.length, rotations, model)
-    logits = logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0]
+    logits, cache = decode_step(params, slots.cache, slots.token, slots.length, rotations, model)
     row = jnp.arange(len(logits))
     scores = penalise(logits, slots, rules)
     if constraint:
@@ -329,9 +326,7 @@ def score_tokens(
 
 
 @partial(jax.jit, donate_argnames="slots")
-def insert(
-    slots: Slots, prompts: Prompts, is_new: Bool[Array, " slot"], row: Int[Array, " slot"], root: Int[Array, " slot"]
-) -> Slots:
+def insert(slots: Slots, prompts: Prompts, is_new: Bool[Array, " slot"], row: PerSlot, root: PerSlot) -> Slots:
     """The batch with a new completion in each slot of `is_new`, of the prompt in that `row`, from that `root` of the
     forest; a prompt's last token is left for the next decode step."""
     new_slot = jnp.nonzero(is_new, size=len(is_new))[0]

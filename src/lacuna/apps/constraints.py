@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna.config import SamplingKeys, UserError
-from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, head_of, logits_of, prefill, rotation_table
+from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, prefill, rotation_table
 from lacuna.sampler import LEAST_PAGES, Forest, Request, Sampler, edges_of, is_leaf, page_count
 
 
@@ -151,8 +151,8 @@ def search(
     def step(carry: tuple[Array, Beams]) -> tuple[Array, Beams]:
         number, beams = carry
         token, length = beams.token.ravel(), beams.length.ravel()
-        hidden, cache = decode_step(params, beams.cache, token, length, rotations, model)
-        log_probability = jax.nn.log_softmax(logits_of(hidden, head_of(params, model), model.vocabulary_size)[:, 0])
+        logits, cache = decode_step(params, beams.cache, token, length, rotations, model)
+        log_probability = jax.nn.log_softmax(logits)
         if forest is None:
             tokens = jnp.broadcast_to(jnp.arange(model.padded_vocabulary), log_probability.shape)
             children = jnp.zeros_like(tokens)
