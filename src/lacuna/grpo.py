@@ -26,7 +26,7 @@ from lacuna import checkpoint, metrics, trainer, weights
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Mixture, first_fit, locate
-from lacuna.distributed import check_same, from_first, held_directory, is_first, make_mesh, put_batch, row_shards
+from lacuna.distributed import from_first, held_directory, is_first, make_mesh, put_batch, row_shards
 from lacuna.eval import Problem, Problems, Tasks, expected_answers, measure_in_training, read_problems
 from lacuna.model import (
     ModelConfig,
@@ -483,7 +483,6 @@ def run_grpo(
         opened, digests = inputs.opened, inputs.problems.digests
         run.inputs = input_digests(config, inputs) if is_first() else {}
         tasks = prepare(opened) if prepare else None
-        check_same("config, model or data", json.dumps([trainer.masked_config(config), digests]))
         count = step_count(config, inputs)
         with run.begun(opened, digests, count, problem_lines(config, inputs, count)) as state:
             reference = None

@@ -407,15 +407,17 @@ class Run:
 
     @contextmanager
     def begun(
-        self, opened: OpenedModel, digests: tuple[str, ...], steps: int, lines: Iterable[str]
+        self, opened: OpenedModel, digests: tuple[str, ...], steps: int, lines: Iterable[str], read: str = ""
     ) -> Generator[TrainState]:
         """The state to begin with, of the checkpoint or new, on the mesh and with the log open, which begins with the
         model, the devices, these lines and those of the start.
 
         Raises:
-            UserError: model or data changed since the checkpoint, or the directory has no room for the log.
+            UserError: config, model or data, of which `read` is more that can be compared, differ between processes;
+                model or data changed since the checkpoint; or the directory has no room for the log.
         """
         config, directory = self.config, self.config.run_directory
+        check_same("config, model or data", repr((masked_config(config), opened.model, digests, read)))
         self.check_unchanged(opened.model, digests)
         enable_compilation_cache(config)
         self.opened, self.digests, self.steps = opened, digests, steps
@@ -651,11 +653,10 @@ def run_training(
         evaluation = prepare_evaluation(config, opened) if config.has_evaluation else None
         digests = tuple(documents.facts["digest"] for documents in dataset.documents)
         first_rows = b"".join(leaf.tobytes() for leaf in dataset.batch(0, config.batch_size))
-        inputs = repr((masked_config(config), opened.model, digests, evaluation.digest if evaluation else ""))
-        check_same("config, model or data", hashlib.sha256(inputs.encode() + first_rows).hexdigest())
+        read = hashlib.sha256(first_rows).hexdigest() + (evaluation.digest if evaluation else "")
         steps = config.steps or math.ceil(dataset.rows.row_count(config.epochs) / config.batch_size)
         lines = [*row_lines(config, opened.mesh, dataset, steps), *(evaluation.lines if evaluation else [])]
-        with run.begun(opened, digests, steps, lines) as state:
+        with run.begun(opened, digests, steps, lines, read) as state:
             rows = RowSteps(config, run, dataset)
             state = run.train(state, rows.take, evaluation, rows.describe)
             run.finish(rows.facts())
