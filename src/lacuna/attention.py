@@ -24,7 +24,7 @@ from lacuna.distributed import AXIS_RULES, ROW_AXES, platform
 
 Backend = Literal["cudnn", "splash", "xla"]
 Query = Float[Array, "batch token kv_head group head"]
-KeyOrValue = Float[Array, "batch token kv_head head"]
+KeyValue = Float[Array, "batch token kv_head head"]
 Segment = Int[Array, "batch token"]
 
 XLA_BLOCK = {"cpu": 128}  # tokens, elsewhere 512, which takes up to twice as long on a CPU
@@ -71,12 +71,7 @@ def is_hopper(capability: str) -> bool:
 
 
 def attention(
-    query: Query,
-    key: KeyOrValue,
-    value: KeyOrValue,
-    segment: Segment,
-    backend: str,
-    prompt_offset: Segment | None = None,
+    query: Query, key: KeyValue, value: KeyValue, segment: Segment, backend: str, prompt_offset: Segment | None = None
 ) -> Query:
     """Causal grouped-query attention confined to each packed document; padding, segment 0, sees padding alone.
 
@@ -111,7 +106,7 @@ def pad_tokens(
 
 
 @jax.custom_vjp
-def cudnn_attention(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment) -> Query:
+def cudnn_attention(query: Query, key: KeyValue, value: KeyValue, segment: Segment) -> Query:
     """cuDNN's fused kernel, or XLA for a batch with more documents in a row than the kernel has room for.
 
     The gradient is defined here because JAX's own, for a choice between two, would keep the residuals of both.
@@ -129,7 +124,7 @@ def document_bounds(
     return jnp.where(first[:, :-1] < length, jnp.diff(first), -1), jnp.where(first < length, first, -1)
 
 
-def _cudnn_inputs(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment) -> tuple[tuple, tuple]:
+def _cudnn_inputs(query: Query, key: KeyValue, value: KeyValue, segment: Segment) -> tuple[tuple, tuple]:
     """Query, key and value with heads on one axis, and lengths and offsets of the documents for queries and for keys.
 
     There are as many heads of keys as of queries: jax 0.10.2 finds packed keys by the stride of the queries.
@@ -143,10 +138,10 @@ def _has_room(segment: Segment) -> Bool[Array, ""]:
     return jnp.all(jnp.sum(is_first_token(segment), axis=1) <= MOST_DOCUMENTS)
 
 
-def _cudnn_forward(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment) -> tuple[Array, tuple]:
+def _cudnn_forward(query: Query, key: KeyValue, value: KeyValue, segment: Segment) -> tuple[Array, tuple]:
     batch, length, kv_heads, group, head = query.shape
 
-    def by_cudnn(query: Query, key: KeyOrValue, value: KeyOrValue) -> tuple[Array, Array]:
+    def by_cudnn(query: Query, key: KeyValue, value: KeyValue) -> tuple[Array, Array]:
         heads, documents = _cudnn_inputs(query, key, value, segment)
         mixed, statistics = fused_attention.dot_product_attention(
             *heads,
@@ -159,7 +154,7 @@ def _cudnn_forward(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Se
         )
         return mixed.reshape(query.shape), statistics
 
-    def by_xla(query: Query, key: KeyOrValue, value: KeyOrValue) -> tuple[Array, Array]:
+    def by_xla(query: Query, key: KeyValue, value: KeyValue) -> tuple[Array, Array]:
         no_statistics = jnp.zeros((batch * MOST_DOCUMENTS, kv_heads * group, length), jnp.float32)
         return xla_attention(query, key, value, segment), no_statistics
 
@@ -171,7 +166,7 @@ def _cudnn_forward(query: Query, key: KeyOrValue, value: KeyOrValue, segment: Se
 def _cudnn_backward(residual: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
     query, key, value, segment, mixed, statistics = residual
 
-    def by_cudnn(query: Query, key: KeyOrValue, value: KeyOrValue) -> tuple[Array, ...]:
+    def by_cudnn(query: Query, key: KeyValue, value: KeyValue) -> tuple[Array, ...]:
         heads, documents = _cudnn_inputs(query, key, value, segment)
         unused = jnp.zeros(0, query.dtype)
         gradients = fused_attention._dot_product_attention_bwd_p_wrapper.bind(
@@ -188,7 +183,7 @@ def _cudnn_backward(residual: tuple, gradient: Array) -> tuple[Array, Array, Arr
         of_query, of_key, of_value = (x.reshape(query.shape) for x in gradients)
         return of_query, *(jnp.sum(x, axis=3, dtype=jnp.float32).astype(key.dtype) for x in (of_key, of_value))
 
-    def by_xla(query: Query, key: KeyOrValue, value: KeyOrValue) -> tuple[Array, ...]:
+    def by_xla(query: Query, key: KeyValue, value: KeyValue) -> tuple[Array, ...]:
         return jax.vjp(partial(xla_attention, segment=segment), query, key, value)[1](gradient)
 
     return *jax.lax.cond(_has_room(segment), by_cudnn, by_xla, query, key, value), None
@@ -200,9 +195,7 @@ cudnn_attention.defvjp(_cudnn_forward, _cudnn_backward)
 # TPU
 
 
-def splash_attention(
-    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, interpret: bool = False
-) -> Query:
+def splash_attention(query: Query, key: KeyValue, value: KeyValue, segment: Segment, interpret: bool = False) -> Query:
     """The TPU kernel that comes with JAX; `interpret` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -230,7 +223,7 @@ def splash_attention(
 
 
 def xla_attention(
-    query: Query, key: KeyOrValue, value: KeyOrValue, segment: Segment, prompt_offset: Segment | None = None
+    query: Query, key: KeyValue, value: KeyValue, segment: Segment, prompt_offset: Segment | None = None
 ) -> Query:
     """Block by block, over those blocks of keys that any row's documents need."""
     length, block = query.shape[1], XLA_BLOCK.get(platform(), 512)
@@ -245,9 +238,7 @@ def xla_attention(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def blockwise(
-    query: Query, key: KeyOrValue, value: KeyOrValue, document: Segment, prompt: Segment, block: int
-) -> Query:
+def blockwise(query: Query, key: KeyValue, value: KeyValue, document: Segment, prompt: Segment, block: int) -> Query:
     """Attention with a running softmax (cf. Dao et al. 2022); the backward pass computes the scores again.
 
     `document` numbers each row's documents in their order; `prompt` is the document that a token attends to besides its
