@@ -349,10 +349,12 @@ def test_what_was_counted_is_described_in_words(tmp_path: Path) -> None:
     first = describe(dataset_of(tmp_path, *lines, on_bad_data="skip").facts)
     again = describe(dataset_of(tmp_path, *lines, on_bad_data="skip").facts)
     assert first.startswith(
-        "4 rows read, 1 bad rows left out, 3 samples, 1 samples dropped, as the last answer alone is"
+        "4 rows read, 1 bad rows left out, 3 chats, 3 samples, 1 samples dropped, as the last answer alone is"
     )
-    assert "1 prompts cut from the left" in first and " supervised (" in first and "3 chats, " in first
+    assert "1 prompts cut from the left" in first and " supervised (" in first
     assert again == first.replace("4 rows read", "4 rows read, 4 of them from the cache")
+    sliced = Counter(rows=9, texts=9, outside=2, documents=7, tokens=8, target_tokens=4)
+    assert describe(sliced).startswith("9 rows read, 9 texts, 2 of them outside the slice, 7 samples, 8 tokens, 4 ")
 
 
 def tokens_and_mask(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], Mask]:
@@ -417,7 +419,7 @@ def test_what_is_counted_is_what_the_raw_rows_hold(tmp_path: Path, tokenizer: To
     assert sum(int((batch.segment > 0).sum()) for batch in batches) == sum(kept)
     assert sum(float(batch.weight.sum()) for batch in batches) == target_count
     described = describe(dataset.facts)
-    assert described.startswith("64 rows read, 4 bad rows left out, 60 samples, ")
+    assert described.startswith("64 rows read, 4 bad rows left out, ") and ", 60 samples, " in described
     assert described.endswith(f"{sum(kept):,} tokens, {target_count:,} supervised ({target_count / sum(kept):.1%})")
 
 

@@ -410,6 +410,17 @@ def test_other_formats_keep_their_input_and_their_system_message(tokenizer: Toke
     assert plain_message(called)["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
+def test_a_completion_is_counted_as_unused_only_where_it_is(tokenizer: Tokenizer) -> None:
+    def unused(row: dict[str, Any]) -> list[str]:
+        return [each for each in example_of(row, DataSource(path="unused"), tokenizer).counted if "unused" in each]
+
+    assert unused({"messages": [QUESTION], "completion": [ANSWER]}) == []
+    for column in ("messages", "prompt"):
+        assert unused({column: [QUESTION, ANSWER], "completion": "8"}) == ["unused completion"]
+    with pytest.raises(ValueError, match="messages is 'Hello', not a list of messages"):
+        unused({"messages": "Hello", "completion": [ANSWER]})
+
+
 def test_a_prompt_is_a_chat_or_a_text_as_the_key_says_or_its_own_tokens(tokenizer: Tokenizer) -> None:
     pair = {"prompt": "3 + 4?", "completion": "7"}
     assert learned(pair, tokenizer, prompt_format="text") == ["3 + 4?7", "7"]
@@ -496,6 +507,7 @@ def test_a_slice_takes_rows_whether_they_are_good_or_bad(tmp_path: Path, tokeniz
     for split in ("train[:70%]", "train[70%:]"):
         loaded = load(source.model_copy(update={"split": split}), tokenizer, tmp_path / "cache", skip_bad=True)
         found.append([text.removesuffix("<|im_end|>")[-1] for text in texts(loaded, tokenizer)])
+        assert loaded.facts["rows"] == 10 and loaded.facts["outside"] == 7 - len(found[-1])
     assert found == [["3", "4", "5", "6"], ["7", "8", "9"]]
 
 
@@ -556,7 +568,7 @@ def test_a_document_ends_with_its_last_learned_token(tmp_path: Path, tokenizer: 
     first, *others = texts(loaded, tokenizer)
     assert first.endswith("It’s\n“0”.<|im_end|>") and others == ["<|im_end|>", "Ben<|im_end|>"]
     assert loaded.supervised[loaded.start[1:] - 1].all()
-    assert loaded.facts["straddling"] == 0
+    assert "straddling" not in loaded.facts["counted"]
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +640,7 @@ def test_the_same_data_are_encoded_once_wherever_the_files_are(tmp_path: Path, t
     assert len(encoded(cache)) == 1
 
 
-@pytest.mark.parametrize("name", ["token", "supervised", "start", "is_prompted", "facts.json"])
+@pytest.mark.parametrize("name", ["token", "supervised", "index", "facts.json"])
 @pytest.mark.parametrize("damage", ["zeros", "cut off", "flipped", "missing"])
 def test_a_damaged_cache_is_named_and_made_anew(
     name: str, damage: str, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]

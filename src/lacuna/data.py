@@ -280,7 +280,7 @@ def load_dataset(
         if is_stream and loaded.is_prompted.any():
             raise UserError(f"{source.path} holds chats or prompts; pretrain reads plain text, sft trains on chats")
         pieces, counted = fit(loaded, number, sys.maxsize if is_stream else config.sequence_length)
-        counted.update({key: loaded.facts[key] for key in ("rows", "from_cache", "bad", "straddling")})
+        counted.update({key: loaded.facts[key] for key in ("rows", "from_cache", "bad", "outside")})
         counted.update(loaded.facts["counted"])
         if not counted["target_tokens"]:
             reason = "; ".join([describe(counted), *loaded.facts["bad_examples"][:1]])
@@ -299,12 +299,6 @@ WORDING = {
     "rows": "rows read",
     "from_cache": "of them from the cache",
     "bad": "bad rows left out",
-    "documents": "samples",
-    "without_targets": "samples without a supervised token dropped",
-    "answer_too_long": "samples dropped, as the last answer alone is longer than a row",
-    "prompt_cut": "prompts cut from the left",
-    "targets_cut": "supervised tokens lost with them",
-    "split": "texts split over rows",
     "straddling": "tokens on the edge of an answer left unsupervised",
     "thoughts": "thoughts, or texts beside calls, left out by the chat template",
     "chats": "chats",
@@ -313,6 +307,13 @@ WORDING = {
     "texts": "texts",
     "sharegpt": "of them ShareGPT's",
     "alpaca": "of them Alpaca's",
+    "outside": "of them outside the slice",
+    "documents": "samples",
+    "without_targets": "samples without a supervised token dropped",
+    "answer_too_long": "samples dropped, as the last answer alone is longer than a row",
+    "prompt_cut": "prompts cut from the left",
+    "targets_cut": "supervised tokens lost with them",
+    "split": "texts split over rows",
     "tokens": "tokens",
     "target_tokens": "supervised",
 }

@@ -6,7 +6,6 @@ depend on: the bytes of the files, the columns, the tokenizer, the chat template
 
 import csv
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -15,7 +14,6 @@ import re
 import shutil
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -25,7 +23,6 @@ from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool, Int
-from numpy.typing import DTypeLike
 from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
@@ -38,6 +35,7 @@ from lacuna.tokenizer import (
     Tokenizer,
     TrainOn,
     chat_spans,
+    check_messages,
     encode,
     encode_apart,
     encode_spans,
@@ -47,14 +45,14 @@ from lacuna.tokenizer import (
 )
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 MAX_LINE_BYTES = 16 * 2**20
 PART_CHARACTERS, SEAM_CHARACTERS = 2**15, 2**8
 BATCH_PARTS = 64  # to encode at once: enough to occupy the processors, and not more, as encodings take much memory
 SHOWN_BAD_ROWS = 5
 TABLE_ROWS = 1000  # of an Arrow table that are read at once
-CACHED = ("token", "supervised", "start", "is_prompted", "row")
+CACHED = {"token": np.int32, "supervised": np.bool_, "index": np.int64}
 
 Used = TypeVar("Used")
 
@@ -159,15 +157,11 @@ def kind_of(file: Path) -> str:
 
 def open_file(file: Path) -> io.BufferedIOBase:
     """The bytes of a file, or those that it holds compressed."""
-    match file.suffix.lower():
-        case ".gz":
-            return gzip.GzipFile(file)
-        case ".zst":
-            import pyarrow
+    if not (compression := COMPRESSED.get(file.suffix.lower())):
+        return file.open("rb")
+    import pyarrow
 
-            return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(str(file), "zstd")))
-        case _:
-            return file.open("rb")
+    return io.BufferedReader(cast(Any, pyarrow.input_stream(str(file), compression)))
 
 
 def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
@@ -180,9 +174,8 @@ def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
                 yield from csv_rows(file)
             case ".txt":  # one document
                 with open_file(file) as stream:
-                    text = stream.read().decode("utf-8-sig")
-                if text.strip():
-                    yield str(file), {text_column: text}
+                    if (text := stream.read().decode("utf-8-sig")).strip():
+                        yield str(file), {text_column: text}
             case ".json":
                 with open_file(file) as stream:
                     content = stream.read()
@@ -193,7 +186,7 @@ def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
             case _:
                 for number, row in enumerate(table_of(file), 1):
                     yield f"{file} row {number}", row
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, OSError) as error:
         fix = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         yield str(file), ValueError(f"{error}{fix}")
 
@@ -277,7 +270,11 @@ def parsed(content: bytes) -> Any:
 @lru_cache(maxsize=1)
 def hub_table(source: DataSource) -> Any:
     """A split of a data set on the hub, or a slice of it; `path:config` names one of several in a repository."""
-    datasets = quiet_datasets()
+    import datasets.exceptions
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     path, _, config = source.path.partition(":")
     try:
         return datasets.load_dataset(path, config or None, split=source.split)
@@ -295,35 +292,23 @@ def hub_table(source: DataSource) -> Any:
         raise UserError(f"data path {source.path!r}: no such file, and on the hub: {reason}; {fix}") from error
 
 
-def quiet_datasets() -> Any:
-    """The `datasets` library, which shows progress on a terminal only and leaves errors to us."""
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return datasets
-
-
-def split_bounds(source: DataSource) -> tuple[str, str]:
-    """Where the split of local files begins and ends, as in `train[:95%]`; a data set on the hub is fetched as its
-    split, and all of it is wanted.
+def split_range(source: DataSource, count: int) -> range:
+    """Which of the `count` rows of local files are in the split, as in `train[:95%]`; all of a data set on the hub,
+    which is fetched as its split.
 
     Raises:
         UserError: the split can't be read, or is not train.
     """
     if not local_files(source.path):
-        return "0%", "100%"
-    if match := re.fullmatch(r"train(\[(-?\d+%?)?:(-?\d+%?)?\])?", source.split):
-        return match[2] or "0%", match[3] or "100%"
-    raise UserError(
-        f"split {source.split!r}: local files have only one split, train; write train, train[:95%] or train[100:200]"
-    )
-
-
-def slice_between(bounds: tuple[str, str], count: int) -> slice:
-    """The slice of `count` rows that the bounds of a split name, by number or in percent."""
-    return slice(*(round(int(each[:-1]) * count / 100) if each.endswith("%") else int(each) for each in bounds))
+        return range(count)
+    if not (match := re.fullmatch(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", source.split)):
+        raise UserError(
+            f"split {source.split!r}: local files have only one split, train; write train, train[:95%] or "
+            "train[100:200]"
+        )
+    bounds = match[1] or "0%", match[2] or "100%"
+    ends = [round(int(each[:-1]) * count / 100) if each.endswith("%") else int(each) for each in bounds]
+    return range(count)[slice(*ends)]
 
 
 # Encoding
@@ -348,16 +333,6 @@ class Example(NamedTuple):
         return self.answer.get("content") if isinstance(self.answer, dict) else self.answer
 
 
-def alpaca(row: dict[str, Any]) -> dict[str, Any]:
-    parts = [checked_text(row[column], column) for column in ("instruction", "input") if row.get(column)]
-    return {"prompt": "\n\n".join(parts), "completion": row["output"]}
-
-
-# Formats that others write: how a row has what our own columns hold, the columns that tell, and those that may be there
-FORMS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], set[str], set[str]]] = {
-    "sharegpt": (lambda row: {"messages": row["conversations"]}, {"conversations"}, {"system"}),
-    "alpaca": (alpaca, {"instruction", "output"}, {"input", "system"}),
-}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 
 
@@ -371,38 +346,48 @@ def example_of(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer) ->
     columns = {name: getattr(source, f"{name}_column") for name in names}
     held = {name: row.get(column) for name, column in columns.items()}
     used, form = {columns["tools"], "chat_template_kwargs"}, ""
+    present = {column for column, value in row.items() if value is not None}
     taken = {columns[name] for name in ("messages", "prompt", "text") if held[name] is not None}
-    for name, (read, wanted, others) in FORMS.items():
-        if taken <= wanted and all(row.get(column) is not None for column in wanted):
-            form, held, used = name, held | read(row), used | wanted | others
+    if taken <= {"conversations"} <= present:
+        form, held["messages"] = "sharegpt", row["conversations"]
+        used |= {"conversations", "system"}
+    elif taken <= {"instruction", "output"} <= present:
+        asked = [checked_text(row[column], column) for column in ("instruction", "input") if row.get(column)]
+        form, held["prompt"], held["completion"] = "alpaca", "\n\n".join(asked), row["output"]
+        used |= {"instruction", "input", "output", "system"}
     messages, tools = from_json(held["messages"]), from_json(held["tools"])
     prompt, answer, variables = held["prompt"], held["completion"], row.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         raise ValueError(f"chat_template_kwargs is {type(variables).__name__}, not an object of template variables")
-    kind, text, is_chat, read_from = "chats", None, True, ["messages"]
-    if messages is None and prompt is not None and (answer is not None or held["text"] is None):
-        messages, read_from = prompt, ["prompt", "completion"]
+    kind, text, is_chat = "chats", None, True
+    if messages is not None:
+        used.add(columns["messages"])
+    elif prompt is not None and (answer is not None or held["text"] is None):
+        used.add(columns["prompt"])
+        messages = prompt
         if not isinstance(prompt, list):
             messages = [{"role": "user", "content": checked_text(prompt, columns["prompt"])}]
             has_format = tokenizer.template is None or tokenizer.end_of_turn.match(prompt)
             is_chat = source.prompt_format == "chat" or source.prompt_format == "auto" and not has_format
             kind = "prompts_as_chats" if is_chat else "prompts_as_text"
-    elif messages is None and held["text"] is not None:
-        kind, text, messages, is_chat = "texts", checked_text(held["text"], columns["text"]), [], False
-        read_from = ["text"]
-    if messages is None:
+    elif held["text"] is not None:
+        used.add(columns["text"])
+        kind, text, messages, answer, is_chat = "texts", checked_text(held["text"], columns["text"]), [], None, False
+    else:
         raise no_columns(row, source)
-    messages = [plain_message(message) for message in messages] if isinstance(messages, list) else messages
+    if not isinstance(messages, list):
+        check_messages(messages, None)
     if form and row.get("system"):
         messages = [{"role": "system", "content": row["system"]}, *messages]
     given = [answer] if isinstance(answer, dict) else answer
     if isinstance(given, list) and any(isinstance(each, dict) for each in given):
-        messages, answer = messages + [plain_message(each) for each in given], None
-    if isinstance(messages, list) and len(messages) > 1 and is_answer(messages[-1]):
+        messages, answer = [*messages, *given], None
+        used.add(columns["completion"])
+    messages = [plain_message(message) for message in messages]
+    if len(messages) > 1 and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         *messages, answer = messages
-    elif kind == "chats" and answer is not None:
-        read_from = [*read_from, "completion"]
-    used |= {columns[name] for name in read_from}
+    elif answer is not None:
+        used.add(columns["completion"])
     unused = (f"unused {column}" for column in row if column not in used and row[column] not in (None, ""))
     return Example(messages, answer, is_chat, text, tools or None, variables, (kind, *filter(None, [form]), *unused))
 
@@ -413,10 +398,6 @@ def no_columns(row: dict[str, Any], source: DataSource) -> ValueError:
         f"{source.prompt_column} with {source.completion_column}, or {source.text_column}; if yours have other names, "
         "set messages_column and the like"
     )
-
-
-def is_answer(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def from_json(value: Any) -> Any:
@@ -434,16 +415,15 @@ def plain_message(message: Any) -> Any:
     text may be in parts."""
     if not isinstance(message, dict):
         return message
+    message = dict(message)
     if "from" in message and "role" not in message:
-        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-        role = message["from"]
-        message = {"role": SHAREGPT_ROLES.get(str(role), role), "content": message.get("value"), **rest}
-    if call := message.get("function_call"):
-        rest = {key: value for key, value in message.items() if key != "function_call"}
-        message = rest | {"tool_calls": [{"type": "function", "function": call}]}
+        role, content = message.pop("from"), message.pop("value", None)
+        message = {"role": SHAREGPT_ROLES.get(str(role), role), "content": content, **message}
+    if call := message.pop("function_call", None):
+        message["tool_calls"] = [{"type": "function", "function": call}]
     parts = message.get("content")
     if isinstance(parts, list) and parts and all(isinstance(part, dict) and "text" in part for part in parts):
-        message = message | {"content": "".join(checked_text(part["text"], "text") for part in parts)}
+        message["content"] = "".join(checked_text(part["text"], "text") for part in parts)
     return message
 
 
@@ -460,7 +440,7 @@ def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train
     """
     example = example_of(row, source, tokenizer)
     messages, answer, counted = example.messages, example.answer, example.counted
-    if example.text is None and answer is not None and not is_answer(answer):
+    if answer is not None and not isinstance(answer, dict):
         answer = {"role": "assistant", "content": checked_text(answer, source.completion_column)}
     if answer is None and counted[0].startswith("prompts"):
         raise no_columns(row, source)
@@ -539,7 +519,7 @@ def load_documents(
     Raises:
         UserError: what can't be read, or a bad row (unless `skip_bad`), with file and line.
     """
-    bounds = split_bounds(source)
+    split_range(source, 0)  # refused before the rows are read
     directory = cache_dir / "documents" / source_fingerprint(source, tokenizer, train_on, skip_bad)
     if not (cached := intact_facts(directory)):
         with writing_to(directory.parent, "make room, or set XDG_CACHE_HOME to a directory that has some"):
@@ -553,16 +533,18 @@ def load_documents(
                         raise
     if not (facts := cached or intact_facts(directory)):
         raise UserError(f"{directory}: what was written there can't be read again; is the disk sound?")
-    start, is_prompted = np.fromfile(directory / "start", np.int64), np.fromfile(directory / "is_prompted", np.bool_)
-    first, last, _ = slice_between(bounds, facts["rows"]).indices(facts["rows"])
-    first, last = np.searchsorted(np.fromfile(directory / "row", np.int64), (first, max(first, last))).tolist()
-    return Documents(
-        token=mapped(directory / "token", np.int32),
-        supervised=mapped(directory / "supervised", np.bool_),
-        start=start[first : last + 1],
-        is_prompted=is_prompted[first:last],
-        facts=facts | {"from_cache": facts["rows"] * bool(cached)},
+    token, supervised, index = (
+        np.asarray(np.memmap(path, dtype, mode="r"))
+        if (path := directory / name).stat().st_size
+        else np.zeros(0, dtype)
+        for name, dtype in CACHED.items()
     )
+    row, is_prompted, stop = index.reshape(3, -1)
+    rows = split_range(source, facts["rows"])
+    first, last = np.searchsorted(row, (rows.start, max(rows.start, rows.stop))).tolist()
+    facts |= {"from_cache": facts["rows"] * bool(cached), "outside": len(row) - (last - first)}
+    start = np.append(0, stop)[first : last + 1]
+    return Documents(token, supervised, start, is_prompted[first:last].astype(bool), facts)
 
 
 def intact_facts(directory: Path) -> dict[str, Any] | None:
@@ -582,10 +564,6 @@ def intact_facts(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def mapped(path: Path, dtype: DTypeLike) -> np.ndarray:
-    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
-
-
 def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool) -> str:
     """A hash of all that the encoded documents depend on."""
     files = local_files(source.path)
@@ -603,10 +581,10 @@ def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: Train
 
 
 def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, directory: Path) -> None:
-    """Write the files token, supervised, start, is_prompted, row and facts.json from the rows of a source; row has the
-    number of each document's, as there are bad rows between."""
+    """Write token, supervised, index and facts.json from the rows of a source; index has of each document the number of
+    its row, as there are bad rows between, whether it answers a prompt, and where it ends."""
     bad, row_of, counted = list[str](), list[int](), Counter[str]()
-    start, is_prompted, end, straddling, digest = [0], [], 0, 0, hashlib.sha256()
+    is_prompted, stop, end, digest = list[bool](), list[int](), 0, hashlib.sha256()
     with (
         (directory / "token").open("wb") as token_file,
         (directory / "supervised").open("wb") as supervised_file,
@@ -625,19 +603,16 @@ def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, s
             token_file.write(token.tobytes())
             supervised_file.write(supervised.tobytes())
             digest.update(token.tobytes() + supervised.tobytes())
-            straddling += straddling_count
+            counted += Counter(straddling=straddling_count)
             end += len(token)
             if part.is_last:
-                start.append(end)
+                stop.append(end)
                 is_prompted.append(part.is_prompted)
-    np.array(start, np.int64).tofile(directory / "start")
-    np.array(is_prompted, np.bool_).tofile(directory / "is_prompted")
-    np.array(row_of, np.int64).tofile(directory / "row")
+    np.array([row_of, is_prompted, stop], np.int64).tofile(directory / "index")
     facts = {
-        "rows": len(is_prompted) + len(bad),
+        "rows": len(stop) + len(bad),
         "bad": len(bad),
         "bad_examples": bad[:SHOWN_BAD_ROWS],
-        "straddling": straddling,
         "counted": counted,
         "digest": digest.hexdigest(),
         "sha256": {name: file_hash(directory / name) for name in CACHED},

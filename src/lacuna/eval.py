@@ -27,8 +27,7 @@ from lacuna.documents import (
     example_of,
     joined_contents,
     read_rows,
-    slice_between,
-    split_bounds,
+    split_range,
     usable,
 )
 from lacuna.metrics import LineFile, read_json_lines
@@ -169,8 +168,8 @@ def read_problems(
     problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:
         rows = list(read_rows(source))
-        rows = rows[slice_between(split_bounds(source), len(rows))]
-        found = list(usable(rows, partial(problem_of, source), config.on_bad_data == "skip", bad))
+        chosen_rows = (rows[number] for number in split_range(source, len(rows)))
+        found = list(usable(chosen_rows, partial(problem_of, source), config.on_bad_data == "skip", bad))
         if not found:
             raise UserError(f"{source.path}, {source.split}: no problem to ask ({'; '.join(bad[:1]) or 'no rows'})")
         asked = [(each.token, each.answer, *([each.choices, each.right] if each.choices else [])) for each in found]
@@ -216,12 +215,8 @@ def choices_of(row: dict[str, Any], answer: Any, config: EvalConfig) -> tuple[tu
     is_list = isinstance(given, list | tuple)
     if not is_list or len(given) < 2 or not all(isinstance(each, str) and each for each in given):
         raise ValueError("no two texts to choose from in the column choices; rename the column, or set labels")
-    if isinstance(answer, str) and answer in given:
-        right = list(given).index(answer)
-    elif answer in names:
-        right = list(names).index(answer)
-    else:
-        right = int(answer) if isinstance(answer, int) or str(answer).isdecimal() else -1
+    number = int(answer) if isinstance(answer, int) or str(answer).isdecimal() else -1
+    right = next((list(texts).index(answer) for texts in (given, names) if answer in texts), number)
     if not 0 <= right < len(given):
         raise ValueError(f"the answer {answer!r} is none of its {len(given)} choices, nor the number of one")
     return tuple(given), right
