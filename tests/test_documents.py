@@ -1,6 +1,7 @@
 """Files, good and broken, to rows and documents, against plain statements of what each should hold."""
 
 import csv
+import errno
 import gzip
 import io
 import json
@@ -745,16 +746,16 @@ def test_two_processes_may_encode_the_same_at_once(
     assert len(encoded(cache)) == 1
 
 
-def test_an_encoding_that_fails_for_another_reason_raises_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_an_encoding_that_fails_for_another_reason_is_refused_with_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = write(tmp_path, "rows.jsonl", json_lines(CHATS))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="Permission denied; make room"):
         patch.setattr(os, "rename", refuse)
         load(source, tokenizer, tmp_path)
     assert not encoded(tmp_path)
 
 
 def refuse(*_: Any) -> None:
-    raise PermissionError
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 # Real chats and texts

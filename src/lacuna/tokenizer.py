@@ -64,7 +64,7 @@ class Tokenizer:
     ends: dict[int, str]
 
 
-class UnwrittenTools(ValueError):
+class LostTools(ValueError):
     """A chat template leaves out a tool that it is given."""
 
 
@@ -413,7 +413,7 @@ def render_marked(show: Callable[..., str], messages: list[Message], tools: Tool
             marked[number] = message | {"content": content[:middle] + marks[number] + content[middle:]}
     text = show(marked)
     if names := [name for tool in tools or () if (name := called_name(tool)) and name not in text]:
-        raise UnwrittenTools(
+        raise LostTools(
             f"the chat template does not write the tool {names[0]!r}; take a template that does "
             "(--chat-template), or leave the tools out (--data.0.tools-column none)"
         )

@@ -29,16 +29,7 @@ from lacuna.apps.generator import Generator
 from lacuna.apps.tools import before_calls, parse_calls
 from lacuna.config import SamplingKeys
 from lacuna.sampler import TOP_LOGPROBS, Completion, Request, Sampler, Scores, joined_parts
-from lacuna.tokenizer import (
-    REPLACEMENT,
-    TextStream,
-    Tokenizer,
-    UnwrittenTools,
-    called_name,
-    decode,
-    encode,
-    render_prompt,
-)
+from lacuna.tokenizer import REPLACEMENT, LostTools, TextStream, Tokenizer, called_name, decode, encode, render_prompt
 
 LEAST_TOP_P = 1e-6  # with a smaller one float32 would leave no token
 COMPLETION_TOKENS = 16  # of a plain completion that does not say, as in OpenAI's reference
@@ -255,7 +246,7 @@ def chat_prompt(body: ChatBody, sampler: Sampler) -> list[int]:
     tools, variables = body.offered or None, body.chat_template_kwargs or {}
     try:
         text = render_prompt(sampler.tokenizer, messages, tools, variables)
-    except UnwrittenTools:
+    except LostTools:
         message = "tools: the chat template of this model does not write them; leave tools out"
         raise ApiError(400, message, "tools") from None
     except ValueError as error:
