@@ -479,7 +479,7 @@ def test_tools_are_offered_as_the_request_says(caller: Served, served: Served) -
     (status, answer), asked_for = asked(caller, tool_choice="required"), "'none' or 'auto'"
     assert status == 400 and answer["error"]["param"] == "tool_choice" and asked_for in answer["error"]["message"]
     status, answer = asked(served)
-    assert status == 400 and "template of this model does not write them" in answer["error"]["message"]
+    assert status == 400 and "this model's chat template does not write them" in answer["error"]["message"]
 
 
 def test_an_agent_calls_a_function(caller: Served) -> None:

@@ -100,13 +100,12 @@ class Local:
         return f"{rules_by_origin(config, self.generator.rules)}; seed={config.seed}"
 
     def prompt(self, messages: list[Message]) -> tuple[int, ...]:
-        if not self.is_chat:
-            return tuple(encode(self.tokenizer, plain_text(messages), add_special_tokens=True).tolist())
+        as_chat = render if messages[-1]["role"] == "assistant" else render_prompt
         try:
-            text = (render if messages[-1]["role"] == "assistant" else render_prompt)(self.tokenizer, messages)
+            text = as_chat(self.tokenizer, messages) if self.is_chat else plain_text(messages)
         except ValueError as error:
             raise UserError(f"{error}; /undo removes the turn, /reset starts again") from error
-        return tuple(encode(self.tokenizer, text, add_special_tokens=False).tolist())
+        return tuple(encode(self.tokenizer, text, add_special_tokens=not self.is_chat).tolist())
 
     def size(self, messages: list[Message]) -> str:
         return f"{len(self.prompt(messages)):,} of {self.generator.sampler.capacity:,} tokens"

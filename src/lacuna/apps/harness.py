@@ -52,13 +52,12 @@ class Model(TemplateLM):
             add_special_tokens = not string.startswith(self.opened.tokenizer.special_tokens.get("bos_token") or "\0")
         return encode(self.opened.tokenizer, string, add_special_tokens).tolist()
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        messages: list[dict[str, Any]] = [dict(message) for message in chat_history]
+    def apply_chat_template(self, chat_history: list[Any], add_generation_prompt: bool = True) -> str:
         try:
-            text = render_prompt(self.opened.tokenizer, messages, None, NO_VARIABLES, add_generation_prompt)
+            text = render_prompt(self.opened.tokenizer, chat_history, None, NO_VARIABLES, add_generation_prompt)
         except ValueError as error:
             raise UserError(f"harness_chat: {error}") from error
-        last = messages[-1]["content"]
+        last = chat_history[-1]["content"]
         return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
 
     def _loglikelihood_tokens(

@@ -243,12 +243,10 @@ def chat_prompt(body: ChatBody, sampler: Sampler) -> list[int]:
     if any(message.content is None and not message.tool_calls for message in body.messages):
         raise ApiError(400, "messages: one of them has neither content nor tool_calls; add its content", "messages")
     messages = [message.model_dump(exclude_defaults=True) for message in body.messages]
-    tools, variables = body.offered or None, body.chat_template_kwargs or {}
     try:
-        text = render_prompt(sampler.tokenizer, messages, tools, variables)
+        text = render_prompt(sampler.tokenizer, messages, body.offered or None, body.chat_template_kwargs or {})
     except LostTools:
-        message = "tools: the chat template of this model does not write them; leave tools out"
-        raise ApiError(400, message, "tools") from None
+        raise ApiError(400, "tools: this model's chat template does not write them; leave tools out", "tools") from None
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
     return encoded(text, sampler, "messages", False)
