@@ -12,10 +12,12 @@ HUGE = "3000000000"
 GROWING = "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s }}"
 RECURSIVE = "{% macro f(x, n) %}{% if n %}BODY{% endif %}{% endmacro %}{{ f('ab', 60) }}"
 ENDLESS = {
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "filtered loops": "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
-    "text in loops": "{% for a in range(99999) %}{% for b in range(99999) %}text{% endfor %}{% endfor %}",
+    "nested loops": "{% for a in range(999) %}{% for b in range(999) %}{% endfor %}{% endfor %}",
+    "filtered loops": "{% for a in range(999) %}{% for b in range(999) if false %}{% endfor %}{% endfor %}",
+    "text in loops": "{% for a in range(999) %}{% for b in range(999) %}text{% endfor %}{% endfor %}",
     "calls of calls": "{% macro f(n) %}{% if n and (f(n - 1) or f(n - 1)) %}{% endif %}{% endmacro %}{{ f(60) }}",
+    "lists in loops": "{% set x = ['a' * 99] * 9 %}{% for i in range(9999) %}{{ x }}{% endfor %}",
+    "copies that are kept": GROWING.replace("'ab'", "['a' * 99999]").replace("STEP", "[ns.s[0][1:] ~ i, ns.s]"),
     "times": "{{ 'a' * HUGE }}",
     "times a list": "{{ [1] * HUGE }}",
     "a power": "{{ 10 ** (10 ** 10) }}",
@@ -26,12 +28,16 @@ ENDLESS = {
     "format with a width that is a value": "{{ '{:{}d}'.format(1, HUGE) }}",
     "format of one value many times": "{{ ('{0}' * 20000).format('a' * 20000) }}",
     "center": "{{ 'a'.center(HUGE) }}",
+    "center by another name": "{% set f = 'a'['cen' ~ 'ter'] %}{{ f(HUGE) }}",
+    "center of many": "{{ range(9999)|map('string')|map('center', 99999)|join }}",
     "filter center": "{{ 'a'|center(HUGE) }}",
     "zfill": "{{ 'a'.zfill(HUGE) }}",
     "expandtabs": "{{ '\t'.expandtabs(HUGE) }}",
     "to_bytes": "{{ (1).to_bytes(HUGE) }}",
     "indent": "{{ 'a\n\na'|indent(HUGE) }}",
     "tojson": "{{ [1]|tojson(indent=HUGE) }}",
+    "tojson of nested lists": GROWING.replace("'ab'", "[1] * 999").replace("STEP", "[ns.s]")[:-8]
+    + "ns.s|tojson(indent=300) }}",
     "round": "{{ 1.5|round(HUGE, 'ceil') }}",
     "batch": "{{ [1]|batch(HUGE, 'x')|list }}",
     "slice": "{{ [1]|slice(HUGE)|list }}",
@@ -46,7 +52,17 @@ ENDLESS = {
     "doubling by ~": GROWING.replace("STEP", "ns.s ~ ns.s"),
     "doubling by +": GROWING.replace("STEP", "ns.s + ns.s"),
     "doubling by a block": GROWING.replace("set ns.s = STEP", "set ns.s %}{{ ns.s }}{{ ns.s }}{% endset"),
+    "doubling a filtered block": GROWING.replace("set ns.s = STEP", "set ns.s | upper %}{{ ns.s }}{{ ns.s }}{% endset"),
     "doubling lists": GROWING.replace("STEP", "[ns.s, ns.s]"),
+    "doubling tuples": GROWING.replace("STEP", "(ns.s, ns.s)"),
+    "doubling by * in a list": GROWING.replace("STEP", "[ns.s] * 2"),
+    "doubling by map": GROWING.replace("STEP", "[none, none]|map('default', ns.s, true)|list"),
+    "doubling an item": GROWING.replace("STEP", "([none]|map('default', ns.s ~ ns.s, true)|list)[0]"),
+    "doubling in a filtered loop": RECURSIVE.replace(
+        "BODY", "{% for y in [none]|map('default', x ~ x, true) %}{{ f(y, n - 1) }}{% endfor %}"
+    ),
+    "doubling by fromkeys": GROWING.replace("STEP", "dict().fromkeys([1, 2], ns.s)"),
+    "lengthening lists": GROWING.replace("'ab'", "[1]").replace("STEP", "ns.s + ns.s"),
     "doubling objects": GROWING.replace("STEP", "dict(a=ns.s, b=ns.s)"),
     "doubling arguments": RECURSIVE.replace("BODY", "{{ f(x ~ x, n - 1) }}"),
     "doubling listed arguments": RECURSIVE.replace("BODY", "{{ f(*[x ~ x, n - 1]) }}"),
@@ -64,7 +80,7 @@ def text_of(source: str, **values: object) -> str:
 def test_a_template_that_would_run_or_write_without_end_is_refused(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox, "RENDER_BUDGET", 2**23)
+    monkeypatch.setattr(sandbox, "RENDER_BUDGET", 2**21)
     with pytest.raises(UserError, match="loops or writes without end"):
         text_of(source.replace("HUGE", HUGE))
 
