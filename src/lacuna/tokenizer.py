@@ -384,9 +384,11 @@ def seen_by_template(message: Message, source: str) -> Message:
 def with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return call | {"function": with_parsed_arguments(call["function"])}
+    if not isinstance(text := call.get("arguments"), str):  # there are none, or they are parsed already
+        return call
     try:
-        return call | {"arguments": Arguments(call["arguments"])}
-    except (KeyError, TypeError, ValueError):  # there are none, or they are parsed already, or not JSON of an object
+        return call | {"arguments": Arguments(text)}
+    except (TypeError, ValueError):  # not JSON of an object
         return call
 
 
