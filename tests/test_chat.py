@@ -510,6 +510,16 @@ def test_keys_send_start_a_line_clear_and_leave(tmp_path: Path, monkeypatch: pyt
     assert list(history.load_history_strings())[::2] == ["kept", "one\ntwo\nthree"]
 
 
+def test_a_note_at_a_terminal_breaks_between_words(
+    local: Local, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    Chat(ChatConfig(), local, is_terminal=True).take("/help")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 30
+    assert " ".join(" ".join(lines).split()) == " ".join(f"{name} {text}" for name, text in CHAT_COMMANDS.items())
+
+
 def test_no_character_controls_the_terminal() -> None:
     everything = "".join(map(chr, range(0x110)))
     kept = everything.translate(VISIBLE)
@@ -538,7 +548,8 @@ def test_help_hides_the_key_and_names_every_option(
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--endpoint localhost:80", "--endpoint localhost:80 should match pattern"),
+        ("--endpoint 127.0.0.1:8101", "--endpoint 127.0.0.1:8101 is not a URL; write http://127.0.0.1:8101$"),
+        ("--endpoint htp://localhost:80/v1", "write http://localhost:80/v1$"),
         ("--endpoint http://x --capacity 5", "capacity can't be chosen for a server"),
         ("--api-key x", "api_key is for a server"),
         ("--no-instruct --system x", "system needs a chat template"),

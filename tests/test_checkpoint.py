@@ -724,6 +724,27 @@ def test_what_fails_after_a_checkpoint_has_its_name_is_a_warning(
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000003"]
 
 
+def test_a_run_without_a_best_is_said_to_have_none(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match=r"best: this run has no best model yet; continue it with --resume$"):
+        checkpoint.resolve_model(str(tmp_path / "best"))
+    step = checkpoint.checkpoint_directory(tmp_path, 3)
+    step.mkdir(parents=True)
+    (step / "run.json").touch()
+    for name in ("", "best"):
+        with pytest.raises(
+            UserError, match=f"continue it with --resume, or name one of its checkpoints, such as {step}$"
+        ):
+            checkpoint.resolve_model(str(tmp_path / name))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(
+        UserError,
+        match=f"no best model yet; name the run, {tmp_path}, or name one of its checkpoints, such as {step}$",
+    ):
+        checkpoint.resolve_model(str(tmp_path / "best"))
+
+
 def test_where_there_are_no_symbolic_links_best_is_a_file_that_names_it(
     tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -270,8 +270,11 @@ def test_any_answer_of_a_list_is_right_and_an_empty_one_is_refused(model_directo
         line = evaluation.judged(several, Completion(0, 0, (1,), text, (), (), (), "stop"))
         assert (line["correct"], line["expected"]) == (right, ["4", "5"])
         assert correct("", text, several.row) == right
+    with pytest.raises(UserError, match="rows.jsonl line 1: no reference answer; set completion_column"):
+        problems_of(tmp_path, model_directory, {"question": "2 + 2?", "solution": "4"})
     for answer in ("", [], None):
-        with pytest.raises(UserError, match="rows.jsonl line 1: no reference answer; set completion_column"):
+        fix = "the reference in `answer` is empty; fill it, or leave such rows out with --on-bad-data skip"
+        with pytest.raises(UserError, match=f"rows.jsonl line 1: {fix}"):
             problems_of(tmp_path, model_directory, {"question": "2 + 2?", "answer": answer})
     with pytest.raises(UserError, match=r"reference answers \[4, 5\] are not all texts"):
         problems_of(tmp_path, model_directory, {"question": "2 + 2?", "answer": [4, 5]})

@@ -476,10 +476,31 @@ def test_tools_are_offered_as_the_request_says(caller: Served, served: Served) -
     assert answer["choices"][0]["message"]["content"] == CALL and answer["choices"][0]["finish_reason"] == "stop"
     offered = asked(caller)[1]["usage"]["prompt_tokens"]
     assert offered > answer["usage"]["prompt_tokens"]
-    (status, answer), asked_for = asked(caller, tool_choice="required"), "'none' or 'auto'"
-    assert status == 400 and answer["error"]["param"] == "tool_choice" and asked_for in answer["error"]["message"]
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        (status, answer), wanted = asked(caller, tool_choice=choice), "'none' or 'auto'; this server can't force a call"
+        assert status == 400 and answer["error"]["param"] == "tool_choice" and wanted in answer["error"]["message"]
     status, answer = asked(served)
     assert status == 400 and "this model's chat template does not write them" in answer["error"]["message"]
+    assert asked(served, tool_choice="none")[0] == 200  # nothing is offered
+    _, answer = asked(caller, parallel_tool_calls=False)
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "One moment."
+    (call,) = choice["message"]["tool_calls"]
+    assert call.keys() == {"id", "type", "function"}  # only chunks have an index
+
+
+def test_an_answer_without_parallel_calls_stops_after_the_first(alone: sampler.Sampler, tmp_path: Path) -> None:
+    (template := tmp_path / "tools.jinja").write_text(TOOLS_TEMPLATE)
+    generator = ModelGenerator(alone, Path(), SamplingKeys(), ())
+
+    def stop(**fields: Any) -> tuple[str, ...]:
+        other = copy.copy(alone)
+        other.tokenizer = load_tokenizer(TINY, str(template))
+        body = ChatBody.model_validate(chat(stop="x", **fields))
+        return protocol.requests_of(body, generator._replace(sampler=other))[0].stop
+
+    assert stop(tools=[ADD]) == stop(parallel_tool_calls=False) == ("x",)
+    assert stop(tools=[ADD], parallel_tool_calls=False) == ("x", "</tool_call>")
 
 
 def test_an_agent_calls_a_function(caller: Served) -> None:
@@ -515,21 +536,21 @@ def test_an_agent_calls_a_function(caller: Served) -> None:
         (CHAT, b"\xff\xfe", 400, None, "Invalid JSON"),
         (CHAT, b"[" * 5000, 400, None, "Invalid JSON"),
         (CHAT, rb'{"model": "small", "messages": [{"role": "user", "content": "\ud800"}]}', 400, None, "JSON"),
-        (CHAT, [1], 400, None, "object"),
-        (CHAT, {"model": NAME}, 400, "messages", "required"),
-        (CHAT, chat(messages=[]), 400, "messages", "at least 1"),
+        (CHAT, [1], 400, None, "the body = [1] should be"),
+        (CHAT, {"model": NAME}, 400, "messages", "messages: this field is required"),
+        (CHAT, chat(messages=[]), 400, "messages", "messages = [] should have at least 1 item, not 0"),
         (CHAT, chat(messages=[{"role": "wizard", "content": ""}]), 400, "messages.0.role", "'user'"),
         (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages.0.content", "tex"),
-        (CHAT, chat(temperature="hot"), 400, "temperature", "number"),
+        (CHAT, chat(temperature="hot"), 400, "temperature", 'temperature = "hot" should be a valid number'),
         (CHAT, chat(n=True), 400, "n", "integer"),
         (CHAT, chat(n=10**30), 400, "n", "128"),
-        (CHAT, chat(n=101), 400, "n", "100 completions"),
+        (CHAT, chat(n=101), 400, "n", "at once; lower n, send fewer prompts, or"),
         (CHAT, chat(top_k=2**31), 400, "top_k", "less than"),
         (CHAT, chat(temperatur=1), 400, "temperatur", "not a field"),
         (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", "not support"),
         (CHAT, chat(top_logprobs=2), 400, "top_logprobs", "logprobs"),
         (CHAT, chat(max_tokens=3, max_completion_tokens=4), 400, "max_tokens", "differ"),
-        (CHAT, chat(stop=[""]), 400, "stop.0", "at least 1"),
+        (CHAT, chat(stop=[""]), 400, "stop.0", 'stop.0 = "" should have at least 1'),
         (CHAT, chat(model="../../etc/passwd"), 404, "model", "no model"),
         (CHAT, chat(messages=[{"role": "user", "content": "marbles " * 400}]), 400, "messages", "room for 320"),
         (TEXT, {"model": NAME, "prompt": [1, 99999]}, 400, "prompt", "vocabulary"),
@@ -537,12 +558,13 @@ def test_an_agent_calls_a_function(caller: Served) -> None:
         (TEXT, {"model": NAME, "prompt": ""}, 400, "prompt", "no token"),
         (TEXT, {"model": NAME, "prompt": []}, 400, "prompt", "at least 1"),
         (TEXT, {"model": NAME, "prompt": {"a": 1}}, 400, "prompt", "list"),
-        (CHAT, chat(messages=[{"role": "user", "content": "x" * 900_000}]), 400, "messages", "900,0"),
+        (CHAT, chat(messages=[{"role": "user", "content": "x" * 900_000}]), 400, "messages", "13 characters a token"),
         (CHAT, chat(messages=[{"role": "user"}]), 400, "messages", "neither content nor tool_calls"),
-        (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", "a function with its name"),
-        (CHAT, chat(tools=[{"name": "f"}]), 400, "tools", "a function with its name"),
+        (CHAT, chat(tools=[ADD, {"type": "function"}]), 400, "tools", "tools: 1.function.name should be"),
+        (CHAT, chat(tools=[{"name": "f"}]), 400, "tools", '0.type should be "function", not null'),
+        (CHAT, chat(tools=[{"type": "custom"}]), 400, "tools", '0.type should be "function", not "custom"'),
         (CHAT, chat(tools={"name": "f"}), 400, "tools", "array"),
-        (CHAT, chat(max_tokens=0), 400, "max_tokens", "greater"),
+        (CHAT, chat(max_tokens=0), 400, "max_tokens", "max_tokens = 0 should be greater than or equal to 1"),
         (TEXT, b"x" * (2**20 + 1), 413, None, "1,048,576 bytes"),
         ("/v1/chat/completions/../../../etc/passwd", chat(), 404, None, "nothing"),
         ("/%2e%2e/%2e%2e/etc/passwd", chat(), 404, None, "nothing"),
@@ -605,8 +627,9 @@ def test_only_the_pages_of_allowed_origins_use_the_server(new_generator: Callabl
         for method, more in (("OPTIONS", preflight), ("GET", {})):
             _, headers, _ = ask(served, "/v1/models", headers={"Origin": "http://evil.example"} | more, method=method)
             assert "access-control-allow-origin" not in headers
-    with pytest.raises(UserError, match='allow_origin.0 = "localhost:5173/" should match'):
-        parse(ServeConfig, ["--allow-origin", "localhost:5173/"], "serve")
+    for given, origin in (("localhost:5173", "http://localhost:5173"), ("https://a.org/chat", "https://a.org")):
+        with pytest.raises(UserError, match=f'allow_origin.0 = "{given}" is not an origin; write {origin}$'):
+            parse(ServeConfig, ["--allow-origin", given], "serve")
     with pytest.raises(UserError, match="allow_origin = \\* opens this server to every web page; set api_key"):
         parse(ServeConfig, ["--allow-origin", "*"], "serve")
 
@@ -614,6 +637,16 @@ def test_only_the_pages_of_allowed_origins_use_the_server(new_generator: Callabl
 def test_streams_pass_proxies_and_a_wrong_method_names_the_right_one(served: Served) -> None:
     assert ask(served, CHAT, chat(stream=True, max_tokens=1))[1]["x-accel-buffering"] == "no"
     assert ask(served, CHAT, method="GET")[1]["allow"] == "POST"
+
+
+def test_the_start_says_how_long_answers_of_both_kinds_are(
+    new_generator: Callable[..., ModelGenerator], capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = new_generator()
+    for rules, more in ((SamplingKeys(), "; max_tokens=16 for /v1/completions\n"), (SamplingKeys(max_tokens=7), "")):
+        with serving(generator._replace(rules=rules)):
+            line = capsys.readouterr().out.partition("rules, unless a request says otherwise: ")[2]
+            assert line.endswith(more) and ("/v1/completions" in line) == bool(more)
 
 
 def test_other_machines_need_a_key() -> None:
@@ -933,6 +966,30 @@ def test_the_page_says_when_an_answer_is_empty_and_still_sends_its_turn(
     assert [message["content"] for message in asked[1]["messages"]] == ["Hi", "", "And now?"]
 
 
+def test_an_answer_whose_connection_breaks_off_is_kept_and_no_server_is_said_to_be_away(
+    browser: webdriver.Chrome, new_generator: Callable[..., ModelGenerator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_seen = threading.Event()
+
+    async def broken(answer: protocol.Answer, ticket: serve.Ticket) -> Any:
+        yield serve.event({"choices": [{"delta": {"content": "Half an ans"}}]})
+        await asyncio.to_thread(is_seen.wait, PATIENCE)
+        raise asyncio.CancelledError
+
+    with serving(new_generator()) as served:
+        open_page(browser, served, [])
+        with monkeypatch.context() as patched:
+            patched.setattr(serve, "events", broken)
+            type_question(browser, "Hi")
+            eventually(lambda: "Half an ans" in (turns(browser, "assistant") or [""])[-1])
+            is_seen.set()
+            eventually(lambda: "broke off" in turns(browser, "assistant")[-1])
+        assert turns(browser, "assistant") == ["Half an ans\n\nThe connection broke off.\n\nRetry"]
+    type_question(browser, "And now?")
+    eventually(lambda: "can't be reached" in turns(browser, "assistant")[-1])
+    browser.get_log("browser")
+
+
 def test_the_page_continues_text_with_a_base_model(
     browser: webdriver.Chrome, new_generator: Callable[..., ModelGenerator], alone: sampler.Sampler
 ) -> None:
@@ -977,6 +1034,11 @@ RICH = """> quoted **words**
 |---|---|
 | 1 | *2* |
 
+# One *big*
+## Two ##
+---
+#no heading
+
 See [the page](https://example.org/a?b=1), not [this](javascript:alert(1))."""
 
 
@@ -987,7 +1049,8 @@ def test_lists_quotes_tables_and_links_are_drawn(browser: webdriver.Chrome, serv
         "<blockquote><p>quoted <strong>words</strong>\nin two lines</p></blockquote>"
         "<ul><li><p>one</p><ol><li><p>deep</p></li><li><p>deeper</p><ul><li><p>deepest</p></li></ul></li></ol></li>"
         "<li><p>two</p></li></ul>"
-        "<table><tr><td>a</td><td>b</td></tr><tr><td>1</td><td><em>2</em></td></tr></table>"
+        "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td><em>2</em></td></tr></table>"
+        "<h2>One <em>big</em></h2><h3>Two</h3><hr><p>#no heading</p>"
         '<p>See <a href="https://example.org/a?b=1" target="_blank">the page</a>, not [this](javascript:alert(1)).</p>'
     )
 

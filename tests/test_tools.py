@@ -63,6 +63,8 @@ CASES = [
     (f"<tool_call>\n{ADD_TEXT}\n</tool_call>", ("", [ADD])),
     (f"Well.\n<tool_call>\n{ADD_TEXT}\n</tool_call>\n<tool_call>{ADD_TEXT}</tool_call>\n", ("Well.", [ADD] * 2)),
     (f"<tool_call>{ADD_TEXT}", ("", [ADD])),  # cut off, or ended early
+    *((f"<tool_call>{ADD_TEXT}\n{'</tool_call>'[:size]}", ("", [ADD])) for size in range(1, 12)),
+    (f"<tool_call>{ADD_TEXT}</tool and", ("</tool and", [ADD])),
     ("<tool_call>\n{not JSON}\n</tool_call> so", ("<tool_call>\n{not JSON}\n</tool_call> so", [])),
     (f"<tool_call>[]</tool_call> b <tool_call>{ADD_TEXT}</tool_call> c", ("<tool_call>[]</tool_call> b c", [ADD])),
     ('{"name": "add", "parameters": {"a": 1}}', ("", [ADD])),

@@ -64,11 +64,13 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
         return best_checkpoint(path.parent)
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    if (path / "config.toml").is_file():
-        raise UserError(
-            f"{path}: a run that has not ended, so it has no model yet; continue it with --resume, or name one of its "
-            f"checkpoints, such as {path / 'best'}"
-        )
+    run = path.parent if path.name == "best" else path
+    if (run / "config.toml").is_file() and (path == run or not path.is_dir()):
+        lack = "a run that has not ended, so it has no model yet" if path == run else "this run has no best model yet"
+        fixes = [f"name the run, {run}" if (run / "model").is_dir() else "continue it with --resume"]
+        saved = [run / "best", *(checkpoint_directory(run, step) for step in saved_steps(run)[::-1])]
+        fixes += [f"name one of its checkpoints, such as {each}" for each in saved if each.is_dir()][:1]
+        raise UserError(f"{path}: {lack}; {', or '.join(fixes)}")
     if path.is_dir():
         if not (path / "config.json").is_file() and (path / weights.ADAPTER).is_file():
             raise UserError(f"{path}: {weights.without_weights(path, os.listdir(path))}")

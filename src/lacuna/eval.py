@@ -153,6 +153,9 @@ def read_problems(
         example = example_of(row, source, tokenizer)
         messages, answer = question_and_answer(example, config.prompt_template)
         if not answer and needs_answers:
+            if (column := source.completion_column) in row:
+                fix = "fill it, or leave such rows out with --on-bad-data skip"
+                raise ValueError(f"the reference in `{column}` is empty; {fix}")
             raise ValueError(f"no reference answer; set completion_column to its column ({', '.join(row)})")
         if config.system_prompt:
             messages = [{"role": "system", "content": config.system_prompt}, *messages]

@@ -187,14 +187,10 @@ class Remote:
         beyond = {name: rules.pop(name) for name in BEYOND_OPENAI if name in rules}
         if "seed" in config.model_fields_set:
             rules["seed"] = seed
-        said = (
-            {"messages": messages}
-            if self.is_chat
-            else {"prompt": plain_text(messages), "max_tokens": config.max_tokens}
-        )
+        plain = {"prompt": plain_text(messages), "max_tokens": config.max_tokens}
         request: dict[str, Any] = {
             "model": self.model, "stream": True, "stream_options": {"include_usage": True}, "extra_body": beyond,
-            **rules, **said,
+            **rules, **({"messages": messages} if self.is_chat else plain),
         }  # fmt: skip
         create: Any = self.client.chat.completions.create if self.is_chat else self.client.completions.create
         self.usage, count, ended, is_thinking = None, 0, "the server broke off", False
@@ -262,7 +258,7 @@ class Chat:
             self.messages = [{"role": "system", "content": self.config.system}]
 
     def say(self, text: str, style: str = "dim") -> None:
-        self.notes.print(Text(text.translate(VISIBLE), style), soft_wrap=True)
+        self.notes.print(Text(text.translate(VISIBLE), style), soft_wrap=not self.is_terminal)
 
     def take(self, typed: str) -> bool:
         """Carry out a command or answer a turn; False if it was the last."""
@@ -494,9 +490,8 @@ def run_chat(config: ChatConfig) -> None:
     chat = Chat(config, source, is_terminal=sys.stdin.isatty() and sys.stdout.isatty())
     chat.say(f"{source.introduction}\nrules: {source.rules(config)}")
     if chat.is_terminal:
-        chat.say(
-            "Enter sends, Alt-Enter starts a line, Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands"
-        )
+        keys = "Enter sends, Alt-Enter starts a line, Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands"
+        chat.say(keys)
     with silent_keys() if chat.is_terminal else nullcontext():
         for typed in typed_turns(config) if chat.is_terminal else piped_turns(source.is_chat):
             try:

@@ -1,10 +1,11 @@
 """The configs of the commands in this folder. Never imports jax, so that an error is reported at once."""
 
 import re
+from functools import partial
 from ipaddress import ip_address
 from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
 from lacuna.config import (
     Capacity,
@@ -17,6 +18,16 @@ from lacuna.config import (
     SftConfig,
     TemplateKeys,
 )
+
+ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
+
+
+def checked_address(pattern: str, kind: str, value: str) -> str:
+    if not re.fullmatch(pattern, value):
+        scheme, _, rest = value.rpartition("://")
+        known = scheme if re.fullmatch(pattern, f"{scheme}://host") else "http"
+        raise ValueError(f"is not {kind}; write {known}://{rest if kind == 'a URL' else rest.partition('/')[0]}")
+    return value
 
 
 class PlanKeys(Keys):
@@ -64,7 +75,9 @@ class ChatConfig(GenerationConfig):
     instruct: bool = Field(
         True, description="Use the chat template, or continue plain text; if not given: use a template if there is one"
     )
-    endpoint: str = Field("", pattern="^(https?://.+)?$", description="URL of an OpenAI-style server to talk to")
+    endpoint: Annotated[str, AfterValidator(partial(checked_address, "(https?://.+)?", "a URL"))] = Field(
+        "", description="URL of an OpenAI-style server to talk to"
+    )
     api_key: SecretStr = Field(
         SecretStr(""), description="Key for the endpoint; empty: the value of OPENAI_API_KEY, if set"
     )
@@ -98,7 +111,7 @@ class ServeConfig(GenerationConfig):
     )
     port: int = Field(8000, ge=0, lt=2**16, description="Port to listen on; 0: any free one, which is printed")
     api_key: SecretStr = Field(SecretStr(""), description="Key that requests need, as in ${SERVE_KEY}; empty: none")
-    allow_origin: tuple[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")], ...] = Field(
+    allow_origin: tuple[Annotated[str, AfterValidator(partial(checked_address, ORIGIN, "an origin"))], ...] = Field(
         (), description="Origins of web pages that may use this server, as in http://localhost:5173; *: all of them"
     )
     served_name: str = Field("", description="The model's name in requests; empty: the last part of model_name")

@@ -279,11 +279,8 @@ def grpo_programs(
         "prefill", f"{rows} prompts of {prompt:,} tokens", sampler.fill_cache, params, token, model, beside=beside
     )
     count = len(slots.token)
-    rules, is_wanted = (
-        sampler.stacked([sampler.rules_of(sampler.Request((0,)), 0, capacity=1)] * count),
-        np.ones(count, bool),
-    )
-    arguments = params, slots, rules, None, is_wanted, np.int32(1), np.int32(1), model
+    rules = sampler.stacked([sampler.rules_of(sampler.Request((0,)), 0, capacity=1)] * count)
+    arguments = params, slots, rules, None, np.ones(count, bool), np.int32(1), np.int32(1), model
     scope = f"a token in each of {count:,} slots of {pages * PAGE:,}"
     yield compiled("decode", scope, sampler.decode_block, *arguments, beside=training)
     shape = update_shape(config, mesh)
@@ -313,23 +310,13 @@ def program_facts(program: Program, chip: Chip, device_count: int) -> dict[str, 
     compute, memory = flops / peak(chip), moved / chip.bandwidth
     stats = program.compiled.memory_analysis()
     return {
-        "name": program.name,
-        "scope": program.scope,
-        "bytes": program.bytes,
-        "argument_bytes": float(stats.argument_size_in_bytes),
-        "temporary_bytes": float(stats.temp_size_in_bytes),
-        "beside_bytes": program.beside,
-        "flops": flops,
-        "compiler_recomputed_flops": recomputed,
-        "moved_bytes": moved,
-        "collectives": [each._asdict() for each in found],
-        "compute_seconds": compute,
-        "memory_seconds": memory,
-        "exposed_seconds": seconds[False],
-        "overlapped_seconds": seconds[True],
-        "seconds": max(compute, memory, seconds[True]) + seconds[False],
-        "compile_seconds": program.compile_seconds,
-    }
+        "name": program.name, "scope": program.scope, "bytes": program.bytes,
+        "argument_bytes": float(stats.argument_size_in_bytes), "temporary_bytes": float(stats.temp_size_in_bytes),
+        "beside_bytes": program.beside, "flops": flops, "compiler_recomputed_flops": recomputed, "moved_bytes": moved,
+        "collectives": [each._asdict() for each in found], "compute_seconds": compute, "memory_seconds": memory,
+        "exposed_seconds": seconds[False], "overlapped_seconds": seconds[True],
+        "seconds": max(compute, memory, seconds[True]) + seconds[False], "compile_seconds": program.compile_seconds,
+    }  # fmt: skip
 
 
 def reached_bandwidth(collective: Collective, chip: Chip) -> float:

@@ -5,6 +5,7 @@ A field that could change an answer is never ignored: it takes effect, or is ref
 
 import json
 import math
+import re
 import secrets
 import time
 from collections import defaultdict
@@ -14,19 +15,10 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 import tokenizers
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from lacuna.apps.generator import Generator
-from lacuna.apps.tools import before_calls, parse_calls
+from lacuna.apps.tools import CLOSING, before_calls, parse_calls
 from lacuna.config import SamplingKeys
 from lacuna.sampler import TOP_LOGPROBS, Completion, Request, Sampler, Scores, joined_parts
 from lacuna.tokenizer import REPLACEMENT, LostTools, TextStream, Tokenizer, called_name, decode, encode, render_prompt
@@ -34,6 +26,7 @@ from lacuna.tokenizer import REPLACEMENT, LostTools, TextStream, Tokenizer, call
 LEAST_TOP_P = 1e-6  # with a smaller one float32 would leave no token
 COMPLETION_TOKENS = 16  # of a plain completion that does not say, as in OpenAI's reference
 TOO_LONG = "context_length_exceeded"
+REASONS = {"extra_forbidden": "this is not a field of this request; leave it out", "missing": "this field is required"}
 LEAST_LOG_PROBABILITY = -9999.0  # what OpenAI writes for minus infinity, which JSON lacks
 # Fields that change no answer, whatever their value is
 IGNORED = {
@@ -115,8 +108,12 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 def checked_functions(value: Any) -> Any:
     """Tools, or calls of them."""
-    if not all(called_name(each) and "function" in each and each.get("type") == "function" for each in value):
-        raise ValueError("should be a list of objects, each with type function and a function with its name")
+    for index, each in enumerate(value if isinstance(value, list) else ()):
+        kind = each.get("type") if isinstance(each, dict) else None
+        if kind != "function":
+            raise ValueError(f'{index}.type should be "function", not {json.dumps(kind):.40}')
+        if "function" not in each or not called_name(each):
+            raise ValueError(f"{index}.function.name should be the function's name")
     return value
 
 
@@ -150,7 +147,7 @@ class MessageBody(Body):
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Annotated[list[Any], AfterValidator(checked_functions)] = []
+    tool_calls: Annotated[list[Any], BeforeValidator(checked_functions)] = []
     tool_call_id: str | None = None
 
 
@@ -160,7 +157,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
-    tools: Annotated[list[Any], AfterValidator(checked_functions)] = []
+    tools: Annotated[list[Any], BeforeValidator(checked_functions)] = []
     tool_choice: Literal["none", "auto"] = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -185,16 +182,18 @@ def parse_body(kind: type[ChatBody] | type[CompletionBody], raw: bytes) -> ChatB
         problem = error.errors()[0]
         loc = [part for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
         param = ".".join(map(str, loc[:-1] if loc[-1:] in (["str"], ["int"]) else loc)) or None
-        reason = problem["msg"].removeprefix("Value error, ").removesuffix(" after validation")
-        if problem["type"] == "extra_forbidden":
-            reason = "this is not a field of this request; leave it out"
-        message = f"{param or 'the body'}: {reason}"
+        reason = re.sub("^([A-Z][a-z]+ (?=should)|Value error, )| after validation", "", problem["msg"])
+        is_of_value = problem["type"] not in (*REASONS, "value_error", "json_invalid")
+        given = f" = {json.dumps(problem['input']):.60} " if is_of_value else ": "
+        message = f"{param or 'the body'}{given}{REASONS.get(problem['type'], reason)}"
+        if param == "tool_choice":
+            message += "; this server can't force a call"
         raise ApiError(400, message, param, "invalid_json" if problem["type"] == "json_invalid" else None) from None
 
 
 def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[Request]:
     """A request for each prompt of a body, with the server's rules for what it leaves out. Raises ApiError."""
-    tokenizer = generator.sampler.tokenizer
+    tokenizer, stop = generator.sampler.tokenizer, body.stop
     names = SamplingKeys.model_fields.keys() & body.model_fields_set
     chosen = body.model_dump(include=names, exclude_none=True)
     if "top_p" in chosen:
@@ -206,6 +205,7 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
             chosen["max_tokens"] = body.max_completion_tokens
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs = true", "top_logprobs")
+        stop = [*stop, *[CLOSING] * bool(body.offered and not body.parallel_tool_calls)]
         place, prompts, top = "messages", [chat_prompt(body, generator.sampler)], body.top_logprobs or 0
     else:
         place, top = "prompt", body.logprobs or 0
@@ -220,7 +220,7 @@ def requests_of(body: ChatBody | CompletionBody, generator: Generator) -> list[R
         Request(
             prompt=tuple(prompt),
             rules=generator.rules.model_copy(update=chosen),
-            stop=tuple(body.stop),
+            stop=tuple(stop),
             stop_ids=() if body.ignore_eos else generator.stop_ids,
             n=body.n or 1,
             top_logprobs=top,
@@ -256,8 +256,8 @@ def encoded(text: str, sampler: Sampler, place: str, add_special_tokens: bool) -
     """The tokens of a prompt, unless its characters alone show that it is too long."""
     longest = longest_token(sampler.tokenizer.backend)
     if len(text) > sampler.capacity * longest:
-        fact = f"the prompt has {len(text):,} characters, in tokens of {longest} at most"
-        raise ApiError(400, f"{fact}, and there is room for {sampler.capacity:,}; shorten it", place, TOO_LONG)
+        fact = f"the prompt has {len(text):,} characters, at most {longest} characters a token"
+        raise ApiError(400, f"{fact}, and there is room for {sampler.capacity:,} tokens; shorten it", place, TOO_LONG)
     return encode(sampler.tokenizer, text, add_special_tokens).tolist()
 
 
@@ -347,9 +347,9 @@ class Answer:
             content = before_calls(self.texts[index])
             if reason:
                 content, found = parse_calls(self.texts[index], {called_name(tool) for tool in offered})
-                calls = [
-                    written_call(*each) for each in enumerate(found[: None if self.body.parallel_tool_calls else 1])
-                ]
+                found = found if self.body.parallel_tool_calls else found[:1]
+                places = [{"index": number} if key == "delta" else {} for number in range(len(found))]
+                calls = [place | written_call(call) for place, call in zip(places, found, strict=True)]
                 reason = "tool_calls" if calls and reason == "stop" else reason
             content = content[len(before) :]
         message: dict[str, Any] = {"tool_calls": calls} if calls else {}
@@ -407,10 +407,10 @@ class Answer:
         return {"token": text, "logprob": finite(value), "bytes": whole}
 
 
-def written_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
+def written_call(call: dict[str, Any]) -> dict[str, Any]:
     """A call as OpenAI writes it."""
     function = call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-    return {"index": number, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def finite(log_probability: float) -> float:

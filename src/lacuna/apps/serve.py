@@ -39,7 +39,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lacuna import sampler
 from lacuna.apps.configs import ServeConfig, is_loopback
 from lacuna.apps.generator import Generator, load_generator, rules_by_origin
-from lacuna.apps.protocol import Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
+from lacuna.apps.protocol import COMPLETION_TOKENS, Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
 from lacuna.config import SamplingKeys, UserError
 from lacuna.sampler import Completion, Sampler, Scores
 from lacuna.tokenizer import ends_in_words
@@ -140,7 +140,8 @@ class Driver:
         count = sum(request.n for request in requests)
         if count > self.capacity:
             message = f"n × prompts = {count}, and this server holds {self.capacity} completions at once"
-            raise ApiError(400, message, "n")
+            fix = "lower n, send fewer prompts, or start it with more --slots or a larger --queue-size"
+            raise ApiError(400, f"{message}; {fix}", "n")
         if self.held + count > self.capacity:
             message = f"{self.held} completions wait or run, and this server holds {self.capacity}; try again"
             raise ApiError(429, message, None, "queue_full", RETRY_SECONDS)
@@ -269,9 +270,7 @@ async def read_body(request: Request) -> bytes:
             async for piece in request.stream():
                 body += piece
                 if len(body) > BODY_BYTES:
-                    raise ApiError(
-                        413, f"the body has more than {BODY_BYTES:,} bytes, the most accepted here; shorten it"
-                    )
+                    raise ApiError(413, f"the body has more than {BODY_BYTES:,} bytes, the limit here; shorten it")
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} seconds; send it at once") from None
     return bytes(body)
@@ -383,7 +382,9 @@ def make_app(service: Service) -> ASGIApp:
         print(ends_in_words(sampler.tokenizer))
         print(f"slots: {len(sampler.running)}, each of {sampler.capacity:,} tokens, prompt and answer together")
         rules = rules_by_origin(service.config, service.generator.rules)
-        print(f"rules, unless a request says otherwise: {rules}", flush=True)
+        has_limit = "max_tokens" in service.generator.rules.model_fields_set
+        plain = "" if has_limit else f"; max_tokens={COMPLETION_TOKENS} for /v1/completions"
+        print(f"rules, unless a request says otherwise: {rules}{plain}", flush=True)
         yield
         await run_in_threadpool(service.driver.stop)
 

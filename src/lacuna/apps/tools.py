@@ -7,10 +7,11 @@ from typing import Any
 
 from lacuna.sampler import before_stop
 
-OPENING = "<tool_call>"
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
 TAG = re.compile(rf"{OPENING}\s*")
 BARE = re.compile(r"\s*(?=\{)")
-AFTER = re.compile(r"\s*</tool_call>|[\s;]*")
+CUT_OFF = "|".join(rf"{CLOSING[:size]}\Z" for size in range(1, len(CLOSING)))
+AFTER = re.compile(rf"\s*(?:{CLOSING}|{CUT_OFF})|[\s;]*")
 
 
 def parse_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
