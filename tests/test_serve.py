@@ -467,6 +467,22 @@ def test_a_model_calls_tools(caller: Served, stream: bool) -> None:
     assert answer.choices[0].message.content == "It is 5." and answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_cut_off_in_its_closing_tag_says_nothing_of_it(caller: Served, stream: bool) -> None:
+    tokens = encode(caller.generator.sampler.tokenizer, CALL, False).tolist()
+    texts = [decode(caller.generator.sampler.tokenizer, tokens[:count]) for count in range(len(tokens))]
+    ends = {count: text.partition("}}\n")[2] for count, text in enumerate(texts)}
+    cut = [count for count, end in ends.items() if end and "</tool_call>".startswith(end)]
+    assert cut
+    for count in cut:
+        fields = {"model": NAME, "messages": QUESTION, "tools": [ADD], "max_tokens": count, "stream": stream}
+        found: Any = caller.client().chat.completions.create(**fields)
+        choices = [chunk.choices[0] for chunk in (found if stream else [found])]
+        said = [choice.delta if stream else choice.message for choice in choices]
+        assert "".join(message.content or "" for message in said) == "One moment."
+        assert sum(len(message.tool_calls or []) for message in said) == 1 and choices[-1].finish_reason == "length"
+
+
 def test_tools_are_offered_as_the_request_says(caller: Served, served: Served) -> None:
     def asked(server: Served, **fields: Any) -> tuple[int, Any]:
         status, _, raw = ask(server, CHAT, chat(tools=[ADD], max_tokens=200, **fields))
