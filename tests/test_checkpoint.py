@@ -29,7 +29,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lacuna import checkpoint, distributed, trainer, weights
-from lacuna.config import EvalConfig, GrpoConfig, ModelKeys, SftConfig, UserError, to_toml
+from lacuna.apps.configs import ExportConfig
+from lacuna.apps.export import run_export
+from lacuna.config import EvalConfig, GrpoConfig, ModelKeys, SftConfig, UserError, name_of_model, to_toml
 from lacuna.metrics import byte_size
 from lacuna.model import ModelConfig, head_of, initial_params, read_model_config
 
@@ -322,6 +324,64 @@ def test_an_export_that_fails_leaves_the_old_model_and_nothing_else(tmp_path: Pa
     with pytest.raises(FileNotFoundError, match="no_such_source"):
         checkpoint.save_model(directory, params, MODEL, tmp_path / "no_such_source")
     assert contents(directory) == before and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_pointer_in_place_of_weights_is_told_from_damage(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged or not safetensors"):
+        weights.load_params(copied, MODEL, mesh_of(1, 1, 1))
+    file.write_text("version https://git-lfs.invalid/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="model.safetensors: a Git LFS pointer; run `git lfs pull`"):
+        weights.load_params(copied, MODEL, mesh_of(1, 1, 1))
+
+
+def test_a_token_beyond_the_vocabulary_is_named_with_its_file(small: Path) -> None:
+    (small / "added_tokens.json").write_text(json.dumps({"<|new|>": 512}))
+    with pytest.raises(UserError, match=r"has 513 tokens, the last '<\|new\|>' of added_tokens.json, and .* is 512"):
+        checkpoint.open_model(ModelKeys(model_name=str(small)), mesh_of(1, 1, 1), with_weights=False)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run := tmp_path / "mine").mkdir()
+    (run / "config.toml").write_text("keep = 3\n")
+    with pytest.raises(UserError, match=r"mine/best: no such checkpoint; .*/mine has none \(keep = 3\)"):
+        checkpoint.resolve_model(str(run / "best"))
+    for step in (100, 200):
+        checkpoint.checkpoint_directory(run, step).mkdir(parents=True)
+    checkpoint.mark_best(run, checkpoint.checkpoint_directory(run, 200))
+    there = r"/mine has step_00000100, step_00000200, best \(keep = 3\)"
+    for name in ("checkpoints/step_00000150", "checkpoints", "bset"):
+        with pytest.raises(UserError, match=f"mine/{name}: no such checkpoint; .*{there}"):
+            checkpoint.resolve_model(str(run / name))
+    with pytest.raises(UserError, match=f"a run that has not ended, .*; continue it with --resume; .*{there}"):
+        checkpoint.resolve_model(str(run))
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    there = there.replace("best", "best, model")
+    for name in (".", "model", "checkpoints/step_00000150"):
+        with pytest.raises(UserError, match=there):
+            run_export(ExportConfig(checkpoint=str(run / name), directory=str(tmp_path / "out")))
+    with pytest.raises(UserError, match=f"no manifest, so no checkpoint .*; .*{there}"):
+        checkpoint.read_manifest(run)
+    monkeypatch.chdir(run)
+    assert checkpoint.checkpoints_near(Path("acme/model")) == ""  # an id on the hub
+
+
+def test_a_model_of_a_run_has_the_name_of_its_run(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    for place in ("checkpoints/step_00000200", "model", "copied/best"):
+        (run / place).mkdir(parents=True)
+    checkpoint.mark_best(run, checkpoint.checkpoint_directory(run, 200))
+    for place, name in {
+        ".": "mine", "model": "mine", "best": "mine/step_00000200", "checkpoints/step_00000200": "mine/step_00000200",
+        "copied/best": "copied/best",
+    }.items():  # fmt: skip
+        assert name_of_model(run / place) == name
+        assert eval_of(run / place).run_directory.name == f"eval_{name.replace('/', '_')}"
+    assert EvalConfig(**eval_of(run).model_dump() | {"model_name": "acme/best"}).run_directory.name == "eval_best"
 
 
 # What a config leaves open
@@ -722,27 +782,6 @@ def test_what_fails_after_a_checkpoint_has_its_name_is_a_warning(
     monkeypatch.undo()
     assert "WARNING" not in saved_with(saver, state, 3, best=0.5)
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000003"]
-
-
-def test_a_run_without_a_best_is_said_to_have_none(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").touch()
-    with pytest.raises(UserError, match=r"best: this run has no best model yet; continue it with --resume$"):
-        checkpoint.resolve_model(str(tmp_path / "best"))
-    step = checkpoint.checkpoint_directory(tmp_path, 3)
-    step.mkdir(parents=True)
-    (step / "run.json").touch()
-    for name in ("", "best"):
-        with pytest.raises(
-            UserError, match=f"continue it with --resume, or name one of its checkpoints, such as {step}$"
-        ):
-            checkpoint.resolve_model(str(tmp_path / name))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").touch()
-    with pytest.raises(
-        UserError,
-        match=f"no best model yet; name the run, {tmp_path}, or name one of its checkpoints, such as {step}$",
-    ):
-        checkpoint.resolve_model(str(tmp_path / "best"))
 
 
 def test_where_there_are_no_symbolic_links_best_is_a_file_that_names_it(

@@ -185,7 +185,21 @@ BAD = {
     "content.jsonl": (chat(USER, ANSWER | {"content": 3}), r"line 1: message 2 \(assistant\): content is int"),
     "no_answer.jsonl": (chat(USER), "line 1: no assistant message"),
     "no_messages.jsonl": (chat(), r"line 1: messages is \[\], not a list of messages"),
-    "semicolons.csv": (b"prompt;completion\n1;2\n", "line 1: broken CSV: columns are separated by ';', not by commas"),
+    "semicolons.csv": (b"prompt;completion\n1;2\n", "line 1: columns are separated by ';', not by commas; write"),
+    "tabs.csv": (b"prompt\tcompletion\n1\t2\n", r"line 1: columns are separated by '\\t', not by commas; write"),
+    "pretty.json": (b'{\n', "pretty.json line 1: not JSON in UTF-8: a value of several lines; write it in one"),
+    "list.jsonl": (json.dumps(CHATS).encode(), "list.jsonl line 1: it is .*, not an object such as"),
+    "wrapped.json": (json.dumps({"version": 1, "data": CHATS}).encode(), "the rows lie under the key 'data'; write"),
+    "empty_answer.jsonl": (GOOD + chat(USER, ANSWER | {"content": " "}, USER, ANSWER), "line 2: an answer is empty"),
+    "empty_completion.jsonl": (b'{"prompt": "3?", "completion": ""}', "line 1: an answer is empty, so nothing to"),
+    "ambiguous.jsonl": (
+        b'{"conversations": [], "instruction": "3?", "output": "3"}',
+        "conversations, and instruction with output; choose by messages_column or prompt_column",
+    ),
+    "variable.jsonl": (
+        json_lines([CHATS[0] | {"chat_template_kwargs": {"enable_thinkng": False}}]),
+        "chat_template_kwargs: the chat template reads no variable enable_thinkng; those it reads: ",
+    ),
     "not_messages.jsonl": (b'{"messages": "Hi"}', "line 1: messages is 'Hi', not a list"),
     "surrogate.jsonl": (GOOD + HALF, r"line 2: U\+D83D is half a character"),
     "surrogate_text.jsonl": (rb'{"text": "ab\ud83d"}', r"line 1: text holds '\\ud83d' at character 3, half a"),
@@ -219,6 +233,13 @@ BAD = {
 }  # fmt: skip
 
 
+BAD_FILES = {  # of which no row alone is wrong
+    "empty.jsonl", "blank.jsonl", "semicolons.csv", "tabs.csv", "pretty.json", "list.jsonl", "wrapped.json",
+    "broken.json", "empty.json", "no_value.json", "not_utf8.json", "empty.txt", "blank.txt", "not_utf8.txt",
+    "empty.csv", "header.csv", "empty.parquet", "broken.parquet", "cut_off.parquet",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_bad_is_refused_with_file_and_line_or_left_out_and_shown(
     tmp_path: Path, tokenizer: Tokenizer, no_network: None, capfd: pytest.CaptureFixture[str], name: str
@@ -227,7 +248,8 @@ def test_what_is_bad_is_refused_with_file_and_line_or_left_out_and_shown(
     source = write(tmp_path, name, content)
     with pytest.raises(UserError, match=reason) as refusal:
         load(source, tokenizer, tmp_path / "cache")
-    assert str(refusal.value).startswith(str(tmp_path)) and "--on-bad-data skip" in str(refusal.value)
+    assert str(refusal.value).startswith(str(tmp_path))
+    assert ("--on-bad-data skip" in str(refusal.value)) == (name not in BAD_FILES)
     assert "\n" not in str(refusal.value)
     facts = load(source, tokenizer, tmp_path / "cache", skip_bad=True).facts
     assert facts["bad"] == 1 and [str(refusal.value)[: len(facts["bad_examples"][0])]] == facts["bad_examples"]
@@ -387,7 +409,7 @@ QUESTION, ANSWER = {"role": "user", "content": "3 + 4?"}, {"role": "assistant", 
         {"conversations": [{"from": "human", "value": "3 + 4?"}, {"from": "gpt", "value": "7"}]},
         {"conversations": [QUESTION, ANSWER]},
         {"instruction": "3 + 4?", "input": "", "output": "7"},
-        {"messages": [QUESTION, ANSWER | {"tool_calls": [], "function_call": None}], "chat_template_kwargs": {"a": 1}},
+        {"messages": [QUESTION, ANSWER | {"tool_calls": [], "function_call": None}], "chat_template_kwargs": {}},
     ],
 )
 def test_every_form_of_a_chat_is_the_same_chat_for_training_and_for_asking(
@@ -563,11 +585,11 @@ def test_a_text_that_begins_with_bos_is_given_no_second_one(tmp_path: Path) -> N
 
 def test_a_document_ends_with_its_last_learned_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
     turns = [*CHATS[0]["messages"], {"role": "user", "content": "Thanks"}]
-    rows = [{"messages": turns}, {"text": ""}, {"prompt": "Ben", "completion": ""}]
+    rows = [{"messages": turns}, {"text": ""}, {"prompt": "Ben", "completion": "s"}]
     source = write(tmp_path, "rows.jsonl", json_lines(rows)).model_copy(update={"prompt_format": "text"})
     loaded = load(source, tokenizer, tmp_path)
     first, *others = texts(loaded, tokenizer)
-    assert first.endswith("It’s\n“0”.<|im_end|>") and others == ["<|im_end|>", "Ben<|im_end|>"]
+    assert first.endswith("It’s\n“0”.<|im_end|>") and others == ["<|im_end|>", "Bens<|im_end|>"]
     assert loaded.supervised[loaded.start[1:] - 1].all()
     assert "straddling" not in loaded.facts["counted"]
 

@@ -771,8 +771,10 @@ def test_an_empty_list_of_calls_is_no_call(tmp_path: Path) -> None:
 def test_a_message_or_tool_that_the_template_leaves_out_is_refused(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
     tokenizer = with_template(tmp_path, CHATML)
-    with pytest.raises(ValueError, match="does not write the tool 'add'; take a template that does"):
-        chat_spans(tokenizer, GOOD, tools, "assistant")
+    for messages, way_out in ((GOOD, True), ([*GOOD, user("a"), assistant("", tool_calls=[CALL])], False)):
+        with pytest.raises(ValueError, match="does not write the tool 'add'; take a template that does") as refusal:
+            chat_spans(tokenizer, messages, tools, "assistant")
+        assert ("--data.0.tools-column none" in str(refusal.value)) == way_out
     only_turns = CHATML.replace(
         "{{- '<|im_start|>' + message", "{{- '' if message.role == 'system' else '<|im_start|>' + message"
     )
@@ -827,8 +829,27 @@ def test_variables_reach_the_template_from_its_tokenizer_and_from_a_chat(tmp_pat
     tokenizer = load_tokenizer(directory, "", "2024-07-26", {"mode": "brief", "enable_thinking": True})
     assert render(tokenizer, GOOD) == "brief True"
     assert render(tokenizer, GOOD, variables={"enable_thinking": False}) == "brief False"
-    with pytest.raises(ValueError, match="chat_template_kwargs: messages is what the chat says"):
-        render(tokenizer, GOOD, variables={"messages": []})
+    for name in ("messages", "enable_thinkng"):
+        wrong = f"the chat template reads no variable {name}; those it reads: enable_thinking, mode"
+        with pytest.raises(ValueError, match=f"chat_template_kwargs: {wrong}"):
+            render(tokenizer, GOOD, variables={name: []})
+        with pytest.raises(UserError, match=f"template_variables: {wrong}"):
+            load_tokenizer(directory, "", "2024-07-26", {"mode": "brief", name: []})
+
+
+def test_a_variable_that_one_of_two_templates_reads_may_be_given(tmp_path: Path) -> None:
+    named = [
+        {
+            "name": "default",
+            "template": "{% macro m() %}{{ mode }}{% endmacro %}{{ bos_token }}{{ strftime_now('%d') }}",
+        },
+        {
+            "name": "tool_use",
+            "template": "{% if not brief is defined %}{% set brief = 1 %}{% endif %}{{ tools }}{{ brief }}",
+        },
+    ]
+    directory = write_tokenizer(tmp_path, trained_backend(), chat_template=named)
+    assert load_tokenizer(directory, "", "2024-07-26", {"mode": 1, "brief": 2}).readable == {"mode", "brief"}
 
 
 def test_a_chat_with_tools_takes_the_template_for_tools(tmp_path: Path) -> None:

@@ -64,13 +64,10 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
         return best_checkpoint(path.parent)
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    run = path.parent if path.name == "best" else path
-    if (run / "config.toml").is_file() and (path == run or not path.is_dir()):
-        lack = "a run that has not ended, so it has no model yet" if path == run else "this run has no best model yet"
-        fixes = [f"name the run, {run}" if (run / "model").is_dir() else "continue it with --resume"]
-        saved = [run / "best", *(checkpoint_directory(run, step) for step in saved_steps(run)[::-1])]
-        fixes += [f"name one of its checkpoints, such as {each}" for each in saved if each.is_dir()][:1]
-        raise UserError(f"{path}: {lack}; {', or '.join(fixes)}")
+    has_run = (path / "config.toml").is_file()
+    if (has_run or path.name == "checkpoints" or not path.exists()) and (near := checkpoints_near(path)):
+        unended = "a run that has not ended, so it has no model yet; continue it with --resume"
+        raise UserError(f"{path}: {unended if has_run else 'no such checkpoint'}; {near}")
     if path.is_dir():
         if not (path / "config.json").is_file() and (path / weights.ADAPTER).is_file():
             raise UserError(f"{path}: {weights.without_weights(path, os.listdir(path))}")
@@ -135,6 +132,17 @@ def settled(config: Config, platform: str = "") -> Config:
     return config.model_copy(update=changes)
 
 
+def checkpoints_near(path: Path) -> str:
+    """Which checkpoints the run has that a path is of or lies in, in words; empty if there is no such run."""
+    for run in (path, *(each for each in path.parents[:2] if each.name)):  # hub ids lie in none
+        if (config := run / "config.toml").is_file():
+            names = [f"step_{step:08}" for step in saved_steps(run)] + ["best"] * best_checkpoint(run).is_dir()
+            names += ["model"] * (run / "model").is_dir()
+            keep = tomllib.loads(config.read_text()).get("keep")
+            return f"{run} has {', '.join(names) or 'none'} (keep = {keep})"
+    return ""
+
+
 def described_in(source: Path) -> Path:
     """The directory of what a model has besides weights: that of its weights, but of a checkpoint one of its run.
 
@@ -182,9 +190,12 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
     model, attention_line = model_on(described, config, mesh)
     tokenizer = load_tokenizer(described, *(config.template if isinstance(config, TemplateKeys) else ()))
     if tokenizer.vocabulary_size > model.vocabulary_size:
+        last = str(tokenizer.backend.id_to_token(tokenizer.vocabulary_size - 1))
+        files = [path for name in TOKENIZER_FILES if (path := described / name).is_file()]
         raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocabulary_size} tokens, config.json's vocab_size is "
-            f"{model.vocabulary_size}; do they belong together?"
+            f"{source}: the tokenizer has {tokenizer.vocabulary_size} tokens, the last {last!r} of "
+            f"{next((path.name for path in files if last.encode() in path.read_bytes()), 'tokenizer.json')}, and "
+            f"config.json's vocab_size is {model.vocabulary_size}; do they belong together?"
         )
     return OpenedModel(source, model, tokenizer, mesh, attention_line)
 
@@ -370,8 +381,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError("its SHA-256 is not the one it states")
         return Manifest.model_validate(content)
     except OSError as error:
-        hint = "; a run: name one of its checkpoints/" if (directory / "checkpoints").is_dir() else ""
-        raise UserError(f"{path}: no manifest, so no checkpoint ({error.strerror}){hint}") from error
+        near = checkpoints_near(directory) or "name one of a run"
+        raise UserError(f"{path}: no manifest, so no checkpoint ({error.strerror}); {near}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path}: no manifest of ours, so damaged ({reason})") from error

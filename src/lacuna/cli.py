@@ -236,7 +236,7 @@ def read_flags(flags: list[tuple[str, list[str]]], options: dict[str, Option], p
             raise UserError(f"{name} needs a value; one that begins with - is written {name}=VALUE")
         takes_several = get_origin(option.field.annotation) is tuple
         if len(texts) > 1 and not takes_several:
-            refuse_value(texts[1])
+            refuse_value(texts[1], name)
         value = with_environment(texts if takes_several else texts[0], name)
         if option.key in values:
             both = f"{shown(values[option.key])} and {shown(value)}"
@@ -245,8 +245,12 @@ def read_flags(flags: list[tuple[str, list[str]]], options: dict[str, Option], p
     return values
 
 
-def refuse_value(text: str) -> NoReturn:
-    raise UserError(f"{text!r} belongs to no option; a TOML file is layered as @ {text}")
+def refuse_value(text: str, option: str = "") -> NoReturn:
+    fix = f"a TOML file is layered as @ {text}" if text.endswith(".toml") else "put a value with spaces in quotes"
+    if option.endswith(".path") and not text.endswith(".toml"):
+        other = re.sub(r"\d+", lambda index: str(int(index[0]) + 1), option)
+        fix = f"put a glob in quotes, or give a second file as {other}"
+    raise UserError(f"{text!r} belongs to no option; {fix}")
 
 
 def explain(problem: Mapping[str, Any], config: type[Keys], program: str, origins: dict[str, str]) -> str:

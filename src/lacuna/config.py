@@ -23,6 +23,14 @@ class UserError(ValueError):
     """An error that the user can fix: the commands print it without a traceback and exit with 2."""
 
 
+def name_of_model(directory: Path) -> str:
+    """What the model in a directory is called: of a checkpoint its run and step, of a run's model the run."""
+    run, folder, name = ("", "", *directory.resolve().parts)[-3:]
+    if folder == "checkpoints" or name == "best":
+        return f"{run if folder == 'checkpoints' else folder}/{name}"
+    return folder if name == "model" else name
+
+
 class Keys(BaseModel):
     """Keys and their checks; the config of a command inherits its sections, the first section being its last base."""
 
@@ -473,5 +481,6 @@ class EvalConfig(SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataK
 
     @property
     def run_directory(self) -> Path:
-        model_name = re.sub("@[0-9a-f]{40}$", "", self.model_name)  # a hub id with the commit that was read
-        return Path(self.output_dir) / (self.run_name or f"eval_{Path(model_name).resolve().name}")
+        path = Path(re.sub("@[0-9a-f]{40}$", "", self.model_name))  # a hub id with the commit that was read
+        name = name_of_model(path).replace("/", "_") if path.exists() else path.name
+        return Path(self.output_dir) / (self.run_name or f"eval_{name}")

@@ -30,6 +30,7 @@ from lacuna.config import DataSource, UserError
 from lacuna.distributed import writing_to
 from lacuna.metrics import content_hash, file_hash, sync, write_atomically
 from lacuna.tokenizer import (
+    REASONING_KEYS,
     EncodedText,
     Span,
     Tokenizer,
@@ -55,6 +56,10 @@ TABLE_ROWS = 1000  # of an Arrow table that are read at once
 CACHED = {"token": np.int32, "supervised": np.bool_, "index": np.int64}
 
 Used = TypeVar("Used")
+
+
+class BadFile(ValueError):
+    """What is wrong is the whole file, not one of its rows."""
 
 
 class Documents(NamedTuple):
@@ -102,7 +107,7 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
             yield f"{source.path} {source.split} row {number}", row
     for file in files:
         rows = file_rows(file, source.text_column)
-        yield next(rows, (str(file), ValueError("it holds no rows; fill it, or leave it out of the path")))
+        yield next(rows, (str(file), BadFile("it holds no rows; fill it, or leave it out of the path")))
         yield from rows
 
 
@@ -115,14 +120,16 @@ def usable(
             if isinstance(row, ValueError):
                 raise row
             if not isinstance(row, dict):
-                raise ValueError(f'it is {json.dumps(row):.40}, not an object such as {{"messages": [...]}}')
+                kind = BadFile if isinstance(row, list) and row and isinstance(row[0], dict) else ValueError
+                raise kind(f'it is {json.dumps(row):.40}, not an object such as {{"messages": [...]}}')
             yield use(origin, row)
         except UserError:
             raise
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             if not skip_bad:
-                raise UserError(f"{origin}: {reason} (or leave such rows out with --on-bad-data skip)") from error
+                way_out = "" if isinstance(error, BadFile) else " (or leave such rows out with --on-bad-data skip)"
+                raise UserError(f"{origin}: {reason}{way_out}") from error
             bad.append(f"{origin}: {reason}")
 
 
@@ -188,7 +195,7 @@ def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Any]]:
                     yield f"{file} row {number}", row
     except (ValueError, OSError) as error:
         fix = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        yield str(file), ValueError(f"{error}{fix}")
+        yield str(file), BadFile(f"{error}{fix}")
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -201,7 +208,7 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
                         line = stream.readline(2**16)
                     raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
                 if line.strip() in (b"[", b"{"):
-                    raise ValueError(
+                    raise BadFile(
                         "not JSON in UTF-8: a value of several lines; write it in one, or all in a list in .json"
                     )
                 if line.strip():
@@ -221,7 +228,7 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             names = table.fieldnames or [""]
             if len(names) == 1 and (separator := re.search("[;\t]", names[0])):
-                raise csv.Error(f"columns are separated by {separator[0]!r}, not by commas")
+                raise BadFile(f"line 1: columns are separated by {separator[0]!r}, not by commas; write commas")
             for row in table:
                 wrong = ValueError(f"it has not one value for each of {len(table.fieldnames or ())} columns")
                 yield f"{file} line {table.line_num}", wrong if None in (*row, *row.values()) else row
@@ -348,6 +355,8 @@ def example_of(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer) ->
     used, form = {columns["tools"], "chat_template_kwargs"}, ""
     present = {column for column, value in row.items() if value is not None}
     taken = {columns[name] for name in ("messages", "prompt", "text") if held[name] is not None}
+    if not taken and {"conversations", "instruction", "output"} <= present:
+        raise ValueError("conversations, and instruction with output; choose by messages_column or prompt_column")
     if taken <= {"conversations"} <= present:
         form, held["messages"] = "sharegpt", row["conversations"]
         used |= {"conversations", "system"}
@@ -393,6 +402,10 @@ def example_of(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer) ->
 
 
 def no_columns(row: dict[str, Any], source: DataSource) -> ValueError:
+    known = {source.messages_column, source.prompt_column, source.text_column, "conversations", "instruction"}
+    for key, rows in row.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and known & rows[0].keys():
+            return BadFile(f"the rows lie under the key {key!r}; write that list alone")
     return ValueError(
         f"nothing to learn from in the columns {', '.join(row) or '(none)'}: wanted are {source.messages_column}, "
         f"{source.prompt_column} with {source.completion_column}, or {source.text_column}; if yours have other names, "
@@ -444,13 +457,18 @@ def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train
         answer = {"role": "assistant", "content": checked_text(answer, source.completion_column)}
     if answer is None and counted[0].startswith("prompts"):
         raise no_columns(row, source)
+    messages = messages if answer is None else [*messages, answer]
+    said = [each for each in messages if isinstance(each, dict) and each.get("role") == "assistant"]
+    for each in said[-1:] if train_on == "last" else said:
+        contents = (str(each.get(key) or "").strip() for key in ("content", "tool_calls", *REASONING_KEYS))
+        if each.get("weight") != 0 and not any(contents):
+            raise ValueError("an answer is empty, so nothing to learn from; fill it, or give it weight 0")
     if example.is_chat:
-        messages = messages if answer is None else [*messages, answer]
         text, spans = chat_spans(tokenizer, messages, example.tools, train_on, example.variables)
         return Prepared(text, spans, counted=(*counted, *["thoughts"] * left_out_thoughts(messages, text)))
     edge, text = 0, example.text
     if text is None:
-        prompt = joined_contents(messages)
+        prompt = joined_contents(messages[:-1])
         edge, text = len(prompt), prompt + answer["content"]
     first = edge if train_on != "all" else 0
     start = tokenizer.backend.encode("").ids[:1] if not has_bos(tokenizer, text) else []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import ext, nodes, parser, visitor
+from jinja2 import ext, meta, nodes, parser, visitor
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lacuna.config import UserError
@@ -150,6 +150,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if (name := getattr(function, "__name__", "")) in WIDENING:
             function = guarded(name, function)
         return super().call(context, function, *values, **named)
+
+
+def names_read(source: str) -> set[str]:
+    """The variables that a template may read, whatever the chat."""
+    tree = jinja2.Environment(extensions=[GenerationTag, ext.loopcontrols]).parse(source)
+    return meta.find_undeclared_variables(tree) - {"raise_exception", "strftime_now"}
 
 
 def compile_template(source: str, origin: Path, template_date: str) -> jinja2.Template:

@@ -23,10 +23,11 @@ from jaxtyping import Bool, Int
 from tokenizers.decoders import DecodeStream
 
 from lacuna.config import UserError
-from lacuna.sandbox import compile_template, rendered
+from lacuna.sandbox import compile_template, names_read, rendered
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 KNOWN_ROLES = {"developer": "system", "function": "tool", "ipython": "tool"}  # for templates that don't know the first
+CHAT_NAMES, MARKS = {"messages", "tools", "add_generation_prompt"}, {"generation_start", "generation_end"}
 ADDED_TOKEN_KEYS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Unicode reserves these code points for use inside a program: they are never part of a text.
@@ -47,7 +48,8 @@ class Tokenizer:
     `ends` has each id that ends an answer, with what says so.
 
     `template_source` and `template` are for all chats, and `tool_source` and `tool_template` for those with tools, as a
-    directory may name another for them. `variables` are what every chat gives its template."""
+    directory may name another for them. `variables` are what every chat gives its template, `readable` the names of all
+    that either reads and a chat may give."""
 
     directory: Path
     backend: tokenizers.Tokenizer
@@ -56,6 +58,7 @@ class Tokenizer:
     tool_template: jinja2.Template | None
     tool_source: str
     variables: dict[str, Any]
+    readable: set[str]
     special_tokens: dict[str, str]
     bos_id: int | None
     eos_id: int | None
@@ -111,6 +114,7 @@ def load_tokenizer(
         tool_template=compiled.get("tool_use", compiled.get("default")),
         tool_source=sources.get("tool_use", sources["default"]),
         variables=dict(variables),
+        readable=set().union(*map(names_read, sources.values())) - special_tokens.keys() - CHAT_NAMES - MARKS,
         special_tokens=special_tokens,
         bos_id=ids.get("bos_token"),
         eos_id=ids.get("eos_token"),
@@ -118,7 +122,16 @@ def load_tokenizer(
         end_of_turn=re.compile(rf"\s*({'|'.join(map(re.escape, written)) or '(?!)'})"),
         ends={},
     )
+    if problem := wrong_variable(tokenizer, variables):
+        raise UserError(f"template_variables: {problem}")
     return replace(tokenizer, ends=answer_ends(tokenizer))
+
+
+def wrong_variable(tokenizer: Tokenizer, variables: Variables) -> str:
+    """Which variable no template of the tokenizer reads, with those that it does; empty if there is none."""
+    unread = sorted(variables.keys() - tokenizer.readable - MARKS)
+    names = ", ".join(sorted(tokenizer.readable)) or "none"
+    return f"the chat template reads no variable {unread[0]}; those it reads: {names}" if unread else ""
 
 
 def load_backend(directory: Path) -> tokenizers.Tokenizer:
@@ -330,8 +343,8 @@ def render(
             f"{tokenizer.directory}: no chat template in chat_template.jinja or tokenizer_config.json; "
             "give one with --chat-template configs/chat_template.jinja"
         )
-    if taken := sorted({"messages", "tools", "add_generation_prompt"} & variables.keys()):
-        raise ValueError(f"chat_template_kwargs: {taken[0]} is what the chat says, not a variable; leave it out")
+    if problem := wrong_variable(tokenizer, variables):
+        raise ValueError(f"chat_template_kwargs: {problem}")
     values = {
         "documents": None,
         **tokenizer.special_tokens,
@@ -415,10 +428,10 @@ def render_marked(show: Callable[..., str], messages: list[Message], tools: Tool
             marked[number] = message | {"content": content[:middle] + marks[number] + content[middle:]}
     text = show(marked)
     if names := [name for tool in tools or () if (name := called_name(tool)) and name not in text]:
-        raise LostTools(
-            f"the chat template does not write the tool {names[0]!r}; take a template that does "
-            "(--chat-template), or leave the tools out (--data.0.tools-column none)"
-        )
+        has_calls = any(message.get("tool_calls") for message in messages)  # which need their tools
+        way_out = "" if has_calls else ", or leave the tools out (--data.0.tools-column none)"
+        fact = f"the chat template does not write the tool {names[0]!r}"
+        raise LostTools(f"{fact}; take a template that does (--chat-template){way_out}")
     if left_out := [number for number, mark in marks.items() if mark not in text]:
         number = left_out[0]
         is_answered = messages[-1]["role"] == "assistant" and marks[number] in show(marked[:-1])

@@ -129,7 +129,9 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
         except UserError:
             raise
         except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"{path}: damaged or not safetensors ({error}); copy or fetch the file again") from error
+            is_pointer = path.is_file() and path.stat().st_size < 999 and b"https://git-lfs" in path.read_bytes()
+            reason = f"damaged or not safetensors ({error}); copy or fetch the file again"
+            raise UserError(f"{path}: {'a Git LFS pointer; run `git lfs pull`' if is_pointer else reason}") from error
     for name, tensor in tensors.items():
         if not tensor.is_whole:
             where = sorted(box for box, _ in tensor.pieces)

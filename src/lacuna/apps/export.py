@@ -18,7 +18,8 @@ def run_export(config: ExportConfig) -> None:
     directory = Path(config.directory)
     source = checkpoint.resolve_model(config.checkpoint) if Path(config.checkpoint).exists() else directory
     if not is_checkpoint(source):
-        raise UserError(f"checkpoint {config.checkpoint!r}: no checkpoint of a run; name one, as in runs/my_chats/best")
+        near = checkpoint.checkpoints_near(Path(config.checkpoint)) or "name one, as in runs/my_chats/best"
+        raise UserError(f"checkpoint {config.checkpoint!r}: no checkpoint of a run; {near}")
     if directory.exists():
         raise UserError(f"directory {config.directory!r} is there already; name another")
     described, manifest = checkpoint.described_in(source), checkpoint.checked_manifest(source)

@@ -40,7 +40,7 @@ from lacuna import sampler
 from lacuna.apps.configs import ServeConfig, is_loopback
 from lacuna.apps.generator import Generator, load_generator, rules_by_origin
 from lacuna.apps.protocol import COMPLETION_TOKENS, Answer, ApiError, ChatBody, CompletionBody, parse_body, requests_of
-from lacuna.config import SamplingKeys, UserError
+from lacuna.config import SamplingKeys, UserError, name_of_model
 from lacuna.sampler import Completion, Sampler, Scores
 from lacuna.tokenizer import ends_in_words
 
@@ -398,12 +398,12 @@ def make_app(service: Service) -> ASGIApp:
 
 
 def served_name(config: ServeConfig, source: Path) -> str:
-    """The model's name in answers: the config's, a hub id as it is, or the last part of a directory."""
+    """The model's name in answers: the config's, a hub id as it is, or that of its directory."""
     if config.served_name:
         return config.served_name
     if config.model_name and not Path(config.model_name).exists():
         return config.model_name
-    return source.resolve().parent.name if source.name == "model" else source.resolve().name
+    return name_of_model(source)
 
 
 # The command
