@@ -183,7 +183,7 @@ class Heartbeats:
         signs = [(process, self.latest.get(f"lacuna/beats/{process}", "")) for process in range(jax.process_count())]
         self.silence = Counter({sign: self.silence[sign] + 1 for sign in signs})
         silent = [process for process, sign in signs if self.silence[process, sign] >= HEARTBEAT_SECONDS]
-        if jax.process_index() in silent:  # its own signs do not arrive, so the store can't be told either
+        if jax.process_index() in silent:  # its own signs do not arrive, so the store is out of its reach too
             exit_at_once(f"process 0 has given no heartbeat for {HEARTBEAT_SECONDS} s; {CONTINUE}", 1)
         if silent:
             end_job(f"process {silent[0]} has given no heartbeat for {HEARTBEAT_SECONDS} s", 1)

@@ -279,7 +279,7 @@ def hub_table(source: DataSource) -> Any:
     """A split of a data set on the hub, or a slice of it; `path:config` names one of several in a repository."""
     import datasets.exceptions
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are reported below
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     path, _, config = source.path.partition(":")
@@ -577,7 +577,7 @@ def intact_facts(directory: Path) -> dict[str, Any] | None:
         damaged = [f"{type(error).__name__}: {error}"]
     if not damaged:
         return facts
-    print(f"WARNING: encoded anew, as the cache {directory} is damaged ({', '.join(damaged)})", file=sys.stderr)
+    print(f"WARNING: encoded again, as the cache {directory} is damaged ({', '.join(damaged)})", file=sys.stderr)
     shutil.rmtree(directory, ignore_errors=True)
     return None
 
