@@ -23,11 +23,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
+from lacuna.quantised import PRODUCT
 from lacuna.tokenizer import read_json
 
 PAGE = 64  # tokens of the cache
 TRANSPOSED_BLOCK = 64
-PRODUCT = "product"  # names matrix products on a CPU, which rematerialisation keeps
 
 Tokens = Int[Array, "batch token"]
 PerToken = Float[Array, "batch token"]
