@@ -25,7 +25,16 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_or
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from lacuna.apps.configs import ChatConfig, ExportConfig, GrpoPlan, PlanKeys, PretrainPlan, ServeConfig, SftPlan
+from lacuna.apps.configs import (
+    ChatConfig,
+    ExportConfig,
+    GrpoPlan,
+    PlanKeys,
+    PrepareConfig,
+    PretrainPlan,
+    ServeConfig,
+    SftPlan,
+)
 from lacuna.config import (
     LINES,
     TABLES,
@@ -54,7 +63,9 @@ COMMANDS: dict[str, type[Keys]] = {
     "plan pretrain": PretrainPlan,
     "plan sft": SftPlan,
     "plan grpo": GrpoPlan,
+    "recommend prepare": PrepareConfig,
 }
+PREFIXES = {name.split()[0] for name in COMMANDS if " " in name}
 COMMAND_LINE = "the command line"
 HELP = {"-h", "--help"}
 KINDS: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "STR", SecretStr: "STR"}
@@ -144,11 +155,17 @@ def read_toml(file: str, config: type[Keys]) -> Values:
         message = str(error).replace("Cannot overwrite a value", "This key is given twice")
         line = re.search(r"at line (\d+)", message)
         raise UserError(f"{file}: {message}{f': {text.splitlines()[int(line[1]) - 1]}' if line else ''}") from error
-    for key in {*TABLES} & layer.keys() & config.model_fields.keys():
+    for key in tables_of(config) & layer.keys():
         if not isinstance(layer[key], list) or not all(isinstance(entry, dict) for entry in layer[key]):
             value = toml_value(layer[key])
             raise UserError(f"{file}: {key} = {value} should be tables with a path, each headed [[{key}]]")
     return with_environment(layer, file)
+
+
+def tables_of(config: type[Keys]) -> set[str]:
+    """The keys of a config that are written as [[tables]]."""
+    fields = config.model_fields
+    return {key for key in TABLES if key in fields and get_origin(fields[key].annotation) is tuple}
 
 
 def with_environment(value: Any, place: str) -> Any:
@@ -172,7 +189,7 @@ def command_options(
     """Each option by its spelling; `[[data]]` has as many entries as the files and flags mention."""
     found = []
     for key, field in config.model_fields.items():
-        if key in TABLES:
+        if key in tables_of(config):
             entries = values.get(key, [])
             mentioned = {flag.split(".")[1] for flag in flags if re.match(rf"{spelling(key)}\.\d+\.", flag)}
             count = len(mentioned | {*map(str, range(len(entries)))}) or 1
@@ -264,7 +281,7 @@ def explain(problem: Mapping[str, Any], config: type[Keys], program: str, origin
     fields = DataSource.model_fields if len(path) > 1 and path[0] in TABLES else config.model_fields
     place = f"{origins[path[0]]}: {key}" if path[0] in origins else key
     if problem["type"] == "missing":
-        option = f"{key}.0.path" if key in TABLES else key
+        option = f"{key}.0.path" if key in tables_of(config) else key
         return f"{place} is required; give it as {spelling(option)}, or in a file as in {program} @ FILE.toml"
     if problem["type"] != "extra_forbidden":
         if name in fields and fields[name].annotation is SecretStr:
@@ -297,10 +314,10 @@ def main() -> None:
 
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each with its message and no traceback."""
-    if command == "plan" and arguments:
-        command, arguments = f"plan {arguments[0]}", arguments[1:]
+    if command in PREFIXES and arguments:
+        command, arguments = f"{command} {arguments[0]}", arguments[1:]
     try:
-        if command.removeprefix("plan ") in HELP:
+        if command.split()[-1] in HELP:
             print("usage: lacuna COMMAND [@ FILE.toml ...] [--option VALUE ...]\n")
             for name, config in COMMANDS.items():
                 print(f"  {name:15}{config.__doc__}")
@@ -315,7 +332,7 @@ def start(command: str, arguments: list[str]) -> None:
         config = parse(COMMANDS[command], arguments, command)
         prepare_process()
         prepare_streams(outlives_console=isinstance(config, TrainingConfig))
-        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ExportConfig):
+        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ExportConfig | PrepareConfig):
             run(config)
         else:
             from lacuna.distributed import cluster
@@ -346,6 +363,10 @@ def run(config: Keys) -> Any:
         from lacuna.apps.export import run_export
 
         return run_export(config)
+    if isinstance(config, PrepareConfig):
+        from lacuna.apps.recommend import run_prepare
+
+        return run_prepare(config)
     if isinstance(config, EvalConfig):
         from lacuna.apps.evaluate import run_eval
 

@@ -3,7 +3,8 @@
 import re
 from functools import partial
 from ipaddress import ip_address
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
@@ -133,3 +134,35 @@ class ServeConfig(GenerationConfig):
         if not re.fullmatch(r"[!-~]*", value.get_secret_value()):
             raise ValueError("should be ASCII without spaces, as it is sent in a header")
         return value
+
+
+class PrepareConfig(Keys):
+    """Make what a recommender learns from: semantic ids, a catalogue, prompts and completions."""
+
+    data: str = Field(min_length=1, description="Directory in MiniOneRec's layout, or CSV of user,item,time[,title]")
+    out: str = Field(min_length=1, description="Directory to write")
+    category: str = Field("", description="Category of the directory's files, and what prompts call the items")
+    train: str = Field("train", min_length=1, description="Folder of the directory with the rows to train on")
+    items: str = Field("", description="CSV of item[,title], a line for each row of vectors, for a CSV of interactions")
+    vectors: str = Field("", description="numpy file of a vector for each line of items; empty: made from the titles")
+    codebook: int = Field(256, ge=2, description="Most words at each of three levels of semantic ids made here")
+    split: Literal["leave_one_out", "time"] = Field(
+        "leave_one_out", description="What of a CSV is held out: each user's last two items, or the last fifth of time"
+    )
+    history: int = Field(10, ge=1, description="Most items before the one to predict, for a CSV of interactions")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of clustering, and of how titles are asked for")
+    on_bad_data: Literal["error", "skip"] = Field("error", description="Stop at a bad row, or count and skip it")
+    overwrite: bool = Field(False, description="Replace what an earlier start wrote")
+
+    @model_validator(mode="after")
+    def a_directory_has_a_category(self) -> "PrepareConfig":
+        if Path(self.data).is_dir():
+            if not self.category:
+                raise ValueError(f"category is required for the directory {self.data}, as Industrial_and_Scientific")
+            if given := [
+                key for key in ("items", "vectors", "codebook", "history", "split") if key in self.model_fields_set
+            ]:
+                raise ValueError(f"{', '.join(given)} can't be chosen for a directory, which has its own; leave it out")
+        elif not Path(self.data).is_file():
+            raise ValueError(f"data = {self.data}: no such directory or file; paths start from {Path.cwd()}")
+        return self
