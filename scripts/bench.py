@@ -162,12 +162,15 @@ def train(config: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     alone_seconds = seconds_of(alone, max(5, len(timed) // 2)) if batch.token.shape[-1] == length else None
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
 
-    def no_loss(params: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
-        return 0 * sum(leaf.sum() for leaf in jax.tree.leaves(params)), {}
+    class NoLoss(NamedTuple):
+        compute_dtype: str
+
+        def __call__(self, params: Any, *_: Any) -> tuple[Any, tuple[dict[str, Any], dict[str, Any]]]:
+            return 0 * sum(leaf.sum() for leaf in jax.tree.leaves(params)), ({}, {})
 
     def optimizer_alone() -> None:
-        model, dtype = run.opened.model, config.compute_dtype
-        states[0], facts = trainer.train_step(states[0], one, divisor, rows.recipe, model, dtype, no_loss)
+        model, loss = run.opened.model, NoLoss(config.compute_dtype)
+        states[0], facts = trainer.train_step(states[0], one, divisor, rows.recipe, model, loss, None, run.frozen)
         jax.block_until_ready(facts)
 
     optimizer_seconds = seconds_of(optimizer_alone, 5)

@@ -177,8 +177,8 @@ def parted(directory: Path, kept: list[int], is_single: bool = False, scale: int
 
 
 def adapted(directory: Path) -> None:
-    """Turn the directory into one of an adapter, config.json beside it."""
-    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    """Turn the directory into one of an adapter with pickled weights, config.json beside it."""
+    (directory / "model.safetensors").rename(directory / "adapter_model.bin")
     (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
 
 
@@ -220,7 +220,7 @@ def stored(directory: Path, name: str, dtype: Any) -> None:
             "no model.safetensors.index.json",
         ),
         (lambda d: (d / "model.safetensors").rename(d / "weights.safetensors"), "weights.safetensors is there, but no"),
-        (adapted, "an adapter of some/base, no model; merge it"),
+        (adapted, "adapter_config.json is there, but no adapter_model.safetensors"),
         (
             lambda d: stored(d, "F8_E4M3", ml_dtypes.float8_e4m3fn),
             "q_proj.weight is stored as F8_E4M3; float32, bfloat16",
@@ -285,10 +285,10 @@ def test_a_head_of_its_own_counts_in_a_model_that_is_tied_by_its_config(copied: 
     tensors, mesh, config = load(copied), mesh_of(1, 1, 1), ModelKeys(model_name=str(copied))
     embedding = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": embedding}, copied / "model.safetensors")
-    model, line = checkpoint.model_on(copied, config, mesh)
+    model, line = checkpoint.model_on(checkpoint.at(copied), config, mesh)
     assert model.is_tied and "lm_head" not in line
     save_file(tensors | {"lm_head.weight": 2 * embedding}, copied / "model.safetensors")
-    model, line = checkpoint.model_on(copied, config, mesh)
+    model, line = checkpoint.model_on(checkpoint.at(copied), config, mesh)
     assert not model.is_tied and "lm_head.weight is not the embedding" in line
     params = weights.load_params(copied, model, mesh)
     np.testing.assert_array_equal(head_of(params, model), 2 * embedding)
@@ -296,7 +296,7 @@ def test_a_head_of_its_own_counts_in_a_model_that_is_tied_by_its_config(copied: 
     assert not read_model_config(tmp_path / "out").is_tied
     np.testing.assert_array_equal(load(tmp_path / "out")["lm_head.weight"], 2 * embedding)
     random = text_run(copied, from_scratch=True)
-    assert checkpoint.model_on(copied, random, mesh)[0].is_tied
+    assert checkpoint.model_on(checkpoint.at(copied), random, mesh)[0].is_tied
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_the_residual_stream_is_stated_to_be_sharded_when_embedded_and_twice_in_
     token = jax.ShapeDtypeStruct((8, 16), np.int32)
 
     def hidden(params: Any, token: Any) -> Any:
-        return forward(params, embed(params, token), token, token, model)
+        return forward(params, embed(params, token, "float32"), token, token, model)
 
     with jax.set_mesh(mesh_of(2, 2, 1)):
         program = jax.make_jaxpr(hidden)(params, token)

@@ -97,7 +97,7 @@ def asked(uninterrupted: EvalConfig) -> list[tuple[str, str]]:
 @partial(jax.jit, static_argnames="model")
 def logits_alone(params: Any, token: jax.Array, model: ModelConfig) -> jax.Array:
     position = jnp.arange(token.shape[1])[None]
-    hidden = forward(params, embed(params, token), jnp.ones_like(token), position, model)
+    hidden = forward(params, embed(params, token, "float32"), jnp.ones_like(token), position, model)
     return logits_of(hidden, head_of(params, model), model.vocabulary_size)
 
 

@@ -18,7 +18,7 @@ from test_model import load
 from lacuna import cli, grpo, trainer
 from lacuna.apps.replay import samples_by_step
 from lacuna.apps.rewards import load_rewards
-from lacuna.checkpoint import OpenedModel, open_model
+from lacuna.checkpoint import OpenedModel, at, open_model
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import make_mesh
 from lacuna.eval import Problem, Problems
@@ -203,7 +203,7 @@ def gradient_of(
     recipe = trainer.recipe_of(config.model_copy(update={"clip_norm": 1e30}), 50)
     state = trainer.fresh_state(jax.tree.map(jnp.copy, params))
     loss, batch = grpo.policy_loss(config), jax.tree.map(jnp.asarray, batch)
-    state, facts = trainer.train_step(state, batch, np.float32(1), recipe, model, "float32", loss, np.int32(count))
+    state, facts = trainer.train_step(state, batch, np.float32(1), recipe, model, loss, np.int32(count))
     moments: Any = state.moments
     return jax.tree.map(lambda leaf: leaf / (1 - trainer.ADAM_BETA1), moments.mu), float(facts["loss"])
 
@@ -248,7 +248,7 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
 
     def table_of(params: Any) -> jax.Array:
-        hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
+        hidden = forward(params, embed(params, batch.token, "float32"), batch.segment, batch.position, model)
         logits = hidden @ head_of(params, model).T / config.temperature
         return jax.nn.log_softmax(logits[..., : model.vocabulary_size])
 
@@ -270,7 +270,7 @@ def test_the_entropy_is_that_of_the_distributions() -> None:
     rows, _ = grpo.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
     _, (facts, _) = grpo.policy_loss(config)(params, batch, model, None)
-    hidden = forward(params, embed(params, batch.token), batch.segment, batch.position, model)
+    hidden = forward(params, embed(params, batch.token, "float32"), batch.segment, batch.position, model)
     logits = np.asarray(hidden @ head_of(params, model).T / 0.8, np.float64)[np.asarray(batch.weight) > 0]
     probability = np.exp(logits - logits.max(-1, keepdims=True))
     probability /= probability.sum(-1, keepdims=True)
@@ -343,7 +343,7 @@ def test_other_weights_of_the_policy_that_a_run_is_held_to_are_refused_by_name(t
     source = Path(shutil.copytree(REFERENCE / "qwen3", tmp_path / "model"))
     shutil.copyfile(TINY / "tokenizer.json", source / "tokenizer.json")
     model, tokenizer = read_model_config(source), load_tokenizer(source)
-    opened = OpenedModel(source, model, tokenizer, mesh_of(1, 1, 1), "")
+    opened = OpenedModel(source, model, tokenizer, mesh_of(1, 1, 1), "", at(source))
     inputs = Inputs(opened, Problems((), (), ("a digest",)), None, load_rewards(["correct"]))
     config = grpo_config(model_name=str(source), kl_weight=0.1)
     before = grpo.input_digests(config, inputs)
@@ -351,12 +351,12 @@ def test_other_weights_of_the_policy_that_a_run_is_held_to_are_refused_by_name(t
     run: Any = SimpleNamespace(
         config=config, inputs=before, resumed=(source, SimpleNamespace(run=SimpleNamespace(**facts)))
     )
-    trainer.Run.check_unchanged(run, opened.model, ("a digest",))
+    trainer.Run.check_unchanged(run, opened, ("a digest",))
     for path in source.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     run.inputs = grpo.input_digests(config, inputs)
     with pytest.raises(UserError, match=f"the weights of {source}: its content has changed"):
-        trainer.Run.check_unchanged(run, opened.model, ("a digest",))
+        trainer.Run.check_unchanged(run, opened, ("a digest",))
     assert grpo.input_digests(config.model_copy(update={"kl_weight": 0.0}), inputs) == {}
 
 
@@ -499,7 +499,7 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log(
     @jax.jit
     def table_of(params: Any, token: Any) -> Any:
         place = jnp.arange(token.shape[1])[None]
-        hidden = forward(params, embed(params, token), jnp.ones_like(token), place, model)
+        hidden = forward(params, embed(params, token, "float32"), jnp.ones_like(token), place, model)
         return jax.nn.log_softmax(hidden @ head_of(params, model).T)
 
     differences = []

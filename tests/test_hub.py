@@ -308,7 +308,10 @@ def test_a_dropped_connection_is_resumed_where_it_broke(first: Fetched, hub: Hub
         ("model acme/gated", ["model_name 'acme/gated'", "accept its terms", "`hf auth login`"]),
         ("model acme/broken", ["model_name 'acme/broken'", "download failed", "peer closed", "the same command"]),
         ("model acme/pickled", ["model_name 'acme/pickled'", "pickled weights are never read; convert them"]),
-        ("model acme/adapter", ["model_name 'acme/adapter'", "an adapter of acme/tiny, no model"]),
+        (
+            "model acme/adapter",
+            ["model_name 'acme/adapter'", "adapter_config.json is there, but no adapter_model"],
+        ),
         ("data acme/absent train", ["data path 'acme/absent'", "no such file", "doesn't exist", "`hf auth login`"]),
         ("data acme/chats valid", ["data path 'acme/chats'", "valid", "['train', 'test']; set split to one"]),
         ("data acme/gated train", ["data path 'acme/gated'", "gated", "accept its terms", "`hf auth login`"]),

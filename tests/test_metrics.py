@@ -78,7 +78,7 @@ def test_matmul_flops_equal_a_count_over_tokens_and_weights() -> None:
             forward = sum(2 for _ in range(inputs) for _ in range(outputs))  # a multiplication and an addition
             total += 3 * forward  # and twice as much backward: for the weights and for the inputs
     parameters = sum(inputs * outputs for inputs, outputs in matrices)
-    assert step_flops(parameters, 0, 1, np.array(lengths)) == total
+    assert step_flops(parameters, parameters, 0, 1, np.array(lengths)) == total
 
 
 def test_attention_flops_equal_a_count_over_visible_keys() -> None:
@@ -89,7 +89,7 @@ def test_attention_flops_equal_a_count_over_visible_keys() -> None:
             visible = query + 0.5  # the convention: half a square, so the diagonal counts half
             scores = mixed = 2 * heads * head * visible
             total += 3 * layers * (scores + mixed)
-    assert step_flops(0, heads * head, layers, np.array(lengths)) == pytest.approx(total)
+    assert step_flops(0, 0, heads * head, layers, np.array(lengths)) == pytest.approx(total)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lacuna import weights
 from lacuna.apps.programs import collectives, read_program
 from lacuna.config import UserError
+from lacuna.linear import matrix_product
 from lacuna.model import (
     ModelConfig,
     check_sequence_length,
@@ -25,7 +26,6 @@ from lacuna.model import (
     head_of,
     initial_params,
     logits_of,
-    matrix_product,
     model_config,
     parameter_counts,
     parameter_table,
@@ -50,7 +50,7 @@ def load(directory: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Any]:
 
 @partial(jax.jit, static_argnums=1)
 def logits(params: Any, model: ModelConfig, ids: jax.Array, position: jax.Array) -> jax.Array:
-    hidden = forward(params, embed(params, ids), jnp.ones(ids.shape, int), position, model)
+    hidden = forward(params, embed(params, ids, "float32"), jnp.ones(ids.shape, int), position, model)
     return logits_of(hidden, head_of(params, model), model.vocabulary_size)
 
 
@@ -196,7 +196,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_documents_alone() -> 
     weight = (batch["segment"] > 0).astype(jnp.float32)
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        hidden = forward(params, embed(params, batch["token"]), batch["segment"], batch["position"], model)
+        hidden = forward(params, embed(params, batch["token"], "float32"), batch["segment"], batch["position"], model)
         given = hidden, head_of(params, model), batch["target"]
         losses = token_statistics(*given, model.vocabulary_size).loss
         return summed_token_loss(*given, weight, cross_entropy, model.vocabulary_size)[0], losses
@@ -224,7 +224,7 @@ def test_rematerialisation_changes_memory_and_not_gradients() -> None:
     position, segment = jnp.asarray(positions(np.asarray(ids))), jnp.ones(ids.shape, int)
 
     def loss(params: Any, policy: str) -> jax.Array:
-        return jnp.sum(forward(params, embed(params, ids), segment, position, model, policy) ** 2)
+        return jnp.sum(forward(params, embed(params, ids, "float32"), segment, position, model, policy) ** 2)
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     programs = {policy: gradient.lower(params, policy).compile() for policy in ("none", "matmuls", "layer")}

@@ -30,7 +30,7 @@ from lacuna.apps.programs import (
     shape_bytes,
 )
 from lacuna.attention import fused_attention
-from lacuna.checkpoint import model_on
+from lacuna.checkpoint import at, model_on
 from lacuna.cli import DEVICE_MEMORY_SHARE
 from lacuna.config import TrainingConfig, UserError
 from lacuna.metrics import byte_size
@@ -409,7 +409,7 @@ def advice_for(gigabytes: float, config: TrainingConfig, monkeypatch: pytest.Mon
 
     chip, mesh = CHIPS["h100"]._replace(memory=gigabytes * 1e9 / DEVICE_MEMORY_SHARE), mesh_of(1, 1, 1)
     monkeypatch.setattr(plan, "programs_of", programs_of)
-    topology, model = Topology("h100:1", chip, jax.devices()[:1]), model_on(TINY, config, mesh)[0]
+    topology, model = Topology("h100:1", chip, jax.devices()[:1]), model_on(at(TINY), config, mesh)[0]
     return list(plan.advice(config, model, topology, mesh, programs_of(config)))
 
 
@@ -498,7 +498,7 @@ def test_real_compilers_are_asked_where_they_are_installed(name: str, kernel: st
     config = PretrainPlan(
         model_name="x", run_name="x", data=({"path": "x"},), topology=name, sequence_length=256, batch_size=8
     )
-    model = replace(model_on(TINY, config, mesh)[0], layers=1)
+    model = replace(model_on(at(TINY), config, mesh)[0], layers=1)
     with tracing_for(topology):
         (step,) = plan.programs_of(config, model, mesh)
     facts = plan.program_facts(step, topology.chip, mesh.size)

@@ -16,7 +16,7 @@ from conftest import REFERENCE, TINY, mesh_of
 from test_model import FAMILIES, load, logits, positions
 
 from lacuna import sampler
-from lacuna.checkpoint import OpenedModel
+from lacuna.checkpoint import OpenedModel, at
 from lacuna.config import SamplingKeys, UserError
 from lacuna.metrics import byte_size
 from lacuna.model import (
@@ -195,7 +195,7 @@ def sampler_of(
     """A sampler of a small random model, its vocabulary padded on request."""
     model = replace(QWEN3, padded_vocabulary=QWEN3.vocabulary_size + padding)
     mesh = mesh_of(*shape)
-    opened = OpenedModel(REFERENCE / "qwen3", model, tokenizer, mesh, "")
+    opened = OpenedModel(REFERENCE / "qwen3", model, tokenizer, mesh, "", at(REFERENCE / "qwen3"))
     return Sampler(load_params(opened.source, model, mesh), opened, slots, 320, "float32", constraint)
 
 
@@ -296,7 +296,7 @@ def test_log_probabilities_are_those_of_training(mixed: list[Completion]) -> Non
     @jax.jit
     def losses(row: jax.Array) -> jax.Array:
         token, position = row[:, :-1], jnp.arange(row.shape[1] - 1)[None]
-        hidden = forward(params, embed(params, token), jnp.ones_like(token), position, model)
+        hidden = forward(params, embed(params, token, "float32"), jnp.ones_like(token), position, model)
         return token_statistics(hidden, head_of(params, model), row[:, 1:], model.vocabulary_size).loss
 
     for request, completion in zip(mixed_requests(), mixed, strict=True):
@@ -443,7 +443,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_its_sizes(
 def test_stories260k_repeats_the_greedy_text_of_its_fixtures(shelf: Path) -> None:
     directory = shelf / "weights" / "stories260k"
     model, mesh = read_model_config(directory), mesh_of(1, 1, 1)
-    opened = OpenedModel(directory, model, load_tokenizer(directory), mesh, "")
+    opened = OpenedModel(directory, model, load_tokenizer(directory), mesh, "", at(directory))
     stories = Sampler(load_params(directory, model, mesh), opened, slots=2, capacity=512, dtype="float32")
     cases = json.loads((directory / "fixtures.json").read_text())["cases"]
     rules = SamplingKeys(temperature=0.0, max_tokens=120)

@@ -69,7 +69,7 @@ def new_generator(directory: Path) -> Callable[..., ModelGenerator]:
 
     def make(tokenizer: Tokenizer = tokenizer, constraint: sampler.Forest | None = None) -> ModelGenerator:
         opened, capacity = (
-            checkpoint.OpenedModel(directory, shape, tokenizer, mesh, ""),
+            checkpoint.OpenedModel(directory, shape, tokenizer, mesh, "", checkpoint.at(directory)),
             1024 if constraint else CAPACITY,
         )
         batch = sampler.Sampler(params, opened, 4, capacity, "float32", constraint)
@@ -363,7 +363,7 @@ def test_an_echo_has_the_prompts_log_probabilities(served: Served, alone: sample
     params, shape = weights.load_params(alone.opened.source, alone.model, alone.mesh), alone.model
     row, place = jax.numpy.array([tokens]), jax.numpy.arange(len(tokens))[None]
     with jax.set_mesh(alone.mesh):
-        hidden = model.forward(params, model.embed(params, row), jax.numpy.ones_like(row), place, shape)
+        hidden = model.forward(params, model.embed(params, row, "float32"), jax.numpy.ones_like(row), place, shape)
         wanted = jax.nn.log_softmax(model.logits_of(hidden, model.head_of(params, shape), shape.vocabulary_size)[0])
     values = [float(wanted[at, token]) for at, token in enumerate(tokens[1:])]
 

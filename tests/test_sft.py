@@ -421,7 +421,7 @@ def test_samples_of_a_run_are_what_its_model_generates(small: Path) -> None:
     assert len(logged) == 2 and all(tuple(samples) == prompts for samples in logged)
     mesh = mesh_of(1, 1, 1)
     opened = checkpoint.open_model(ModelKeys(model_name=str(run.run_directory)), mesh)
-    source, model, tokenizer, _, _ = opened
+    source, model, tokenizer, *_ = opened
     sampler = Sampler(weights.load_params(source, model, mesh), opened, 1, 64, "float32")
     for prompt in prompts:
         text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)

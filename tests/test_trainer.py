@@ -19,7 +19,7 @@ from lacuna.data import Batch
 from lacuna.distributed import put_batch
 from lacuna.model import ModelConfig, initial_params, model_config, parameter_counts, parameter_table, read_model_config
 
-ROW_LOSS = trainer.RowLoss("matmuls")
+ROW_LOSS = trainer.RowLoss("float32", "matmuls")
 
 
 def config(**changes: Any) -> SftConfig:
@@ -49,10 +49,10 @@ def take_step(
 ) -> tuple[trainer.TrainState, dict[str, Any]]:
     """A step of a config with these changes; the state given stays as it is."""
     settings = config(**changes)
-    loss = trainer.RowLoss(settings.rematerialisation, settings.neftune_alpha > 0)
+    loss = trainer.RowLoss(settings.compute_dtype, settings.rematerialisation, settings.neftune_alpha > 0)
     state, divisor = jax.tree.map(jnp.copy, state), np.sum(batch.weight, dtype=np.float32)
     recipe = trainer.recipe_of(settings, steps)
-    return trainer.train_step(state, batch, divisor, recipe, model, settings.compute_dtype, loss)
+    return trainer.train_step(state, batch, divisor, recipe, model, loss)
 
 
 def loss_and_gradient(params: Any, batch: Batch, model: ModelConfig, step: int = 0, **changes: Any) -> tuple[Any, Any]:
@@ -70,6 +70,8 @@ def regrouped(batch: Batch, micro_batches: int) -> Batch:
 class FactsOfTokens(NamedTuple):
     """A loss of nothing, with facts whose names do not tell how those of micro-batches are combined."""
 
+    compute_dtype: str = "float32"
+
     def __call__(self, params: Any, batch: Batch, model: ModelConfig, noise: Any) -> tuple[jax.Array, trainer.Facts]:
         tokens, longest = jnp.sum(batch.segment > 0), jnp.max(batch.position)
         return jnp.sum(params["embedding"]) * 0.0, ({"tokens_max": tokens}, {"longest": longest})
@@ -79,9 +81,7 @@ def test_facts_of_micro_batches_are_summed_or_the_largest_as_the_loss_says() -> 
     model = read_model_config(REFERENCE / "qwen3")
     state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     batch = random_batch(0, 3, 2, 16, model.vocabulary_size)
-    _, facts = trainer.train_step(
-        state, batch, np.float32(1), trainer.recipe_of(config(), 50), model, "float32", FactsOfTokens()
-    )
+    _, facts = trainer.train_step(state, batch, np.float32(1), trainer.recipe_of(config(), 50), model, FactsOfTokens())
     assert facts["tokens_max"] == np.sum(batch.segment > 0) and facts["longest"] == batch.position.max()
 
 
@@ -233,7 +233,9 @@ def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[in
         with jax.set_mesh(mesh):
             batch = put_batch(random_batch(0, 2, 8, 8, 157), mesh)
             recipe, state = trainer.recipe_of(config(), 50), trainer.abstract_state(model, mesh)
-            lowered = trainer.train_step.lower(state, batch, np.float32(1), recipe, model, dtype, ROW_LOSS)
+            lowered = trainer.train_step.lower(
+                state, batch, np.float32(1), recipe, model, ROW_LOSS._replace(compute_dtype=dtype)
+            )
             memory: Any = lowered.compile().memory_analysis()
             new: Any = birth(model, mesh).lower(jax.random.key(0)).compile().memory_analysis()
         held[count], temporary[count] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -268,8 +270,7 @@ def test_another_learning_rate_or_seed_compiles_nothing_again() -> None:
     batch = random_batch(0, 1, 2, 8, model.vocabulary_size)
     recipes = trainer.recipe_of(config(), 50), trainer.recipe_of(config(learning_rate=1.0, seed=7), 9)
     programs = {
-        trainer.train_step.lower(state, batch, np.float32(1), recipe, model, "float32", ROW_LOSS).as_text()
-        for recipe in recipes
+        trainer.train_step.lower(state, batch, np.float32(1), recipe, model, ROW_LOSS).as_text() for recipe in recipes
     }
     assert len(programs) == 1
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
@@ -35,11 +36,22 @@ from lacuna.attention import choose_backend
 from lacuna.config import DataKeys, GrpoConfig, ModelKeys, TemplateKeys, TrainingConfig, UserError
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, content_hash, duration, file_hash, sync
-from lacuna.model import FAMILIES, ModelConfig, Parameter, parameter_table, partition_spec, read_model_config, shape_of
+from lacuna.model import (
+    FAMILIES,
+    Lora,
+    ModelConfig,
+    Parameter,
+    joined,
+    partition_spec,
+    read_model_config,
+    shape_of,
+    trained_table,
+)
 from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json
 from lacuna.weights import StoredTensor, leaf_name
 
 MANIFEST_FORMAT = 3
+BASE = "base_sha256"  # names the hash of the weights under an adapter
 SOURCE = "source"  # in the directory of a run, with what its model has besides weights
 FAILURES_IN_A_ROW = 3
 TOKENIZER_FILES = (
@@ -62,22 +74,20 @@ def resolve_model(model_name: str, with_weights: bool = True) -> Path:
     path = Path(model_name)
     if path.name == "best" and path.is_file():  # in place of a symbolic link
         return best_checkpoint(path.parent)
-    if (path / "model" / "config.json").is_file():
+    if any((path / "model" / name).is_file() for name in ("config.json", weights.ADAPTER)):
         return path / "model"
     has_run = (path / "config.toml").is_file()
     if (has_run or path.name == "checkpoints" or not path.exists()) and (near := checkpoints_near(path)):
         unended = "a run that has not ended, so it has no model yet; continue it with --resume"
         raise UserError(f"{path}: {unended if has_run else 'no such checkpoint'}; {near}")
     if path.is_dir():
-        if not (path / "config.json").is_file() and (path / weights.ADAPTER).is_file():
-            raise UserError(f"{path}: {weights.without_weights(path, os.listdir(path))}")
         return path
     import huggingface_hub
     from huggingface_hub import errors
 
     wanted = ["config.json", weights.ADAPTER, *TOKENIZER_FILES]
     if with_weights:
-        wanted += ["model*.safetensors", "model.safetensors.index.json"]
+        wanted += ["model*.safetensors", "model.safetensors.index.json", weights.ADAPTER_WEIGHTS]
     name, _, revision = model_name.partition("@")
     at: dict[str, Any] = {"repo_id": name, "revision": revision or None}
     try:
@@ -117,19 +127,85 @@ def settled(config: Config, platform: str = "") -> Config:
     name, known = config.model_name, str(before.get("model_name", ""))
     if not Path(name).exists():
         name = known if known.startswith(f"{name}@") else name
-    source = described_in(resolve_model(name, with_weights=False))
+    place = find_model(config.model_copy(update={"model_name": name}), with_weights=False)
     if not Path(name).exists() and name != known:
-        name = f"{name.partition('@')[0]}@{source.name}"
+        name = f"{name.partition('@')[0]}@{place.source.name}"
     changes["model_name"] = name
+    if place.base and isinstance(config, TrainingConfig):
+        changes |= keys_of_lora(weights.read_lora(place.adapter), config)
     if config.compute_dtype == "auto":
         changes["compute_dtype"] = before.get("compute_dtype", fast_dtype(config, platform or jax.default_backend()))
     if isinstance(config, DataKeys) and "sequence_length" not in config.model_fields_set:
-        allowed = read_model_config(source).capacity(config.sequence_length)
+        allowed = read_model_config(place.described).capacity(config.sequence_length)
         changes["sequence_length"] = length = before.get("sequence_length", allowed)
         if isinstance(config, GrpoConfig) and "max_completion_tokens" not in config.model_fields_set:
             fitting = min(config.max_completion_tokens, length // 2)
             changes["max_completion_tokens"] = before.get("max_completion_tokens", fitting)
     return config.model_copy(update=changes)
+
+
+class Place(NamedTuple):
+    """Where a model lies: its weights, the directories with its config.json and its tokenizer, and, if the weights are
+    an adapter's, the directory with adapter_config.json and the weights of its base; by which name that was found."""
+
+    source: Path
+    described: Path
+    tokenizer: Path
+    adapter: Path
+    base: Path | None
+    base_name: str
+
+
+def at(directory: Path) -> Place:
+    """A model all of which lies in one directory."""
+    return Place(directory, directory, directory, directory, None, str(directory))
+
+
+def find_model(config: ModelKeys, with_weights: bool = True) -> Place:
+    """The parts of the model that a config names, an adapter's base among them.
+
+    Raises:
+        UserError: one of them is not there, or the base of an adapter is an adapter itself.
+    """
+    source = resolve_model(config.model_name, with_weights)
+    described = described_in(source)
+    if not (described / weights.ADAPTER).is_file():
+        if config.base_name:
+            raise UserError(f"base_name = {config.base_name!r}, but {source} is no adapter; name only one of them")
+        name = str(source.resolve()) if Path(config.model_name).exists() else config.model_name
+        return at(described)._replace(source=source, base_name=name)
+    stated = read_json(described / weights.ADAPTER)
+    name = config.base_name or str(stated.get("base_model_name_or_path") or "")
+    if not name:
+        raise UserError(f"{described / weights.ADAPTER} names no base_model_name_or_path; add --base-name")
+    if stated.get("revision") and not config.base_name:
+        name = f"{name}@{stated['revision']}"
+    try:
+        base = resolve_model(name, with_weights)
+    except UserError as error:
+        raise UserError(f"{source} is an adapter; its base: {error}; or name where it is by --base-name") from error
+    if (described_in(base) / weights.ADAPTER).is_file():
+        raise UserError(f"{source} is an adapter, and so is its base {name}; merge that first: lacuna merge")
+    own, other = (
+        next((place for place in (described, described_in(base)) if (place / file).is_file()), described_in(base))
+        for file in ("config.json", "tokenizer.json")
+    )
+    return Place(source, own, other, described, base, str(base.resolve()) if Path(name).exists() else name)
+
+
+def keys_of_lora(lora: Lora, config: TrainingConfig) -> dict[str, Any]:
+    """The keys of a run that goes on training this adapter. Raises UserError if the config asks for another one."""
+    keys = {
+        "lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": lora.targets,
+        "lora_scaling": "stabilised" if lora.is_stabilised else "plain",
+    }  # fmt: skip
+    for key in keys.keys() & config.model_fields_set:
+        if getattr(config, key) != keys[key]:
+            raise UserError(
+                f"{key} = {getattr(config, key)!r}, but {config.model_name} is an adapter with {keys[key]!r}, which "
+                f"this run would go on training; leave {key} out, or merge the adapter first: lacuna merge"
+            )
+    return keys
 
 
 def checkpoints_near(path: Path) -> str:
@@ -170,13 +246,19 @@ def newest_run(output_dir: str) -> Path:
 
 class OpenedModel(NamedTuple):
     """A model without its weights: their directory, what config.json says (the vocabulary padded and attention chosen
-    for the mesh), its tokenizer, the devices, and the start-up line about attention."""
+    for the mesh), its tokenizer, the devices, the start-up line about attention, and the parts that it was found in."""
 
     source: Path
     model: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
     attention_line: str
+    place: Place
+
+    @property
+    def base(self) -> Path | None:
+        """The directory of the weights that stay as they are where adapters train."""
+        return (self.place.base or self.place.source) if self.model.lora else None
 
 
 def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> OpenedModel:
@@ -185,62 +267,112 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
     Raises:
         UserError: no such model, or one that is not supported or does not fit the mesh or the config.
     """
-    source = resolve_model(config.model_name, with_weights)
-    described = described_in(source)
-    model, attention_line = model_on(described, config, mesh)
+    place = find_model(config, with_weights)
+    model, attention_line = model_on(place, config, mesh)
+    described = place.tokenizer
     tokenizer = load_tokenizer(described, *(config.template if isinstance(config, TemplateKeys) else ()))
     if tokenizer.vocabulary_size > model.vocabulary_size:
         last = str(tokenizer.backend.id_to_token(tokenizer.vocabulary_size - 1))
         files = [path for name in TOKENIZER_FILES if (path := described / name).is_file()]
         raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocabulary_size} tokens, the last {last!r} of "
+            f"{place.source}: the tokenizer has {tokenizer.vocabulary_size} tokens, the last {last!r} of "
             f"{next((path.name for path in files if last.encode() in path.read_bytes()), 'tokenizer.json')}, and "
             f"config.json's vocab_size is {model.vocabulary_size}; do they belong together?"
         )
-    return OpenedModel(source, model, tokenizer, mesh, attention_line)
+    return OpenedModel(place.source, model, tokenizer, mesh, attention_line, place)
 
 
-def model_on(source: Path, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, str]:
-    """A directory's model, its vocabulary padded and its attention chosen for the mesh, and a line about the latter.
+def model_on(place: Place, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, str]:
+    """A model with its vocabulary padded, its attention chosen for the mesh, and its adapter, and a line about
+    attention.
 
     A head in the files that is not the embedding counts, whatever config.json says, as in transformers and vLLM.
 
     Raises:
         UserError: the model is not supported, or does not fit the mesh or the config.
     """
-    model = read_model_config(source)
+    model = read_model_config(place.described)
     is_random = isinstance(config, TrainingConfig) and config.from_scratch
-    own_head = model.is_tied and not is_random and weights.has_own_head(source)
+    own_head = model.is_tied and not is_random and weights.has_own_head(place.base or place.described)
     shards = mesh.shape[AXIS_RULES["vocab"]]
     backend, line = choose_backend(config, mesh, model.head)
     padded = math.ceil(model.vocabulary_size / shards) * shards
-    model = replace(model, is_tied=model.is_tied and not own_head, padded_vocabulary=padded, attention=backend)
+    lora = weights.read_lora(place.adapter) if place.base else None
+    if isinstance(config, TrainingConfig) and config.lora_rank and not place.base:
+        lora = Lora(config.lora_rank, config.lora_alpha, config.lora_scaling == "stabilised", config.lora_targets)
+    model = replace(
+        model, is_tied=model.is_tied and not own_head, padded_vocabulary=padded, attention=backend, lora=lora
+    )
     check_divisible(mesh, model.sizes)
     return model, f"{line}; lm_head.weight is not the embedding, so tie_word_embeddings is false" if own_head else line
 
 
 def opened_params(opened: OpenedModel) -> PyTree[Array]:
-    """Float32 weights of a model, from a checkpoint or Hugging Face layout, each device reading only its part.
+    """All weights of a model to compute with, an adapter on its base, each device reading only its part.
 
     Raises:
-        UserError: no weights, damaged ones, or others than config.json asks for.
+        UserError: no weights, damaged ones, or others than config.json asks for; or the base has changed.
     """
-    source, model, _, mesh, _ = opened
-    if not weights.is_checkpoint(source):
-        return weights.load_params(source, model, mesh)
+    return joined(frozen_params(opened), trained_params(opened), opened.model)
 
-    shapes = ({"params": abstract_params(each, mesh)} for each in (model, unpadded(model)))
-    return load_checkpoint(source, checked_manifest(source), *shapes)["params"]
+
+def trained_params(opened: OpenedModel) -> PyTree[Array]:
+    """The float32 weights that training changes, from a checkpoint, PEFT's or Hugging Face layout."""
+    source, model, mesh = opened.source, opened.model, opened.mesh
+    if weights.is_checkpoint(source):
+        shapes = ({"params": abstract_params(each, mesh)} for each in (model, unpadded(model)))
+        return load_checkpoint(source, checked_manifest(source), *shapes)["params"]
+    return weights.load_adapter(source, model, mesh) if model.lora else weights.load_params(source, model, mesh)
+
+
+def frozen_params(opened: OpenedModel) -> PyTree[Array] | None:
+    """The weights under an adapter, in the dtype in which they are stored; None where all weights train.
+
+    Raises:
+        UserError: they are not those that the adapter was trained on.
+    """
+    if not opened.base:
+        return None
+    stated = stated_base(opened.source) if opened.source != opened.base else ""
+    if stated and stated != base_digest(opened):
+        raise UserError(
+            f"{opened.base}: not the weights that the adapter {opened.source} was trained on, by their SHA-256; "
+            "restore them, or name the right ones by --base-name"
+        )
+    if weights.is_checkpoint(opened.base):
+        return trained_params(opened._replace(source=opened.base, model=replace(opened.model, lora=None)))
+    return weights.load_params(opened.base, opened.model, opened.mesh, as_stored=True)
+
+
+def base_digest(opened: OpenedModel) -> str:
+    """A hash of the files of the frozen weights."""
+    assert opened.base
+    return files_digest(weights.weight_files(opened.base))
+
+
+def stated_base(source: Path) -> str:
+    """The hash of the base that an adapter was trained on, empty where it is not known."""
+    if weights.is_checkpoint(source):
+        return read_manifest(source).run.inputs.get(BASE, "")
+    return weights.header_facts(source / weights.ADAPTER_WEIGHTS).get(BASE, "")
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a model's weights."""
+    """Shapes and shardings of what training changes."""
 
     def abstract(row: Parameter) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, partition_spec(row))
         return jax.ShapeDtypeStruct(shape_of(row, model.sizes), np.float32, sharding=sharding)
 
-    return jax.tree.map(abstract, parameter_table(model))
+    return jax.tree.map(abstract, trained_table(model))
+
+
+def abstract_frozen(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct] | None:
+    """Shapes and shardings of the weights under an adapter, in the dtype that config.json says; None without one."""
+    if not model.lora:
+        return None
+    base = abstract_params(replace(model, lora=None), mesh)
+    return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(model.file_dtype)), base)
 
 
 def unpadded(model: ModelConfig) -> ModelConfig:
@@ -248,16 +380,19 @@ def unpadded(model: ModelConfig) -> ModelConfig:
     return replace(model, padded_vocabulary=model.vocabulary_size)
 
 
-def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path) -> list[str]:
-    """Write a model in Hugging Face layout and the config's dtype, with the config and tokenizer files of `source`.
+def save_model(
+    directory: Path, params: PyTree, model: ModelConfig, source: Path, facts: Mapping[str, str] | None = None
+) -> list[str]:
+    """Write a model in Hugging Face layout and the config's dtype, or an adapter in PEFT's, with the config and
+    tokenizer files of `source`; `facts` go into the headers of the weights.
 
     Safetensors files hold at most 5 GB each, with an index if there are several; `params`, arrays or stored tensors,
     are read layer by layer. Returns what went wrong once the model was complete.
     """
     scratch = directory.with_name(directory.name + ".tmp")
     try:
-        copy_description(source, scratch, model)
-        weights.write_weights(scratch, params, model)
+        copy_description(source, source, scratch, model)
+        weights.write_weights(scratch, params, model, facts or {})
         return replace_directory(scratch, directory)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -265,16 +400,18 @@ def save_model(directory: Path, params: PyTree, model: ModelConfig, source: Path
 
 
 def copy_description(
-    source: Path, directory: Path, model: ModelConfig, changed: Mapping[str, str] | None = None
+    source: Path, described: Path, directory: Path, model: ModelConfig, changed: Mapping[str, str] | None = None
 ) -> None:
-    """Copy what a model has besides weights, in place of what lies there; files in `changed`, by name, have that text.
+    """Copy what a model has besides weights, its config.json from `described`, in place of what lies there; files in
+    `changed`, by name, have that text.
 
     config.json then states what it left out and readers would take to be something else.
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    for name in ("config.json", *TOKENIZER_FILES):
-        if name == "config.json" or (source / name).is_file():
+    shutil.copyfile(described / "config.json", directory / "config.json")
+    for name in (*TOKENIZER_FILES, weights.ADAPTER):
+        if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     for name, text in (changed or {}).items():
         (directory / name).write_text(text, "utf-8")
@@ -442,7 +579,7 @@ def load_checkpoint(directory: Path, manifest: Manifest, abstract: PyTree, shape
 def saved_params(directory: Path, model: ModelConfig) -> PyTree[StoredTensor]:
     """The parameters of a checkpoint that this process wrote or checked, each read when needed."""
     saved = open_checkpoint(directory, read_manifest(directory))
-    return jax.tree.map_with_path(lambda path, _: saved[f"params/{leaf_name(path)}"], parameter_table(model))
+    return jax.tree.map_with_path(lambda path, _: saved[f"params/{leaf_name(path)}"], trained_table(model))
 
 
 def write_pieces(scratch: Path, copies: Mapping[str, np.ndarray], needed: int) -> str:

@@ -135,6 +135,9 @@ class ModelKeys(Keys):
     model_name: str = Field(
         min_length=1, description="Directory in Hugging Face layout, run or checkpoint of one, or hub id (id@revision)"
     )
+    base_name: str = Field(
+        "", description="Base of the adapter that model_name is; empty: the one that it names itself"
+    )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Type that matmuls compute in; auto: float32 where a CPU decodes or lacks bfloat16"
     )
@@ -205,7 +208,14 @@ class ChatKeys(TemplateKeys):
     train_on: Literal["assistant", "all", "last"] = Field("assistant", description="Messages that the loss counts")
 
 
-LearningRate = Annotated[float, Field(gt=0, description="Highest learning rate, reached after the warm-up")]
+LearningRate = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="Highest learning rate, reached after the warm-up; adapters usually take ten times that of all "
+        "weights, say 2e-4",
+    ),
+]
 WeightDecay = Annotated[float, Field(ge=0, description="Decay of matrices and embeddings, times the learning rate")]
 
 
@@ -223,6 +233,34 @@ class OptimizationKeys(Keys):
     rematerialisation: Literal["none", "matmuls", "layer"] = Field(
         "matmuls", description="What the backward pass recomputes: nothing, all but matmuls and attention, or layers"
     )
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AdapterKeys(Keys):
+    """Adapters"""
+
+    lora_rank: int = Field(
+        0, ge=0, description="Rank of low-rank adapters, which alone train then; 0: all weights train"
+    )
+    lora_alpha: float = Field(16.0, gt=0, description="What adapters are scaled by, over √rank")
+    lora_targets: tuple[str, ...] = Field(LORA_TARGETS, description="Matrices of each layer that have an adapter")
+    lora_scaling: Literal["stabilised", "plain"] = Field(
+        "stabilised", description="Whether lora_alpha is over √rank (rank-stabilised) or over rank"
+    )
+
+    @field_validator("lora_targets")
+    @classmethod
+    def lora_targets_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in LORA_TARGETS:
+                raise ValueError(
+                    f"has {name!r}, which is none of {', '.join(LORA_TARGETS)}{did_you_mean(name, LORA_TARGETS)}"
+                )
+        if not value:
+            raise ValueError("is empty; name at least one matrix")
+        return tuple(name for name in LORA_TARGETS if name in value)
 
 
 class DeviceKeys(Keys):
@@ -302,7 +340,7 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: in
     return batch_size // rows
 
 
-class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys, ModelKeys):
+class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, AdapterKeys, OptimizationKeys, DataKeys, ModelKeys):
     """The keys that all training commands share."""
 
     @property
@@ -321,6 +359,8 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, OptimizationKeys, DataKeys
                 f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; "
                 f"set warmup_steps to {self.steps} or less"
             )
+        if self.lora_rank and self.from_scratch:
+            raise ValueError("lora_rank and from_scratch contradict each other: adapters need a trained base; keep one")
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
         if self.eval_every and not self.has_evaluation:

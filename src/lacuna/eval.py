@@ -31,7 +31,16 @@ from lacuna.documents import (
     usable,
 )
 from lacuna.metrics import LineFile, read_json_lines
-from lacuna.model import ModelConfig, cast, check_sequence_length, embed, forward, head_of, token_statistics
+from lacuna.model import (
+    ModelConfig,
+    cast,
+    check_sequence_length,
+    embed,
+    forward,
+    head_of,
+    parameter_table,
+    token_statistics,
+)
 from lacuna.sampler import Completion, Request, Sampler, power_of_two, slots_for
 from lacuna.tokenizer import NO_VARIABLES, Message, Tokenizer, Variables, check_messages, encode, render_prompt
 from lacuna.trainer import Evaluation
@@ -51,8 +60,8 @@ def score(
     """Over the targets of a batch [1, row, token]: the summed loss (nats) and how many were the likeliest token; and of
     each row, its summed loss and whether all of its targets were the likeliest token."""
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
-    compute = cast(params, model, dtype)
-    hidden = forward(compute, embed(compute, batch.token), batch.segment, batch.position, model)
+    compute = cast(params, parameter_table(model), dtype)
+    hidden = forward(compute, embed(compute, batch.token, dtype), batch.segment, batch.position, model)
     found = token_statistics(hidden, head_of(compute, model), batch.target, model.vocabulary_size)
     loss, correct = found.loss * batch.weight, found.is_correct * batch.weight
     is_greedy = jnp.all(found.is_correct | (batch.weight == 0), axis=-1)
@@ -87,7 +96,7 @@ def log_likelihoods(
 ) -> Iterator[tuple[int, float, bool]]:
     """Of each (context, continuation), longest first: its place, the continuation's log-likelihood in nats, and whether
     greedy decoding would write it. A context loses its left end where both are too long together."""
-    config, (_, model, _, mesh, _), longest = tasks.config, tasks.opened, tasks.capacity
+    config, (_, model, _, mesh, *_), longest = tasks.config, tasks.opened, tasks.capacity
     rows = config.batch_size * row_shards(mesh)
     order = sorted(range(len(pairs)), key=lambda place: -sum(map(len, pairs[place])))
     for begin in range(0, len(order), rows):

@@ -35,8 +35,10 @@ from lacuna.model import (
     embed,
     forward,
     head_of,
+    joined,
     summed_token_loss,
     token_statistics,
+    trained_table,
 )
 from lacuna.sampler import Completion, Request, Sampler, slots_for
 from lacuna.trainer import Evaluation, Facts, Recipe, Run, Step, TrainState
@@ -268,6 +270,7 @@ class PolicyLoss(NamedTuple):
     importance_limit: float
     kl_weight: float
     temperature: float
+    compute_dtype: str
     rematerialisation: str
     is_repeated: bool
 
@@ -283,7 +286,7 @@ class PolicyLoss(NamedTuple):
 
     def hidden_states(self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig) -> Array:
         """Hidden states whose logits are those over the temperature."""
-        x = embed(params, batch.token)
+        x = embed(params, batch.token, self.compute_dtype)
         offset = batch.prompt_offset if shares_prompts(model) else None
         hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation, offset)
         return hidden if self.temperature == 1 else hidden / self.temperature
@@ -313,6 +316,7 @@ class PolicyLoss(NamedTuple):
         sums = {
             "count": jnp.sum(is_counted),
             "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
+            "logprob_difference_mean": jnp.sum(jnp.abs(mismatch)),
             "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
             "kl": jnp.sum(divergence * is_counted),
         }
@@ -347,7 +351,10 @@ def update_shape(config: GrpoConfig, mesh: Mesh) -> tuple[int, int, int]:
     return math.ceil(most_rows / rows_at_once), rows_at_once, config.sequence_length
 
 
-cast_weights = jax.jit(cast, static_argnames=("model", "dtype"))
+@partial(jax.jit, static_argnames=("model", "dtype"))
+def cast_weights(params: PyTree[Array], model: ModelConfig, dtype: str) -> PyTree[Array]:
+    """A copy of what training changes in the dtype of compute."""
+    return cast(params, trained_table(model), dtype)
 
 
 def update(
@@ -357,6 +364,7 @@ def update(
     recipe: Recipe,
     opened: OpenedModel,
     config: GrpoConfig,
+    frozen: PyTree[Array] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The optimizer steps of one rollout, its groups shared out evenly over them, and what is logged of them: means
     over counted tokens, the loss of the first, the gradient norm of the last."""
@@ -374,14 +382,15 @@ def update(
         tokens, slots = tokens + int(np.sum(rows.segment > 0)), slots + count * rows.segment[0].size
         batch, count = put_batch(rows, mesh), np.int32(count)
         for name, policy in policies.items():
-            batch = batch._replace(**{name: log_probabilities(policy, batch, count, model, loss)})
+            values = log_probabilities(joined(frozen, policy, model), batch, count, model, loss)
+            batch = batch._replace(**{name: values})
         batches.append((batch, count))
     for batch in batches:
         if batch is None:  # nothing to learn from: only the step is counted
             state = state._replace(step=state.step + 1)
             continue
         rows, count = batch
-        state, facts = trainer.train_step(state, rows, None, recipe, model, config.compute_dtype, loss, count)
+        state, facts = trainer.train_step(state, rows, None, recipe, model, loss, count, frozen)
         found.append(facts)
     if not found:
         return state, {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
@@ -391,7 +400,7 @@ def update(
 def update_facts(found: list[dict[str, Any]]) -> dict[str, Any]:
     """What is logged of the updates of a rollout that had something to learn from."""
     count = sum(int(facts["count"]) for facts in found)
-    means = ("clip_fraction", "importance_mean", "kl", "entropy")
+    means = ("clip_fraction", "importance_mean", "logprob_difference_mean", "kl", "entropy")
     return {name: float(sum(facts[name] for facts in found) / count) for name in means} | {
         "loss": float(found[0]["loss"]),
         "gradient_norm": float(found[-1]["gradient_norm"]),
@@ -490,11 +499,11 @@ def run_grpo(
                 first = trainer.starting_state(config, opened) if run.resumed else state
                 reference = cast_weights(first.params, opened.model, config.compute_dtype)
             with closing(metrics.LineFile(config.run_directory / "rollouts.jsonl", run.step)) as kept:
-                steps = RolloutSteps(config, inputs, run, reference, tasks, state.params, kept)
+                steps = RolloutSteps(config, inputs, run, reference, tasks, run.whole(state.params), kept)
                 evaluation = Evaluation([], "", steps.measure) if inputs.held_out or tasks else None
                 if inputs.held_out and run.step == 0:
                     with run.off_the_clock():
-                        run.log.step({"step": 0, **steps.held_out_rewards(state.params)})
+                        run.log.step({"step": 0, **steps.held_out_rewards(run.whole(state.params))})
                 run.train(
                     state, steps.take, evaluation, "its completions are those of step {} in rollouts.jsonl".format
                 )
@@ -557,11 +566,11 @@ class RolloutSteps:
         config, run, began = self.config, self.run, time.perf_counter()
         if run.first_step_seconds is None:
             run.watchdog.pause()  # the first step may take its time to compile
-        self.sampler.load(state.params)
+        self.sampler.load(run.whole(state.params))
         asked = problems_of_step(self.inputs, config, run.step)
         groups, reward_seconds = self.rollout(asked)
         middle = time.perf_counter()
-        state, facts = update(state, groups, self.reference, self.recipe, self.inputs.opened, config)
+        state, facts = update(state, groups, self.reference, self.recipe, self.inputs.opened, config, run.frozen)
         ended = time.perf_counter()
         record = {"step": run.step + 1, **rollout_facts(groups), **facts}
         record |= {"rollout_seconds": middle - began, "update_seconds": ended - middle}

@@ -57,14 +57,20 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def step_flops(
-    matmul_parameters: int, attention_width: int, layers: int, lengths: Int[np.ndarray, " document"]
+    matmul_parameters: int,
+    trained_parameters: int,
+    attention_width: int,
+    layers: int,
+    lengths: Int[np.ndarray, " document"],
 ) -> float:
     """Model FLOPs of a forward and backward pass over documents (Chowdhery et al. 2022, PaLM, appendix B).
 
-    Attention is causal, hence half of theirs: 12 × layers × attention_width (heads × head size) × length² / 2.
+    A parameter of the matrix products takes 4 for each token, and 2 more if it trains, for its own gradient. Attention
+    is causal, hence half of theirs: 12 × layers × attention_width (heads × head size) × length² / 2.
     """
     token_count, squared_length_sum = int(np.sum(lengths)), int(np.sum(np.square(lengths, dtype=np.int64)))
-    return 6.0 * matmul_parameters * token_count + 6.0 * layers * attention_width * squared_length_sum
+    products = (4.0 * matmul_parameters + 2.0 * trained_parameters) * token_count
+    return products + 6.0 * layers * attention_width * squared_length_sum
 
 
 def memory_bytes() -> int:

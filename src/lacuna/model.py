@@ -7,7 +7,7 @@ Qwen2/2.5, Qwen3, Llama 2/3, Mistral, SmolLM2, SmolLM3 and OLMo-2 differ in a fe
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
@@ -23,11 +22,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
+from lacuna.linear import Frozen, linear, product_over_tokens
 from lacuna.quantised import PRODUCT
 from lacuna.tokenizer import read_json
 
 PAGE = 64  # tokens of the cache
-TRANSPOSED_BLOCK = 64
 
 Tokens = Int[Array, "batch token"]
 PerToken = Float[Array, "batch token"]
@@ -35,12 +34,28 @@ Hidden = Float[Array, "batch token embed"]
 Head = Float[Array, "vocab embed"]
 PerSlot = Int[Array, " slot"]
 Logits = Float[Array, "batch token vocab"]
-Inputs = Float[Array, "token inputs"]
-Outputs = Float[Array, "token outputs"]
-Matrix = Float[Array, "inputs outputs"]
 Rotation = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"]]  # cosine and sine
 # Of each layer, keys [slot, kv_head, page, head, offset] and values [slot, kv_head, page, offset, head]
 Cache = tuple[tuple[Array, Array], ...]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What shapes low-rank adapters (Hu et al. 2021): their rank, what their output is scaled by, and the matrices of a
+    layer that have one, by their names in transformers.
+
+    The scale is alpha / √rank if it is rank-stabilised (Kalajdzievski 2023), else alpha / rank.
+    """
+
+    rank: int
+    alpha: float
+    is_stabilised: bool
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.is_stabilised else self.rank)
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class ModelConfig:
     llama3 (Dubey et al. 2024) it is the factor, the turns within the original context up to which it applies in full
     and from which not at all, and that context in tokens; by yarn (Peng et al. 2023) the factor, the pairs of channels
     up to which it does not apply and from which in full, and what multiplies cosine and sine.
-    `unrotated_layers` are those without rotary embedding (Yang et al. 2025).
+    `unrotated_layers` are those without rotary embedding (Yang et al. 2025). With `lora` only adapters train, and all
+    that config.json describes is their frozen base.
     """
 
     family: str
@@ -76,6 +92,7 @@ class ModelConfig:
     file_dtype: str
     padded_vocabulary: int
     attention: str
+    lora: Lora | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -83,6 +100,7 @@ class ModelConfig:
         return {
             "layer": self.layers, "vocab": self.padded_vocabulary, "embed": self.embed, "kv_head": self.kv_heads,
             "group": self.group, "head": self.head, "feedforward": self.feedforward,
+            "rank": self.lora.rank if self.lora else 0,
         }  # fmt: skip
 
     def capacity(self, wanted: int) -> int:
@@ -96,14 +114,29 @@ class Parameter:
     the layers' has a tensor there for each, and `file_name` is what follows the layer's own name."""
 
     axes: str
-    role: Literal["matmul", "residual", "embedding", "norm", "bias"]
+    role: Literal["matmul", "residual", "embedding", "norm", "bias", "adapter_a", "adapter_b"]
     file_name: str
     file_axes: str
 
     @property
     def decays(self) -> bool:
         """Matrices and embeddings take weight decay; norm scales and biases, stacked or not, do not."""
-        return self.role in ("matmul", "residual", "embedding")
+        return self.role not in ("norm", "bias")
+
+    @property
+    def module(self) -> str:
+        """The name in transformers of what it belongs to."""
+        return self.file_name.split(".")[-2]
+
+    @property
+    def adapter(self) -> dict[str, "Parameter"]:
+        """The rows of a matrix's adapter, which adds x · a · b to its product with x."""
+        (outputs, inputs), stem = self.file_axes.split(), self.file_name.removesuffix("weight")
+        apart = {merged: merged.replace("*", " ") for merged in (outputs, inputs)}
+        return {
+            "a": Parameter(f"layer {apart[inputs]} rank", "adapter_a", f"{stem}lora_A.weight", f"rank {inputs}"),
+            "b": Parameter(f"layer rank {apart[outputs]}", "adapter_b", f"{stem}lora_B.weight", f"{outputs} rank"),
+        }
 
     @property
     def has_layers(self) -> bool:
@@ -127,6 +160,7 @@ MATRICES = {
     "up": Parameter("layer embed feedforward", "matmul", "mlp.up_proj.weight", "feedforward embed"),
     "down": Parameter("layer feedforward embed", "residual", "mlp.down_proj.weight", "embed feedforward"),
 }
+MODULES = {row.module: name for name, row in MATRICES.items()}
 INPUT_NORMS = {
     "attention_norm": Parameter("layer embed", "norm", "input_layernorm.weight", "embed"),
     "feedforward_norm": Parameter("layer embed", "norm", "post_attention_layernorm.weight", "embed"),
@@ -179,6 +213,13 @@ def parameter_table(model: ModelConfig) -> PyTree[Parameter]:
     return table if model.is_tied else table | {"head": HEAD}
 
 
+def trained_table(model: ModelConfig) -> PyTree[Parameter]:
+    """What training changes: every weight, or only the adapters."""
+    if not model.lora:
+        return parameter_table(model)
+    return {"layers": {MODULES[module]: MATRICES[MODULES[module]].adapter for module in model.lora.targets}}
+
+
 def shape_of(row: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Shape of a weight in memory."""
     return tuple(sizes[axis] for axis in row.axes.split())
@@ -190,15 +231,20 @@ def partition_spec(row: Parameter) -> PartitionSpec:
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
-    """Parameters in total, with weight decay, and in matrix products, where a tied head counts."""
+    """Parameters of the model, of what trains and of that with weight decay; those in matrix products, where a tied
+    head counts, and those among them that train."""
     sizes = model.sizes | {"vocab": model.vocabulary_size}
-    rows = jax.tree.leaves(parameter_table(model))
-    count = {row: math.prod(shape_of(row, sizes)) for row in rows}
-    matmul = sum(count[row] for row in rows if row.role in ("matmul", "residual"))
+    whole, trained = jax.tree.leaves(parameter_table(model)), jax.tree.leaves(trained_table(model))
+    count = {row: math.prod(shape_of(row, sizes)) for row in (*whole, *trained)}
+    matmul = sum(count[row] for row in whole if row.role in ("matmul", "residual"))
+    matmul += count[EMBEDDING] if model.is_tied else 0
+    adapters = sum(count[row] for row in trained if row.role.startswith("adapter"))
     return {
-        "all": sum(count.values()),
-        "decayed": sum(count[row] for row in rows if row.decays),
-        "matmul": matmul + (count[EMBEDDING] if model.is_tied else 0),
+        "all": sum(count[row] for row in whole),
+        "trained": sum(count[row] for row in trained),
+        "decayed": sum(count[row] for row in trained if row.decays),
+        "matmul": matmul + adapters,
+        "trained_matmul": adapters if model.lora else matmul,
     }
 
 
@@ -384,33 +430,52 @@ def initial_params(key: Key[Array, ""], model: ModelConfig) -> PyTree[Float[Arra
     """Random float32 weights: normal with std `initializer_range`, over √(2 × layers) for residual projections.
 
     The practice of GPT-2 (Radford et al. 2019) and Llama. Norm scales are one, biases and padded vocabulary rows zero.
-    Each random key is folded from the row's path, so adding a row never changes another's values.
+    Of adapters the second factor is zero, so that they change nothing yet, and the first one uniform within ± 1 / √its
+    inputs, as PEFT has it. Each random key is folded from the row's path, so adding a row never changes another's
+    values.
     """
 
     def draw(path: tuple[Any, ...], row: Parameter) -> Float[Array, "..."]:
         shape = shape_of(row, model.sizes)
-        if row.role in ("norm", "bias"):
+        if row.role in ("norm", "bias", "adapter_b"):
             return (jnp.ones if row.role == "norm" else jnp.zeros)(shape)
         scale = model.initializer_range / (math.sqrt(2 * model.layers) if row.role == "residual" else 1)
         own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        if row.role == "adapter_a":
+            bound = math.prod(shape[1:-1]) ** -0.5
+            return jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
         if not row.axes.startswith("vocab"):
             return scale * jax.random.normal(own_key, shape)
         padding = (0, model.padded_vocabulary - model.vocabulary_size)
         return jnp.pad(scale * jax.random.normal(own_key, (model.vocabulary_size, model.embed)), (padding, (0, 0)))
 
-    return jax.tree.map_with_path(draw, parameter_table(model))
+    return jax.tree.map_with_path(draw, trained_table(model))
 
 
-def cast(params: PyTree, model: ModelConfig, dtype: DTypeLike) -> PyTree:
-    """Weights in the dtype of compute; norm scales stay float32, and so do embedding and head.
+def joined(frozen: PyTree | None, trained: PyTree, model: ModelConfig) -> PyTree:
+    """The weights to compute with: what trains on its frozen base, of which nothing is copied; without one, itself."""
+    if frozen is None:
+        return trained
+    assert model.lora
+    factors, layers = trained["layers"], dict(frozen["layers"])
+    for name in MATRICES:
+        layers[name] = Frozen(layers[name], **factors.get(name, {}), scale=model.lora.scale)
+    return frozen | {"layers": layers}
 
-    Those rows are cast where they are used, so that the gradient of a frequent token is summed in float32.
+
+def cast(params: PyTree, table: PyTree[Parameter], dtype: DTypeLike) -> PyTree:
+    """The weights of these rows in the dtype of compute; norm scales stay float32, and so do embedding and head.
+
+    Those rows are cast where they are used, so that the gradient of a frequent token is summed in float32. A frozen
+    matrix stays as it is stored too, and is cast within its product.
     """
 
-    def stays(row: Parameter) -> bool:
-        return row.role == "norm" or row.axes.startswith("vocab")
+    def ready(row: Parameter, weight: Any) -> Any:
+        if row.role == "norm" or row.axes.startswith("vocab"):
+            return weight
+        return weight.cast(dtype) if isinstance(weight, Frozen) else weight.astype(dtype)
 
-    return jax.tree.map(lambda row, x: x if stays(row) else x.astype(dtype), parameter_table(model), params)
+    return jax.tree.map(ready, table, params)
 
 
 def rotary_frequencies(model: ModelConfig) -> Float[np.ndarray, " half"]:
@@ -448,58 +513,6 @@ def rotate(x: Float[Array, "batch token *heads head"], rotation: Rotation) -> Fl
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def linear(
-    x: Float[Array, "batch token *inputs"], weight: Float[Array, "*inputs_outputs"]
-) -> Float[Array, "batch token *outputs"]:
-    """Contract the axes of `x` after batch and token with the leading axes of `weight`, as one matrix product."""
-    inputs = x.ndim - 2
-    outputs = weight.shape[inputs:]
-    flat = jnp.reshape(weight, (math.prod(weight.shape[:inputs]), math.prod(outputs)))
-    product = matrix_product if platform() == "cpu" else jnp.matmul
-    return product(x.reshape(-1, flat.shape[0]), flat).reshape(*x.shape[:2], *outputs)
-
-
-@jax.custom_vjp
-def matrix_product(x: Inputs, weight: Matrix) -> Outputs:
-    """`x @ weight` on a CPU, summed in float32: XLA has a fast kernel for bfloat16 there only with float32 sums.
-
-    The backward pass first writes the incoming gradient to memory, row-major. Otherwise XLA fuses its computation with
-    the transposition that the weight's gradient needs, in a loop that is not vectorised: a fifth of a training step.
-    """
-    return _product("ti,io->to", x, weight)
-
-
-def _product(axes: str, x: Array, y: Array) -> Array:
-    """Named after rounding, so that rematerialisation keeps the result in the dtype of compute."""
-    product = jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
-    return checkpoint_name(product.astype(x.dtype), PRODUCT)
-
-
-def _matrix_product_backward(residual: tuple[Inputs, Matrix], gradient: Outputs) -> tuple[Inputs, Matrix]:
-    x, weight = residual
-    x, gradient = jax.lax.optimization_barrier((x, gradient))
-    return _product("to,io->ti", gradient, weight), product_over_tokens(x, gradient).astype(weight.dtype)
-
-
-matrix_product.defvjp(lambda x, weight: (_product("ti,io->to", x, weight), (x, weight)), _matrix_product_backward)
-
-
-def product_over_tokens(x: Inputs, gradient: Outputs) -> Matrix:
-    """A weight's gradient, in float32; on a CPU the fast bfloat16 kernel needs the transpose in memory."""
-    if platform() == "cpu" and x.dtype == jnp.bfloat16:
-        x = _written_transposed(x)
-        return jnp.einsum("it,to->io", x, gradient, preferred_element_type=jnp.float32)
-    return jnp.einsum("ti,to->io", x, gradient, preferred_element_type=jnp.float32)
-
-
-def _written_transposed(x: Float[Array, "row column"]) -> Float[Array, "column row"]:
-    """The transpose, block by block: XLA would merge a plain one into the product, which then has no fast kernel."""
-    rows, columns = (math.gcd(size, TRANSPOSED_BLOCK) for size in x.shape)
-    blocks = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
-    blocks = jax.lax.optimization_barrier(jnp.transpose(blocks, (2, 0, 3, 1)))
-    return jax.lax.optimization_barrier(jnp.transpose(blocks, (0, 2, 1, 3)).reshape(x.shape[::-1]))
-
-
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
@@ -520,22 +533,24 @@ def layer_forward(
         return rms_norm(x, layer[name], model.norm_epsilon) if name in layer else x
 
     normed = norm(x, "attention_norm")
-    query, key, value = (linear(normed, layer[name]) for name in ("query", "key", "value"))
-    if "query_bias" in layer:
-        query, key, value = query + layer["query_bias"], key + layer["key_bias"], value + layer["value_bias"]
+
+    def project(x: Array, name: str) -> Array:
+        bias, product = layer.get(f"{name}_bias"), linear(x, layer[name])
+        return product if bias is None else product + bias.astype(product.dtype)
+
+    query, key, value = (project(normed, name) for name in ("query", "key", "value"))
     query, key = norm(query, "query_norm"), norm(key, "key_norm")
     mixed, kept = attend(rotate(query, rotation), rotate(key, rotation), value)
-    mixed = linear(mixed, layer["output"])
-    mixed = mixed + layer["output_bias"] if "output_bias" in layer else mixed
+    mixed = project(mixed, "output")
     x = shard_rows(x + norm(mixed, "attention_output_norm"))
     normed = norm(x, "feedforward_norm")
     hidden = jax.nn.silu(linear(normed, layer["gate"])) * linear(normed, layer["up"])
     return shard_rows(x + norm(linear(hidden, layer["down"]), "feedforward_output_norm")), kept
 
 
-def embed(params: PyTree[Array], token: Tokens) -> Hidden:
+def embed(params: PyTree[Array], token: Tokens, dtype: DTypeLike) -> Hidden:
     """Embeddings of the tokens, in the dtype of compute."""
-    return shard_rows(params["embedding"][token].astype(params["layers"]["query"].dtype))
+    return shard_rows(params["embedding"][token].astype(dtype))
 
 
 def forward(
@@ -580,10 +595,15 @@ def decoding_params(params: PyTree[Array], model: ModelConfig, dtype: DTypeLike)
 
     A scan over stacked layers would copy the cache in and out of its stack at every step.
     """
-    params = cast(params, model, dtype)
+
+    def ready(row: Parameter, weight: Any) -> Any:
+        if isinstance(weight, Frozen):
+            return replace(weight.cast(dtype), base=weight.base.astype(dtype))
+        return weight if row.role == "norm" else weight.astype(dtype)
+
+    params = jax.tree.map(ready, parameter_table(model), params)
     layers = tuple(jax.tree.map(lambda leaf, at=at: leaf[at], params["layers"]) for at in range(model.layers))
-    vocabulary = {name: params[name].astype(dtype) for name in ("embedding", "head") if name in params}
-    return params | vocabulary | {"layers": layers}
+    return params | {"layers": layers}
 
 
 def empty_cache(model: ModelConfig, slots: int, pages: int, dtype: DTypeLike) -> Cache:

@@ -517,6 +517,7 @@ class Sampler:
 
     def load(self, params: PyTree[Array]) -> None:
         """Generate from these weights from now on."""
+        self.params = None  # what was there makes room
         with jax.set_mesh(self.mesh):
             self.params = cast_params(params, self.model, self.dtype)
 

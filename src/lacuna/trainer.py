@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from lacuna import checkpoint, metrics
+from lacuna import checkpoint, metrics, weights
 from lacuna.checkpoint import Manifest, OpenedModel, RunFacts, Saver, open_model
 from lacuna.config import (
     GrpoConfig,
@@ -62,9 +63,10 @@ from lacuna.model import (
     forward,
     head_of,
     initial_params,
+    joined,
     parameter_counts,
-    parameter_table,
     summed_token_loss,
+    trained_table,
 )
 from lacuna.tokenizer import changed_files, decode, ends_in_words
 
@@ -98,34 +100,50 @@ class Recipe(NamedTuple):
 
 Noise = Callable[[Int[Array, "row token"], Float[Array, "row token embed"]], Float[Array, "row token embed"]]
 Facts = tuple[dict[str, Array], dict[str, Array]]  # of micro-batches: those that are summed, and those of the largest
-Loss = Callable[[PyTree[Array], Any, ModelConfig, Noise], tuple[Float[Array, ""], Facts]]
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What a step minimises: hashable, with all of the config that shapes the program."""
+
+    compute_dtype: str
+
+    def __call__(
+        self, params: PyTree[Array], batch: Any, model: ModelConfig, noise: Noise
+    ) -> tuple[Float[Array, ""], Facts]:
+        """The sum over the tokens of a micro-batch, and what is logged of them."""
+        ...
+
 
 adam = optax.scale_by_adam(ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
 
 
-@partial(jax.jit, static_argnames=("model", "dtype", "loss"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "loss"), donate_argnames="state")
 def train_step(
     state: TrainState,
     batch: PyTree[Array],
     divisor: Float[Array, ""] | None,
     recipe: Recipe,
     model: ModelConfig,
-    dtype: str,
     loss: Loss,
     count: Int[Array, ""] | None = None,
+    frozen: PyTree | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One AdamW step (Loshchilov & Hutter 2019) on micro-batches [micro_batch, row, token], and what is logged of it.
 
     `loss` sums over the tokens of a micro-batch. The sums of all are divided once by `divisor`, so each token weighs
     the same wherever it lies; None: its weights are shares already. Only the first `count` micro-batches are used;
-    None: all. A loss or gradient that is not finite changes no weight.
+    None: all. `frozen` are weights without gradient, if adapters train. A loss or gradient that is not finite changes
+    no weight.
     """
-    compute, rows = cast(state.params, model, dtype), batch.token.shape[1]
+    table, rows = trained_table(model), batch.token.shape[1]
+    compute = cast(state.params, table, loss.compute_dtype)
     key = jax.random.fold_in(recipe.noise_key, state.step)
 
     def micro_batch_loss(params: PyTree[Array], number: Int[Array, ""] | int) -> tuple[Array, Facts]:
         micro_batch = jax.tree.map(lambda leaf: leaf[number], batch)
-        return loss(params, micro_batch, model, partial(embedding_noise, key, number * rows, recipe.neftune_alpha))
+        noise = partial(embedding_noise, key, number * rows, recipe.neftune_alpha)
+        return loss(joined(frozen, params, model), micro_batch, model, noise)
 
     def add_micro_batch(number: Int[Array, ""], total: tuple[PyTree, dict]) -> tuple[PyTree, dict]:
         (value, (sums, largest)), gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)(compute, number)
@@ -148,7 +166,7 @@ def train_step(
     def descend(row: Any, param: Array, direction: Array) -> Array:
         return param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
 
-    params = jax.tree.map(descend, parameter_table(model), state.params, direction)
+    params = jax.tree.map(descend, table, state.params, direction)
     is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
     params, moments = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), (params, moments), (state.params, state.moments)
@@ -184,13 +202,14 @@ def embedding_noise(
 class RowLoss(NamedTuple):
     """The summed cross-entropy (nats) of packed rows; its fields are all of the config that shapes the program."""
 
+    compute_dtype: str
     rematerialisation: str = "none"
     has_noise: bool = False
 
     def __call__(
         self, params: PyTree[Array], batch: Batch, model: ModelConfig, noise: Noise
     ) -> tuple[Float[Array, ""], Facts]:
-        x = embed(params, batch.token)
+        x = embed(params, batch.token, self.compute_dtype)
         if self.has_noise:
             x = x + noise(batch.segment, x)
         hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation)
@@ -231,13 +250,14 @@ def saved_shapes(model: ModelConfig) -> TrainState:
 
 
 def starting_state(config: TrainingConfig, opened: OpenedModel) -> TrainState:
-    """Weights as the config wants them, random or loaded, and empty moments, each created on its devices."""
+    """Weights as the config wants them, random or loaded, and empty moments, each created on its devices. A new adapter
+    is random, whatever its base."""
     model = opened.model
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, opened.mesh))
-    if config.from_scratch:
+    if config.from_scratch or opened.source == opened.base:
         random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
         return random(jax.random.key(config.seed))
-    params = checkpoint.opened_params(opened)
+    params = checkpoint.trained_params(opened)
     return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -251,9 +271,9 @@ def saved_state(directory: Path, manifest: Manifest, opened: OpenedModel) -> Tra
 
 FIXED_ON_RESUME = (
     "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
-    "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data", "system_prompt",
-    "prompt_template", "prompts_per_step", "completions_per_prompt", "max_completion_tokens", "updates_per_rollout",
-    "reward",
+    "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data", "lora_rank",
+    "lora_alpha", "lora_targets", "lora_scaling", "system_prompt", "prompt_template", "prompts_per_step",
+    "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
 COMMAND_OF: dict[type[TrainingConfig], str] = {PretrainConfig: "pretrain", SftConfig: "sft", GrpoConfig: "grpo"}
@@ -320,7 +340,7 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> 
 def model_facts(model: ModelConfig) -> dict[str, Any]:
     """The model as plain values, without what depends on the devices."""
     kept = {key: value for key, value in asdict(model).items() if key not in ("padded_vocabulary", "attention")}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+    return json.loads(json.dumps(kept))
 
 
 def masked_config(config: TrainingConfig) -> dict[str, Any]:
@@ -351,7 +371,9 @@ def prepare_directory(config: TrainingConfig, opened: OpenedModel, first_step: i
     if first_step == 0 or not (directory / checkpoint.SOURCE).is_dir():
         scratch = directory / f"{checkpoint.SOURCE}.tmp"
         changed = changed_files(opened.tokenizer, template_of(config))
-        checkpoint.copy_description(opened.tokenizer.directory, scratch, opened.model, changed)
+        if lora := opened.model.lora:
+            changed[weights.ADAPTER] = weights.lora_config(lora, opened.place.base_name)
+        checkpoint.copy_description(opened.tokenizer.directory, opened.place.described, scratch, opened.model, changed)
         checkpoint.replace_directory(scratch, directory / checkpoint.SOURCE)
 
 
@@ -389,18 +411,20 @@ class Run:
         self.compile_seconds, self.save_seconds = 0.0, list[float]()
         self.first_step_seconds: float | None = None
 
-    def check_unchanged(self, model: ModelConfig, digests: tuple[str, ...]) -> None:
+    def check_unchanged(self, opened: OpenedModel, digests: tuple[str, ...]) -> None:
         """Refuse to resume on a model or data that changed in the meantime."""
         if not self.resumed:
             return
         name, before = self.config.model_name, self.resumed[1].run
-        facts = model_facts(model)
+        facts = model_facts(opened.model)
         for key, saved in before.model.items():
             if saved != (now := facts.get(key)):
                 raise UserError(f"{name}: {key} in config.json was {saved!r} and is {now!r}; restore it")
         paths = [source.path for source in self.config.data]
         pairs = [*zip(paths, digests, before.data, strict=True)]
-        pairs += [(name, now, before.inputs.get(name, now)) for name, now in self.inputs.items()]
+        for name, now in self.inputs.items():
+            label = f"{opened.base}, the weights under the adapter" if name == checkpoint.BASE else name
+            pairs.append((label, now, before.inputs.get(name, now)))
         for name, now, saved in pairs:
             if now != saved:
                 raise UserError(f"{name}: its content has changed since the checkpoint; restore it, or start again")
@@ -418,7 +442,9 @@ class Run:
         """
         config, directory = self.config, self.config.run_directory
         check_same("config, model or data", repr((masked_config(config), opened.model, digests, read)))
-        self.check_unchanged(opened.model, digests)
+        if opened.base and is_first():
+            self.inputs |= {checkpoint.BASE: checkpoint.base_digest(opened)}
+        self.check_unchanged(opened, digests)
         enable_compilation_cache(config)
         self.opened, self.digests, self.steps = opened, digests, steps
         self.watchdog = Watchdog(directory / "run.log")
@@ -428,6 +454,7 @@ class Run:
         lines = [*model_lines(config, opened), *lines, *self.lines]
         with jax.set_mesh(opened.mesh):
             state = saved_state(*self.resumed, opened) if self.resumed else starting_state(config, opened)
+            self.frozen = checkpoint.frozen_params(opened)
             with writing_to(directory):
                 if is_first():
                     prepare_directory(config, opened, self.step, lines.append)
@@ -463,7 +490,7 @@ class Run:
                 if evaluation and is_evaluation:
                     jax.block_until_ready(figures)
                     with self.off_the_clock():
-                        record |= evaluation.measure(state.params, self.watchdog)
+                        record |= evaluation.measure(self.whole(state.params), self.watchdog)
                         best = self.better_figure(record)
                 is_stop = stop.is_due(self.step)
                 is_save = is_stop or best is not None or self.is_due(config.save_every, self.step)
@@ -482,6 +509,10 @@ class Run:
         if self.saver.failures:
             raise UserError("the last step is not saved; make room and continue with --resume")
         return state
+
+    def whole(self, params: PyTree[Array]) -> PyTree[Array]:
+        """All weights to compute with: those that train, on those that do not."""
+        return joined(self.frozen, params, self.opened.model)
 
     def is_due(self, every: int, step: int) -> bool:
         """Whether what comes `every` so many steps, 0 only at the end, comes after this step."""
@@ -586,14 +617,20 @@ class Run:
         if is_ended := self.step == self.steps:
             assert self.saver.newest
             params = checkpoint.saved_params(self.saver.newest, opened.model)
-            problems = checkpoint.save_model(directory / "model", params, opened.model, directory / checkpoint.SOURCE)
-            self.log.info("; WARNING: ".join([f"model in Hugging Face layout: {directory / 'model'}", *problems]))
+            facts_of_base = {name: digest for name, digest in self.inputs.items() if name == checkpoint.BASE}
+            source, what = (
+                directory / checkpoint.SOURCE,
+                "adapter in PEFT's" if opened.base else "model in Hugging Face",
+            )
+            problems = checkpoint.save_model(directory / "model", params, opened.model, source, facts_of_base)
+            self.log.info("; WARNING: ".join([f"{what} layout: {directory / 'model'}", *problems]))
         records = metrics.read_json_lines(directory / "metrics.jsonl")
         skipped = (record.get("skipped_updates", "loss" in record and record["loss"] is None) for record in records)
         summary = metrics.summarise(records) | {
             "skipped_steps": sum(skipped),
             "command": command,
             "parameters": parameter_counts(opened.model)["all"],
+            "trained_parameters": parameter_counts(opened.model)["trained"],
             "wall_seconds": self.seconds,
             "device_kind": opened.mesh.devices.flat[0].device_kind,
             "device_count": jax.device_count(),
@@ -617,10 +654,11 @@ class Run:
 def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     """Start-up lines on the model and the devices."""
     counts, mesh = parameter_counts(opened.model), opened.mesh
-    yield (
-        f"model: {config.model_name} ({opened.model.family}), {counts['all']:,} parameters, "
-        f"{counts['decayed']:,} with weight decay and {counts['all'] - counts['decayed']:,} without"
-    )
+    decayed = f"{counts['decayed']:,} with weight decay and {counts['trained'] - counts['decayed']:,} without"
+    if lora := opened.model.lora:
+        decayed = f"frozen; {counts['trained']:,} of adapters train: rank {lora.rank}, scale {lora.scale:g}, on "
+        decayed += ", ".join(lora.targets)
+    yield f"model: {config.model_name} ({opened.model.family}), {counts['all']:,} parameters, {decayed}"
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind
@@ -649,7 +687,8 @@ def run_training(
     config = checkpoint.settled(config)
     with held_directory(config.run_directory):
         run = Run(config, write_report)
-        opened, dataset = read_inputs(config, with_weights=not (run.resumed or config.from_scratch))
+        needs_weights = bool(config.lora_rank) or not (run.resumed or config.from_scratch)
+        opened, dataset = read_inputs(config, needs_weights)
         evaluation = prepare_evaluation(config, opened) if config.has_evaluation else None
         digests = tuple(documents.facts["digest"] for documents in dataset.documents)
         first_rows = b"".join(leaf.tobytes() for leaf in dataset.batch(0, config.batch_size))
@@ -682,7 +721,7 @@ class RowSteps:
         self.accumulation = accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(run.opened.mesh))
         self.recipe = jax.device_put(recipe_of(config, run.steps), everywhere(run.opened.mesh))
         has_noise = isinstance(config, SftConfig) and config.neftune_alpha > 0
-        self.loss = RowLoss(config.rematerialisation, has_noise)
+        self.loss = RowLoss(config.compute_dtype, config.rematerialisation, has_noise)
         self.programs: dict[int, Any] = {}
         self.ready: tuple[Batch, dict[str, Any]] | None = None
         self.running: dict[str, Array] = {}
@@ -692,17 +731,18 @@ class RowSteps:
         batch, record = self.ready or self.prepare(self.run.step)
         arguments = state, batch, np.float32(record["target_tokens"]), self.recipe
         if (length := batch.token.shape[-1]) not in self.programs:
-            static = {"model": self.run.opened.model, "dtype": self.config.compute_dtype, "loss": self.loss}
+            static = {"model": self.run.opened.model, "loss": self.loss}
             name = f"the step for rows of {length} tokens"
             jax.block_until_ready(self.running)  # its seconds are its own, and those of compiling no step's
-            self.programs[length] = self.run.compile(train_step, name, *arguments, **static)
-        state, self.running = self.programs[length](*arguments)
+            self.programs[length] = self.run.compile(train_step, name, *arguments, **static, frozen=self.run.frozen)
+        state, self.running = self.programs[length](*arguments, frozen=self.run.frozen)
         self.ready = self.prepare(record["step"]) if record["step"] < self.run.steps else None
         return state, record, self.running
 
     def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
         """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
         batch, model = self.dataset.batch(index, self.config.batch_size, self.row_limit), self.run.opened.model
+        counts = parameter_counts(model)
         lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment]).astype(np.int64)
         record = {
             "step": index + 1,
@@ -711,7 +751,11 @@ class RowSteps:
             "target_tokens": int(batch.weight.sum()),
             "packing_efficiency": float(lengths.sum() / batch.token.size),
             "flops": metrics.step_flops(
-                parameter_counts(model)["matmul"], model.kv_heads * model.group * model.head, model.layers, lengths
+                counts["matmul"],
+                counts["trained_matmul"],
+                model.kv_heads * model.group * model.head,
+                model.layers,
+                lengths,
             ),
         }
         split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)

@@ -21,7 +21,19 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 
 from lacuna.config import UserError
-from lacuna.model import EMBEDDING, HEAD, ModelConfig, Parameter, parameter_table, partition_spec, shape_of
+from lacuna.model import (
+    EMBEDDING,
+    HEAD,
+    MATRICES,
+    MODULES,
+    Lora,
+    ModelConfig,
+    Parameter,
+    parameter_table,
+    partition_spec,
+    shape_of,
+    trained_table,
+)
 from lacuna.tokenizer import read_json
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # ours, in a file's header
@@ -29,7 +41,8 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 BLOCK_ROWS = 4096
 SHARD_BYTES = 5 * 10**9
 LISTED = 10
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."  # of tensors' names in PEFT's files
 leaf_name = partial(keystr, simple=True, separator="/")
 Box = tuple[tuple[int, int], ...]  # of each axis the first index and the one after the last
 
@@ -81,6 +94,12 @@ class StoredTensor:
             if (shared := overlap(box, held)) is not None:
                 values[within(shared, box)] = piece[within(shared, held)]
         return values
+
+    @property
+    def stored_dtype(self) -> Any:
+        """The dtype in its file, but float32 for float64."""
+        names = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+        return jnp.dtype(names.get(self.pieces[0][1].get_dtype(), "float32"))
 
     def equals(self, other: "StoredTensor") -> bool:
         """Whether another tensor has the same values; both are read in blocks of rows."""
@@ -139,6 +158,14 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
+def header_facts(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors; nothing if there is no such file."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
 def copied_pieces(arrays: PyTree[Array], shapes: PyTree) -> dict[str, np.ndarray]:
     """Copies of those pieces of arrays that this process writes, by their names for `open_tensors`: the array's path in
     the tree and the piece's first index.
@@ -166,7 +193,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, single or with an index, or of a checkpoint.
+    """The safetensors files of a model, single or with an index, of an adapter, or of a checkpoint.
 
     Raises:
         UserError: there are none or not all, or there are both and they differ, or the index is damaged.
@@ -175,6 +202,8 @@ def weight_files(directory: Path) -> list[Path]:
         return sorted(directory.glob("shard-*.safetensors"))
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if not index.is_file():
+        if not single.is_file() and (directory / ADAPTER_WEIGHTS).is_file():
+            return [directory / ADAPTER_WEIGHTS]
         if not single.is_file():
             raise UserError(f"{directory}: {without_weights(directory, os.listdir(directory))}")
         return [single]
@@ -199,9 +228,7 @@ def without_weights(directory: Path, names: Sequence[str]) -> str:
     """Why files of these names are no weights that can be read, and what to do; `directory` holds the small ones."""
     found = sorted(name for name in names if Path(name).name == name)
     if ADAPTER in found:
-        base = read_json(directory / ADAPTER).get("base_model_name_or_path")
-        of = f" of {base}" if base else ""
-        return f"an adapter{of}, no model; merge it with peft's merge_and_unload() and save_pretrained(…)"
+        return f"{ADAPTER} is there, but no {ADAPTER_WEIGHTS}; save the adapter again as safetensors"
     if shards := [name for name in found if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
         return f"{shards[0]} is there, but no model.safetensors.index.json; fetch that too"
     if others := [name for name in found if name.endswith(".safetensors")]:
@@ -242,32 +269,53 @@ def has_own_head(directory: Path) -> bool:
     return head is not None and embedding is not None and not head.equals(embedding)
 
 
-def load_params(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array]:
-    """Float32 weights from `directory`, each device reading only its part.
+def load_params(directory: Path, model: ModelConfig, mesh: Mesh, as_stored: bool = False) -> PyTree[Array]:
+    """All weights of a model from `directory`, each device reading only its part: in float32, or as they are stored.
 
     Raises:
         UserError: no weights, or tensors that are missing, unknown or of another shape (the first ten of each).
     """
     tensors = model_tensors(directory)
-    check_tensors(directory, model, tensors)
-    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh), parameter_table(model))
-
-
-def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a model whose files do not hold exactly the tensors that its config asks for."""
-    found = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
-        found.pop(HEAD.file_name, None)
-    wanted = {
-        name: file_shape(row, model)
-        for row in jax.tree.leaves(parameter_table(model))
-        for name in file_names(row, model)
-    }
+        tensors.pop(HEAD.file_name, None)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return load_table(directory, parameter_table(model), tensors, model, mesh, as_stored)
+
+
+def load_adapter(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array]:
+    """The float32 factors of an adapter in PEFT's layout. Raises UserError as `load_params` does."""
+    path = directory / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{directory}: {without_weights(directory, os.listdir(directory))}")
+    tensors = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in open_tensors([path]).items()}
+    return load_table(directory, trained_table(model), tensors, model, mesh)
+
+
+def load_table(
+    directory: Path,
+    table: PyTree[Parameter],
+    tensors: Mapping[str, StoredTensor],
+    model: ModelConfig,
+    mesh: Mesh,
+    as_stored: bool = False,
+) -> PyTree[Array]:
+    """The weights of some rows, which are all that the files of a directory may hold."""
+    check_tensors(directory, table, model, tensors)
+    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh, as_stored), table)
+
+
+def check_tensors(
+    directory: Path, table: PyTree[Parameter], model: ModelConfig, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Refuse files that do not hold exactly the tensors that their config asks for."""
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wanted = {name: file_shape(row, model) for row in jax.tree.leaves(table) for name in file_names(row, model)}
     wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
     unknown = [name for name in found if name not in wanted]
     if wrong or unknown:
+        config = ADAPTER if model.lora and table is not parameter_table(model) else "config.json"
         lines = [
-            f"{name}: {found.get(name, 'missing')} in the files, {wanted.get(name, 'unknown')} by config.json"
+            f"{name}: {found.get(name, 'missing')} in the files, {wanted.get(name, 'unknown')} by {config}"
             for name in wrong[:LISTED] + unknown[:LISTED]
         ]
         more = [f"… and {len(names) - LISTED} more" for names in (wrong, unknown) if len(names) > LISTED]
@@ -275,7 +323,60 @@ def check_tensors(directory: Path, model: ModelConfig, tensors: Mapping[str, Sto
         if wrong == [HEAD.file_name] and HEAD.file_name not in found and not unknown:
             fix = "if the embedding is the head, set tie_word_embeddings to true"
         listed = "\n  ".join(lines + more)
-        raise UserError(f"{directory}: the weights do not fit config.json; {fix}\n  {listed}")
+        raise UserError(f"{directory}: the weights do not fit {config}; {fix}\n  {listed}")
+
+
+# What adapter_config.json may say besides what shapes the adapter: it changes nothing in what the adapter computes
+SILENT_KEYS = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "init_lora_weights", "loftq_config",
+    "eva_config", "corda_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
+
+
+def read_lora(directory: Path) -> Lora:
+    """The adapter that `directory/adapter_config.json` describes, in PEFT's form.
+
+    Raises:
+        UserError: another kind of adapter, or something that is not supported, by name.
+    """
+    path = directory / ADAPTER
+    stated = read_json(path)
+    if (kind := stated.get("peft_type")) != "LORA":
+        raise UserError(f"{path}: peft_type {kind!r} is not supported; supported is LORA")
+    for key, value in stated.items():
+        if value and key not in SILENT_KEYS and (key, value) != ("bias", "none"):
+            raise UserError(
+                f"{path}: {key} = {value!r} is not supported; merge the adapter by peft's merge_and_unload() and "
+                "save_pretrained(…)"
+            )
+    targets: Any = stated.get("target_modules")
+    places = {row.file_name: row.module for row in MATRICES.values()}
+    try:
+        if isinstance(targets, str):
+            is_chosen = partial(re.fullmatch, targets) if targets != "all-linear" else bool
+            found = [
+                module for name, module in places.items() if is_chosen(f"model.layers.0.{name}"[: -len(".weight")])
+            ]
+        else:
+            found = sorted({target.split(".")[-1] for target in targets}, key=list(places.values()).index)
+        return Lora(int(stated["r"]), float(stated["lora_alpha"]), bool(stated.get("use_rslora")), tuple(found))
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise UserError(
+            f"{path}: r, lora_alpha and target_modules = {targets!r} should be numbers and some of "
+            f"{', '.join(MODULES)} ({error})"
+        ) from error
+
+
+def lora_config(lora: Lora, base_name: str) -> str:
+    """The text of adapter_config.json in PEFT's form; a commit that `base_name` names becomes its revision."""
+    name, _, revision = base_name.partition("@") if not Path(base_name).exists() else (base_name, "", "")
+    stated = {
+        "base_model_name_or_path": name, "revision": revision or None, "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "inference_mode": True, "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.is_stabilised,
+        "target_modules": list(lora.targets), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+    }  # fmt: skip
+    return json.dumps(stated, indent=2) + "\n"
 
 
 def file_names(row: Parameter, model: ModelConfig) -> list[str]:
@@ -296,14 +397,17 @@ def file_order(row: Parameter) -> list[str]:
     return row.file_axes.replace("*", " ").split()
 
 
-def load_parameter(row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh) -> Array:
+def load_parameter(
+    row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh, as_stored: bool = False
+) -> Array:
     """One weight over the mesh; each shard reads its part of each layer's tensor."""
     shape, names = shape_of(row, model.sizes), file_names(row, model)
+    dtype = tensors[names[0]].stored_dtype if as_stored else np.float32
 
     def shard(index: Any) -> np.ndarray:
         spans = dict(zip(row.axes.split(), shard_box(index, shape), strict=True))
         layers = slice(*spans.pop("layer", (0, 1)))
-        parts = [from_file(tensors[name], row, spans) for name in names[layers]]
+        parts = [from_file(tensors[name], row, spans).astype(dtype, copy=False) for name in names[layers]]
         return np.stack(parts) if row.has_layers else parts[0]
 
     return jax.make_array_from_callback(shape, NamedSharding(mesh, partition_spec(row)), shard)
@@ -335,37 +439,41 @@ def file_tensor(leaf: Any, row: Parameter, layer: int, model: ModelConfig, dtype
     return values.reshape(file_shape(row, model)).astype(dtype)
 
 
-def write_weights(scratch: Path, params: PyTree, model: ModelConfig) -> None:
-    """Write the safetensors files of a model."""
+def write_weights(scratch: Path, params: PyTree, model: ModelConfig, facts: Mapping[str, str]) -> None:
+    """Write the safetensors files of a model, or of an adapter in PEFT's layout; `facts` go into their headers."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    dtype, table = jnp.dtype(model.file_dtype), parameter_table(model)
+    dtype, table = jnp.dtype("float32" if model.lora else model.file_dtype), trained_table(model)
     tensors = {
-        name: (leaf, row, layer)
+        ADAPTER_PREFIX * bool(model.lora) + name: (leaf, row, layer)
         for row, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(params), strict=True)
         for layer, name in enumerate(file_names(row, model))
     }
     shapes = {name: (dtype, file_shape(row, model)) for name, (_, row, _) in tensors.items()}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape) in shapes.items()}
+    stem = ADAPTER_WEIGHTS.removesuffix(".safetensors") if model.lora else "model"
     files = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
+        sizes, get_storage_size=int, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD_BYTES
     )
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for file, names in files.filename_to_tensors.items():
         values = (file_tensor(*tensors[name], model, dtype) for name in names)
-        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values)
+        write_safetensors(scratch / file, {name: shapes[name] for name in names}, values, facts)
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]
+    path: Path,
+    shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Iterable[np.ndarray],
+    facts: Mapping[str, str] | None = None,
 ) -> str:
     """Write and sync tensors one by one in the order of `shapes`; the file's SHA-256, computed on the way.
 
     The library's own writer wants a second copy of all tensors in memory and blocks every other thread meanwhile.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(facts or {})}}
     end = 0
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize

@@ -1,12 +1,13 @@
 """The command export: a checkpoint of a run as a model that any runtime reads."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from lacuna import checkpoint
 from lacuna.apps.configs import ExportConfig
 from lacuna.config import UserError
 from lacuna.model import read_model_config
-from lacuna.weights import is_checkpoint
+from lacuna.weights import ADAPTER, is_checkpoint, read_lora
 
 
 def run_export(config: ExportConfig) -> None:
@@ -23,6 +24,10 @@ def run_export(config: ExportConfig) -> None:
     if directory.exists():
         raise UserError(f"directory {config.directory!r} is there already; name another")
     described, manifest = checkpoint.described_in(source), checkpoint.checked_manifest(source)
-    model = read_model_config(described)
-    problems = checkpoint.save_model(directory, checkpoint.saved_params(source, model), model, described)
-    print("; WARNING: ".join([f"model in Hugging Face layout, of step {manifest.run.step}: {directory}", *problems]))
+    model, base = read_model_config(described), checkpoint.stated_base(source)
+    if is_adapter := (described / ADAPTER).is_file():
+        model = replace(model, lora=read_lora(described))
+    params, facts = checkpoint.saved_params(source, model), {checkpoint.BASE: base} if base else {}
+    problems = checkpoint.save_model(directory, params, model, described, facts)
+    what = "adapter in PEFT's" if is_adapter else "model in Hugging Face"
+    print("; WARNING: ".join([f"{what} layout, of step {manifest.run.step}: {directory}", *problems]))

@@ -30,7 +30,7 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     model_name = config.model_name or str(checkpoint.newest_run(config.output_dir))
     config = checkpoint.settled(config.model_copy(update={"model_name": model_name}))
     opened = checkpoint.open_model(config, mesh)
-    source, model, tokenizer, _, _ = opened
+    source, model, tokenizer, *_ = opened
     enable_compilation_cache(config)
     capacity = model.capacity(config.capacity)
     params = checkpoint.opened_params(opened)

@@ -32,7 +32,7 @@ from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss, slot_count, update_shape
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
-from lacuna.model import PAGE, ModelConfig, check_trainable, parameter_counts
+from lacuna.model import PAGE, ModelConfig, check_trainable, joined, parameter_counts
 from lacuna.trainer import TrainState, everywhere
 
 MOST_ROWS = 64  # the largest micro-batch that is tried
@@ -229,7 +229,7 @@ def attention_flops(config: TrainingConfig, model: ModelConfig, row_count: int) 
     """FLOPs of attention, forward and backward, over rows of one document each: two matrix products forward, five
     backward, as the scores are recomputed, and the two forward ones again where layers are recomputed."""
     width = model.kv_heads * model.group * model.head
-    counted = step_flops(0, width, model.layers, np.full(row_count, config.sequence_length))
+    counted = step_flops(0, 0, width, model.layers, np.full(row_count, config.sequence_length))
     return counted * (9 if config.rematerialisation == "layer" else 7) / 6
 
 
@@ -248,8 +248,9 @@ def rows_program(config: RowsConfig, model: ModelConfig, mesh: Mesh, state: Trai
     """The step of sft and pretrain."""
     count, rows = accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(mesh)), config.batch_size
     batch = abstract_batch(Batch, (count, rows // count, config.sequence_length), mesh)
-    loss = trainer.RowLoss(config.rematerialisation, isinstance(config, SftConfig) and config.neftune_alpha > 0)
-    arguments = state, batch, np.float32(1), recipe, model, config.compute_dtype, loss
+    has_noise = isinstance(config, SftConfig) and config.neftune_alpha > 0
+    loss = trainer.RowLoss(config.compute_dtype, config.rematerialisation, has_noise)
+    arguments = state, batch, np.float32(1), recipe, model, loss, None, checkpoint.abstract_frozen(model, mesh)
     scope = f"{rows} rows in {count} micro-batch{'es' * (count > 1)}, and the optimizer"
     return compiled("step", scope, trainer.train_step, *arguments, attention=attention_flops(config, model, rows))
 
@@ -267,10 +268,12 @@ def grpo_programs(
 ) -> Iterator[Program]:
     """Prefill, decoding and the update, each beside what the other two keep on the devices."""
     slots, pages = abstract_slots(config, model, mesh), math.ceil(config.sequence_length / PAGE)
-    casting = sampler.cast_params.trace(state.params, model, config.compute_dtype)
+    frozen = checkpoint.abstract_frozen(model, mesh)
+    casting = sampler.cast_params.trace(joined(frozen, state.params, model), model, config.compute_dtype)
     params = placed(casting.out_info, casting.lower().compile().output_shardings)
     weights, generating = device_bytes(params), device_bytes((params, slots))
-    training = device_bytes(state) + weights * (config.kl_weight > 0)  # with the starting policy
+    policy = device_bytes(state.params) * jnp.dtype(config.compute_dtype).itemsize / 4  # a copy, as of the starting one
+    training = device_bytes((state, frozen)) + policy * (config.kl_weight > 0)
     prompt = math.ceil((config.sequence_length - config.max_completion_tokens) / PAGE) * PAGE
     rows = sampler.slots_for(min(config.prompts_per_step, max(sampler.PREFILL_PAGES // pages, 1)), mesh)
     token = jax.ShapeDtypeStruct((rows, prompt), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES)))
@@ -285,9 +288,9 @@ def grpo_programs(
     yield compiled("decode", scope, sampler.decode_block, *arguments, beside=training)
     shape = update_shape(config, mesh)
     batch, loss = abstract_batch(RolloutBatch, shape, mesh), policy_loss(config)
-    arguments = state, batch, None, recipe, model, config.compute_dtype, loss, np.int32(1)
+    arguments = state, batch, None, recipe, model, loss, np.int32(1), frozen
     scope = f"one micro-batch of {shape[1]} row{'s' * (shape[1] > 1)}, of up to {shape[0]:,}, and the optimizer"
-    beside = training - device_bytes(state) + generating + weights * (config.updates_per_rollout > 1)
+    beside = training - device_bytes((state, frozen)) + generating + policy * (config.updates_per_rollout > 1)
     attention = attention_flops(config, model, shape[1])
     yield compiled("update", scope, trainer.train_step, *arguments, beside=beside, attention=attention)
 
@@ -340,7 +343,8 @@ def step_facts(
     """The model FLOPs of a step of sft or pretrain, and how fast it can be."""
     width = model.kv_heads * model.group * model.head
     lengths = np.full(config.batch_size, config.sequence_length)
-    flops = step_flops(parameter_counts(model)["matmul"], width, model.layers, lengths)
+    counts = parameter_counts(model)
+    flops = step_flops(counts["matmul"], counts["trained_matmul"], width, model.layers, lengths)
     return {
         "model_flops": flops,
         "recomputed_share": max(step["flops"] * count / flops - 1, 0.0),
@@ -370,8 +374,7 @@ def run_plan(config: TrainingConfig) -> None:
     topology = read_topology(config.topology)
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor, topology.devices)
     config = checkpoint.settled(config, topology.chip.platform)
-    source = checkpoint.described_in(checkpoint.resolve_model(config.model_name, with_weights=False))
-    model, attention = checkpoint.model_on(source, config, mesh)
+    model, attention = checkpoint.model_on(checkpoint.find_model(config, with_weights=False), config, mesh)
     check_trainable(model, config.sequence_length)
     facts = setting_facts(config, model, topology, mesh) | {"attention": attention}
     print(*setting_lines(config, model, topology, facts), sep="\n", flush=True)
@@ -401,12 +404,12 @@ def setting_facts(config: TrainingConfig, model: ModelConfig, topology: Topology
     state, cache, slots = trainer.abstract_state(model, mesh), 0.0, 0
     if isinstance(config, GrpoConfig):
         cache, slots = device_bytes(abstract_slots(config, model, mesh).cache), slot_count(config, mesh)
-    weights = device_bytes(state.params)
+    weights, frozen = device_bytes(state.params), device_bytes(checkpoint.abstract_frozen(model, mesh))
     return {
         "topology": topology.name, "devices": mesh.size, "mesh": dict(mesh.shape), "chip": topology.chip._asdict(),
         "model": config.model_name, "parameters": parameter_counts(model)["all"], "parameter_bytes": weights,
-        "optimizer_bytes": device_bytes(state) - weights, "gradient_bytes": weights, "cache_bytes": cache,
-        "slots": slots,
+        "frozen_bytes": frozen, "optimizer_bytes": device_bytes(state) - weights, "gradient_bytes": weights,
+        "cache_bytes": cache, "slots": slots,
     }  # fmt: skip
 
 
@@ -427,8 +430,10 @@ def setting_lines(
         f"{config.compute_dtype}"
     )
     yield facts["attention"]
+    kind = "adapters" if model.lora else "parameters"
+    base = f"{byte_size(facts['frozen_bytes'])} of the frozen base, " if model.lora else ""
     yield (
-        f"a device's part of the state: {byte_size(facts['parameter_bytes'])} of parameters, "
+        f"a device's part of the state: {base}{byte_size(facts['parameter_bytes'])} of {kind}, "
         f"{byte_size(facts['optimizer_bytes'])} of optimizer; while they last, gradients take "
         f"{byte_size(facts['gradient_bytes'])} of the temporaries"
     )

@@ -44,7 +44,7 @@ def replay(config: GrpoConfig, original: GrpoConfig) -> None:
     opened = inputs.opened
     enable_compilation_cache(config)
     with jax.set_mesh(opened.mesh):
-        state = starting_state(config, opened)
+        state, frozen = starting_state(config, opened), checkpoint.frozen_params(opened)
         reference = cast_weights(state.params, opened.model, config.compute_dtype) if config.kl_weight else None
         if saved := [step for step in checkpoint.saved_steps(directory) if step < config.step]:
             place = checkpoint.checkpoint_directory(directory, max(saved))
@@ -54,7 +54,7 @@ def replay(config: GrpoConfig, original: GrpoConfig) -> None:
             recipe = recipe_of(current, step_count(current, inputs) * current.updates_per_rollout)
             groups = scored_again(group_by_prompt(steps[step]), current)
             recipe = jax.device_put(recipe, everywhere(opened.mesh))
-            state, facts = update(state, groups, reference, recipe, opened, current)
+            state, facts = update(state, groups, reference, recipe, opened, current, frozen)
     print(json.dumps({"step": config.step} | rollout_facts(groups) | facts, indent=1))
 
 

@@ -1,0 +1,133 @@
+"""Products with a weight: one that trains, or a frozen one with the factors of its adapter."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lacuna.distributed import platform
+from lacuna.quantised import PRODUCT, Quantised, quantised_product
+
+TRANSPOSED_BLOCK = 64
+
+Inputs = Float[Array, "token inputs"]
+Outputs = Float[Array, "token outputs"]
+Matrix = Float[Array, "inputs outputs"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale"])
+@dataclass(frozen=True)
+class Frozen:
+    """A matrix that does not train, in the dtype in which it is stored, and the factors of its adapter, if it has one.
+    Factors with one more axis than a matrix, after that of layers, are of one adapter for each row of a batch."""
+
+    base: Any
+    a: Any = None
+    b: Any = None
+    scale: float = 1.0
+
+    def cast(self, dtype: DTypeLike) -> "Frozen":
+        """The same with its factors in a dtype."""
+        a, b = jax.tree.map(lambda factor: factor.astype(dtype), (self.a, self.b))
+        return replace(self, a=a, b=b)
+
+
+def linear(
+    x: Float[Array, "batch token *inputs"], weight: Float[Array, "*inputs_outputs"] | Frozen
+) -> Float[Array, "batch token *outputs"]:
+    """Contract the axes of `x` after batch and token with the leading axes of `weight`, as one matrix product; a frozen
+    one's adapter, if it has one, adds what it makes of `x`."""
+    if isinstance(weight, Frozen):
+        product = base_product(x, weight.base)
+        if weight.a is None:
+            return product
+        factor = linear
+        if weight.a.ndim == x.ndim:  # an adapter for each row
+            factor = jax.vmap(lambda row, factor: linear(row[None], factor)[0])
+        return product + factor(weight.scale * factor(x, weight.a), weight.b)
+    return multiplied(x, weight, matrix_product if platform() == "cpu" else jnp.matmul)
+
+
+def base_product(
+    x: Float[Array, "batch token *inputs"], base: Float[Array, "*inputs_outputs"] | Quantised
+) -> Float[Array, "batch token *outputs"]:
+    """The product with a frozen matrix, whatever it is stored as."""
+    if not isinstance(base, Quantised):
+        return multiplied(x, base, frozen_product)
+    tokens = x.shape[0] * x.shape[1]
+    return quantised_product(x.reshape(tokens, -1), base).reshape(*x.shape[:2], *base.outputs)
+
+
+def multiplied(x: Array, weight: Array, product: Callable[[Array, Array], Array]) -> Array:
+    """`x` with batch and token as one axis times `weight` with inputs and outputs as one axis each."""
+    inputs = x.ndim - 2
+    outputs = weight.shape[inputs:]
+    flat = jnp.reshape(weight, (math.prod(weight.shape[:inputs]), math.prod(outputs)))
+    return product(x.reshape(-1, flat.shape[0]), flat).reshape(*x.shape[:2], *outputs)
+
+
+@jax.custom_vjp
+def frozen_product(x: Inputs, weight: Matrix) -> Outputs:
+    """`x @ weight` for a weight without gradient, which is cast here and kept as it is stored for the backward pass."""
+    return _frozen_product_forward(x, weight)[0]
+
+
+def _frozen_product_forward(x: Inputs, weight: Matrix) -> tuple[Outputs, Matrix]:
+    product = partial(_product, "ti,io->to") if platform() == "cpu" else jnp.matmul
+    return product(x, weight.astype(x.dtype)), weight
+
+
+def _frozen_product_backward(weight: Matrix, gradient: Outputs) -> tuple[Inputs, None]:
+    gradient = jax.lax.optimization_barrier(gradient)
+    return _product("to,io->ti", gradient, weight.astype(gradient.dtype)), None
+
+
+frozen_product.defvjp(_frozen_product_forward, _frozen_product_backward)
+
+
+@jax.custom_vjp
+def matrix_product(x: Inputs, weight: Matrix) -> Outputs:
+    """`x @ weight` on a CPU, summed in float32: XLA has a fast kernel for bfloat16 there only with float32 sums.
+
+    The backward pass first writes the incoming gradient to memory, row-major. Otherwise XLA fuses its computation with
+    the transposition that the weight's gradient needs, in a loop that is not vectorised: a fifth of a training step.
+    """
+    return _product("ti,io->to", x, weight)
+
+
+def _product(axes: str, x: Array, y: Array) -> Array:
+    """Named after rounding, so that rematerialisation keeps the result in the dtype of compute."""
+    product = jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
+    return checkpoint_name(product.astype(x.dtype), PRODUCT)
+
+
+def _matrix_product_backward(residual: tuple[Inputs, Matrix], gradient: Outputs) -> tuple[Inputs, Matrix]:
+    x, weight = residual
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    return _product("to,io->ti", gradient, weight), product_over_tokens(x, gradient).astype(weight.dtype)
+
+
+matrix_product.defvjp(lambda x, weight: (_product("ti,io->to", x, weight), (x, weight)), _matrix_product_backward)
+
+
+def product_over_tokens(x: Inputs, gradient: Outputs) -> Matrix:
+    """A weight's gradient, in float32; on a CPU the fast bfloat16 kernel needs the transpose in memory."""
+    if platform() == "cpu" and x.dtype == jnp.bfloat16:
+        x = _written_transposed(x)
+        return jnp.einsum("it,to->io", x, gradient, preferred_element_type=jnp.float32)
+    return jnp.einsum("ti,to->io", x, gradient, preferred_element_type=jnp.float32)
+
+
+def _written_transposed(x: Float[Array, "row column"]) -> Float[Array, "column row"]:
+    """The transpose, block by block: XLA would merge a plain one into the product, which then has no fast kernel."""
+    rows, columns = (math.gcd(size, TRANSPOSED_BLOCK) for size in x.shape)
+    blocks = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
+    blocks = jax.lax.optimization_barrier(jnp.transpose(blocks, (2, 0, 3, 1)))
+    return jax.lax.optimization_barrier(jnp.transpose(blocks, (0, 2, 1, 3)).reshape(x.shape[::-1]))
