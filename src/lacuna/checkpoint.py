@@ -33,7 +33,7 @@ from pydantic import BaseModel
 
 from lacuna import weights
 from lacuna.attention import choose_backend
-from lacuna.config import DataKeys, GrpoConfig, ModelKeys, TemplateKeys, TrainingConfig, UserError
+from lacuna.config import DataKeys, GrpoConfig, ModelKeys, TemplateKeys, TrainingConfig, UserError, VocabularyKeys
 from lacuna.distributed import AXIS_RULES, check_divisible, describe_error, fast_dtype, from_first, is_first, to_first
 from lacuna.metrics import byte_size, content_hash, duration, file_hash, sync
 from lacuna.model import (
@@ -47,7 +47,7 @@ from lacuna.model import (
     shape_of,
     trained_table,
 )
-from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json
+from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json, read_words
 from lacuna.weights import StoredTensor, leaf_name
 
 MANIFEST_FORMAT = 3
@@ -268,9 +268,8 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
         UserError: no such model, or one that is not supported or does not fit the mesh or the config.
     """
     place = find_model(config, with_weights)
-    model, attention_line = model_on(place, config, mesh)
-    described = place.tokenizer
-    tokenizer = load_tokenizer(described, *(config.template if isinstance(config, TemplateKeys) else ()))
+    described, tokenizer = place.tokenizer, tokenizer_of(place, config)
+    model, attention_line = model_on(place, config, mesh, tokenizer.vocabulary_size if tokenizer.new_words else 0)
     if tokenizer.vocabulary_size > model.vocabulary_size:
         last = str(tokenizer.backend.id_to_token(tokenizer.vocabulary_size - 1))
         files = [path for name in TOKENIZER_FILES if (path := described / name).is_file()]
@@ -279,12 +278,21 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
             f"{next((path.name for path in files if last.encode() in path.read_bytes()), 'tokenizer.json')}, and "
             f"config.json's vocab_size is {model.vocabulary_size}; do they belong together?"
         )
+    if model.lora and tokenizer.new_words:
+        raise UserError(f"{place.source}: an adapter trains no rows for new_tokens; merge it first, or leave them out")
     return OpenedModel(place.source, model, tokenizer, mesh, attention_line, place)
 
 
-def model_on(place: Place, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, str]:
-    """A model with its vocabulary padded, its attention chosen for the mesh, and its adapter, and a line about
-    attention.
+def tokenizer_of(place: Place, config: ModelKeys) -> Tokenizer:
+    """The tokenizer of a model, with the template and the new words of a config."""
+    template: Any = config.template if isinstance(config, TemplateKeys) else ()
+    words = read_words(Path(config.new_tokens)) if isinstance(config, VocabularyKeys) and config.new_tokens else ()
+    return load_tokenizer(place.tokenizer, *template, words=words)
+
+
+def model_on(place: Place, config: ModelKeys, mesh: Mesh, tokens: int = 0) -> tuple[ModelConfig, str]:
+    """A model, grown to a number of `tokens` if it has fewer, with its vocabulary padded, its attention chosen for the
+    mesh, and its adapter, and a line about attention.
 
     A head in the files that is not the embedding counts, whatever config.json says, as in transformers and vLLM.
 
@@ -292,6 +300,7 @@ def model_on(place: Place, config: ModelKeys, mesh: Mesh) -> tuple[ModelConfig, 
         UserError: the model is not supported, or does not fit the mesh or the config.
     """
     model = read_model_config(place.described)
+    model = replace(model, vocabulary_size=max(model.vocabulary_size, tokens))
     is_random = isinstance(config, TrainingConfig) and config.from_scratch
     own_head = model.is_tied and not is_random and weights.has_own_head(place.base or place.described)
     shards = mesh.shape[AXIS_RULES["vocab"]]
@@ -317,12 +326,16 @@ def opened_params(opened: OpenedModel) -> PyTree[Array]:
 
 
 def trained_params(opened: OpenedModel) -> PyTree[Array]:
-    """The float32 weights that training changes, from a checkpoint, PEFT's or Hugging Face layout."""
-    source, model, mesh = opened.source, opened.model, opened.mesh
+    """The float32 weights that training changes, from a checkpoint, PEFT's or Hugging Face layout; rows of new words
+    are zero."""
+    source, mesh = opened.source, opened.mesh
+    model = stored = opened.model
+    if opened.tokenizer.new_words:
+        stored = replace(model, vocabulary_size=read_model_config(opened.place.described).vocabulary_size)
     if weights.is_checkpoint(source):
-        shapes = ({"params": abstract_params(each, mesh)} for each in (model, unpadded(model)))
+        shapes = ({"params": abstract_params(each, mesh)} for each in (model, unpadded(stored)))
         return load_checkpoint(source, checked_manifest(source), *shapes)["params"]
-    return weights.load_adapter(source, model, mesh) if model.lora else weights.load_params(source, model, mesh)
+    return weights.load_adapter(source, model, mesh) if model.lora else weights.load_params(source, stored, mesh)
 
 
 def frozen_params(opened: OpenedModel) -> PyTree[Array] | None:
@@ -421,6 +434,8 @@ def copy_description(
     changes = {key: value for key, value in stated.items() if not raw.get(key)}
     if raw.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False)) != model.is_tied:
         changes["tie_word_embeddings"] = model.is_tied
+    if raw["vocab_size"] != model.vocabulary_size:
+        changes["vocab_size"] = model.vocabulary_size
     if changes:
         path.write_text(json.dumps(raw | changes, indent=2) + "\n")
 

@@ -122,6 +122,7 @@ class DataSource(Keys):
     prompt_column: str = Field("prompt", description="Column of prompts, each with a completion")
     completion_column: str = Field("completion", description="Column of completions")
     text_column: str = Field("text", description="Column of plain text")
+    encode_apart: bool = Field(False, description="Encode prompts written as text, and completions, each by itself")
     prompt_format: Literal["auto", "chat", "text"] = Field(
         "auto",
         description="How prompts with completions are written: by the chat template, or as plain text; auto: by the "
@@ -370,12 +371,29 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, AdapterKeys, OptimizationK
         return self
 
 
-class RowsConfig(TrainingConfig):
+class VocabularyKeys(Keys):
+    """New words"""
+
+    new_tokens: str = Field("", description="File of words, one a line, that become tokens of the model")
+    new_token_init: Literal["mean", "normal"] = Field(
+        "mean", description="Rows that new words begin with: around the mean of the old ones, or N(0, 0.02²)"
+    )
+
+
+class RowsConfig(VocabularyKeys, TrainingConfig):
     """Batch and samples"""
 
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
     sample_prompts: tuple[str, ...] = Field((), description="Prompts to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
+
+    @model_validator(mode="after")
+    def adapters_have_no_new_words(self) -> "RowsConfig":
+        if self.new_tokens and self.lora_rank:
+            raise ValueError(
+                "lora_rank trains no rows of the vocabulary, so new_tokens would not learn; keep one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def batch_divides(self) -> "RowsConfig":

@@ -79,8 +79,8 @@ class Documents(NamedTuple):
 
 class Prepared(NamedTuple):
     """A document ready for the tokenizer, or a part of a long one: its text, the supervised ranges of characters, the
-    tokens that go before and, supervised, after it, where its completion begins, if it is one after a plain prompt, and
-    what is counted of its row."""
+    tokens that go before and, supervised, after it, where its completion begins, if it is one after a plain prompt,
+    what is counted of its row, and whether prompt and completion are encoded apart."""
 
     text: str
     spans: list[Span]
@@ -90,6 +90,7 @@ class Prepared(NamedTuple):
     is_last: bool = True
     edge: int = 0
     counted: tuple[str, ...] = ()
+    is_apart: bool = False
 
 
 # Reading
@@ -463,6 +464,10 @@ def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train
         contents = (str(each.get(key) or "").strip() for key in ("content", "tool_calls", *REASONING_KEYS))
         if each.get("weight") != 0 and not any(contents):
             raise ValueError("an answer is empty, so nothing to learn from; fill it, or give it weight 0")
+    if source.encode_apart and not counted[0].startswith("prompts_as_text"):
+        raise BadFile(
+            "encode_apart is for prompts with completions as text; leave it out, or set prompt_format to text"
+        )
     if example.is_chat:
         text, spans = chat_spans(tokenizer, messages, example.tools, train_on, example.variables)
         return Prepared(text, spans, counted=(*counted, *["thoughts"] * left_out_thoughts(messages, text)))
@@ -474,7 +479,8 @@ def prepare(row: dict[str, Any], source: DataSource, tokenizer: Tokenizer, train
     start = tokenizer.backend.encode("").ids[:1] if not has_bos(tokenizer, text) else []
     before = tuple(token for token in start if token == tokenizer.bos_id)
     after = () if text.endswith(tokenizer.special_tokens["eos_token"]) else (end_of_text_id(tokenizer),)
-    return Prepared(text, [(first, len(text))], before, after, example.text is None, edge=edge, counted=counted)
+    spans, is_prompted = [(first, len(text))], example.text is None
+    return Prepared(text, spans, before, after, is_prompted, edge=edge, counted=counted, is_apart=source.encode_apart)
 
 
 def checked_text(value: Any, column: str) -> str:
@@ -515,7 +521,7 @@ def encode_parts(parts: Iterator[Prepared], tokenizer: Tokenizer) -> Iterator[tu
     """Each part with its tokens; those of an answer to a prompt up to the last that is supervised."""
     for batch in iter(lambda: list(islice(parts, BATCH_PARTS)), []):
         for part, encoded in zip(batch, encode_spans(tokenizer, [part[:2] for part in batch]), strict=True):
-            if part.edge and encoded.straddling_count:
+            if part.edge and (encoded.straddling_count or part.is_apart):
                 encoded = encode_apart(tokenizer, part.text[: part.edge], part.text[part.edge :])
             token = np.concatenate([part.before, encoded.token, part.after], dtype=np.int32, casting="unsafe")
             supervised = np.arange(len(token)) >= len(part.before)
@@ -589,7 +595,7 @@ def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: Train
     origin = [file.name for file in files] or [source.path, hub_table(source)._fingerprint]
     date = tokenizer.template.globals["strftime_now"]("%F") if tokenizer.template else ""
     sources = tokenizer.template_source, tokenizer.tool_source
-    template = [*sources, tokenizer.variables, tokenizer.special_tokens, date]
+    template = [*sources, tokenizer.variables, tokenizer.special_tokens, date, tokenizer.new_words]
     digest = hashlib.sha256(json.dumps([origin, columns, template, train_on, skip_bad]).encode())
     code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py", "sandbox.py")]
     with progress() as line:

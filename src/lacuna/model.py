@@ -27,6 +27,7 @@ from lacuna.quantised import PRODUCT
 from lacuna.tokenizer import read_json
 
 PAGE = 64  # tokens of the cache
+NEW_ROWS_STD = 0.02  # of new words without regard to the old ones, as MiniOneRec's port to JAX begins them
 
 Tokens = Int[Array, "batch token"]
 PerToken = Float[Array, "batch token"]
@@ -450,6 +451,22 @@ def initial_params(key: Key[Array, ""], model: ModelConfig) -> PyTree[Float[Arra
         return jnp.pad(scale * jax.random.normal(own_key, (model.vocabulary_size, model.embed)), (padding, (0, 0)))
 
     return jax.tree.map_with_path(draw, trained_table(model))
+
+
+def begin_rows(params: PyTree[Array], key: Key[Array, ""], first: int, count: int, init: str) -> PyTree[Array]:
+    """The weights with `count` rows for new words from row `first` on, in the embedding and in a head of its own.
+
+    "mean" draws them from a normal with the mean and the standard deviation of each channel of the rows before (Hewitt
+    2021): to what came before a new word is then as likely as an old one. The logits of a trained model are mostly far
+    below zero, so rows around zero would take the probability of all old words.
+    """
+    grown = {}
+    for name in params.keys() & {"embedding", "head"}:
+        old, own_key = params[name][:first], jax.random.fold_in(key, zlib.crc32(name.encode()))
+        mean, spread = (jnp.mean(old, axis=0), jnp.std(old, axis=0)) if init == "mean" else (0.0, NEW_ROWS_STD)
+        rows = mean + spread * jax.random.normal(own_key, (count, old.shape[1]))
+        grown[name] = params[name].at[first : first + count].set(rows)
+    return params | grown
 
 
 def joined(frozen: PyTree | None, trained: PyTree, model: ModelConfig) -> PyTree:

@@ -49,7 +49,7 @@ class Tokenizer:
 
     `template_source` and `template` are for all chats, and `tool_source` and `tool_template` for those with tools, as a
     directory may name another for them. `variables` are what every chat gives its template, `readable` the names of all
-    that either reads and a chat may give."""
+    that either reads and a chat may give. `new_words` are its last tokens, which its files lack so far."""
 
     directory: Path
     backend: tokenizers.Tokenizer
@@ -65,6 +65,7 @@ class Tokenizer:
     vocabulary_size: int
     end_of_turn: re.Pattern[str]
     ends: dict[int, str]
+    new_words: tuple[str, ...] = ()
 
 
 class LostTools(ValueError):
@@ -84,12 +85,16 @@ def load_tokenizer(
     chat_template: str = "",
     template_date: str = "2024-07-26",
     variables: Variables = NO_VARIABLES,
+    words: Sequence[str] = (),
 ) -> Tokenizer:
     """The tokenizer of a Hugging Face directory; `chat_template` is a file that replaces its template, `template_date`
-    the day that templates take for today. Raises UserError if a file is missing or can't be read."""
+    the day that templates take for today, and `words` become tokens where they are none. Raises UserError if a file is
+    missing or can't be read."""
     backend = load_backend(directory)
     settings = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
     add_named_tokens(backend, directory, settings)
+    new_words = tuple(word for word in dict.fromkeys(words) if backend.token_to_id(word) is None)
+    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in new_words])
     special_tokens = {
         name: str(token["content"] if isinstance(token, dict) else token)
         for name, token in settings.items()
@@ -121,6 +126,7 @@ def load_tokenizer(
         vocabulary_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         end_of_turn=re.compile(rf"\s*({'|'.join(map(re.escape, written)) or '(?!)'})"),
         ends={},
+        new_words=new_words,
     )
     if problem := wrong_variable(tokenizer, variables):
         raise UserError(f"template_variables: {problem}")
@@ -180,6 +186,22 @@ def add_named_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: d
                 f"{found} after those of tokenizer.json; write the files again with transformers' "
                 f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained(…)"
             )
+
+
+def read_words(path: Path) -> list[str]:
+    """The words of a file, one a line.
+
+    Raises:
+        UserError: no such file, no word in it, or a line with spaces at its ends or nothing else.
+    """
+    try:
+        lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"new_tokens: {path}: {getattr(error, 'strerror', 0) or error}; give a text file") from error
+    for number, line in enumerate(lines, 1):
+        if not line or line != line.strip() or not line.isprintable():
+            raise UserError(f"{path} line {number}: {line!r} is no word; write one a line, without spaces around it")
+    return lines
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -245,7 +267,8 @@ def ends_in_words(tokenizer: Tokenizer) -> str:
 
 def changed_files(tokenizer: Tokenizer, chat_template: str) -> dict[str, str]:
     """The text of files that an export does not take from the tokenizer's directory: a `chat_template` of the user's
-    own, wherever one is looked for, and generation_config.json where it does not name all that ends an answer."""
+    own, wherever one is looked for, generation_config.json where it does not name all that ends an answer, and
+    those that list tokens where words are new."""
     files: dict[str, dict[str, Any]] = {}
     directory, ends = tokenizer.directory, list(tokenizer.ends)
     (path, stated), generation = stated_ends(directory), directory / "generation_config.json"
@@ -256,6 +279,15 @@ def changed_files(tokenizer: Tokenizer, chat_template: str) -> dict[str, str]:
     if chat_template:
         settings = read_json(directory / "tokenizer_config.json")
         files["tokenizer_config.json"] = settings | {"chat_template": tokenizer.template_source}
+    if tokenizer.new_words:
+        added = {
+            id: {"content": token.content} | {key: getattr(token, key) for key in ADDED_TOKEN_KEYS}
+            for id, token in sorted(tokenizer.backend.get_added_tokens_decoder().items())
+        }
+        entries = [{"id": id} | token for id, token in added.items()]
+        files["tokenizer.json"] = read_json(directory / "tokenizer.json") | {"added_tokens": entries}
+        settings = files.get("tokenizer_config.json", read_json(directory / "tokenizer_config.json"))
+        files["tokenizer_config.json"] = settings | {"added_tokens_decoder": added}  # read by transformers for Qwen
     texts = {name: json.dumps(keys, indent=2, ensure_ascii=False) + "\n" for name, keys in files.items()}
     return texts | ({"chat_template.jinja": tokenizer.template_source} if chat_template else {})
 

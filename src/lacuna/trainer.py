@@ -34,6 +34,7 @@ from lacuna.config import (
     SftConfig,
     TrainingConfig,
     UserError,
+    VocabularyKeys,
     accumulation_steps,
     to_toml,
 )
@@ -56,6 +57,7 @@ from lacuna.distributed import (
 from lacuna.metrics import RunLog, byte_size
 from lacuna.model import (
     ModelConfig,
+    begin_rows,
     cast,
     check_trainable,
     cross_entropy,
@@ -258,6 +260,10 @@ def starting_state(config: TrainingConfig, opened: OpenedModel) -> TrainState:
         random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
         return random(jax.random.key(config.seed))
     params = checkpoint.trained_params(opened)
+    if isinstance(config, VocabularyKeys) and (count := len(opened.tokenizer.new_words)):
+        settings = opened.tokenizer.vocabulary_size - count, count, config.new_token_init
+        begin = jax.jit(begin_rows, static_argnums=(2, 3, 4), out_shardings=shardings.params, donate_argnums=0)
+        params = begin(params, jax.random.key(config.seed), *settings)
     return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -664,6 +670,10 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     kind = mesh.devices.flat[0].device_kind
     yield f"devices: {mesh.size} × {kind}{processes}, mesh {shape}, compute in {config.compute_dtype}"
     yield opened.attention_line
+    if words := opened.tokenizer.new_words:
+        last, rows = opened.tokenizer.vocabulary_size - 1, opened.model.vocabulary_size
+        known = f"{words[0]} to {words[-1]}" if len(words) > 1 else words[0]
+        yield f"new words: {len(words):,}, {known}, tokens {last + 1 - len(words):,} to {last:,} of {rows:,} rows"
     yield ends_in_words(opened.tokenizer)
     if flags := os.environ.get("XLA_FLAGS"):
         yield f"XLA_FLAGS: {flags}"
@@ -689,6 +699,7 @@ def run_training(
         run = Run(config, write_report)
         needs_weights = bool(config.lora_rank) or not (run.resumed or config.from_scratch)
         opened, dataset = read_inputs(config, needs_weights)
+        run.inputs |= {path: metrics.file_hash(Path(path)) for path in [config.new_tokens] if path}
         evaluation = prepare_evaluation(config, opened) if config.has_evaluation else None
         digests = tuple(documents.facts["digest"] for documents in dataset.documents)
         first_rows = b"".join(leaf.tobytes() for leaf in dataset.batch(0, config.batch_size))

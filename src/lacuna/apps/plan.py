@@ -27,7 +27,15 @@ from lacuna.apps.configs import PlanKeys
 from lacuna.apps.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
 from lacuna.attention import fused_attention
 from lacuna.cli import DEVICE_MEMORY_SHARE, GPU_PLUGINS
-from lacuna.config import GrpoConfig, RowsConfig, SftConfig, TrainingConfig, UserError, accumulation_steps
+from lacuna.config import (
+    GrpoConfig,
+    RowsConfig,
+    SftConfig,
+    TrainingConfig,
+    UserError,
+    VocabularyKeys,
+    accumulation_steps,
+)
 from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss, slot_count, update_shape
@@ -374,7 +382,10 @@ def run_plan(config: TrainingConfig) -> None:
     topology = read_topology(config.topology)
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor, topology.devices)
     config = checkpoint.settled(config, topology.chip.platform)
-    model, attention = checkpoint.model_on(checkpoint.find_model(config, with_weights=False), config, mesh)
+    place = checkpoint.find_model(config, with_weights=False)
+    grown = isinstance(config, VocabularyKeys) and config.new_tokens
+    tokens = checkpoint.tokenizer_of(place, config).vocabulary_size if grown else 0
+    model, attention = checkpoint.model_on(place, config, mesh, tokens)
     check_trainable(model, config.sequence_length)
     facts = setting_facts(config, model, topology, mesh) | {"attention": attention}
     print(*setting_lines(config, model, topology, facts), sep="\n", flush=True)
