@@ -178,7 +178,7 @@ def find_model(config: ModelKeys, with_weights: bool = True) -> Place:
     name = config.base_name or str(stated.get("base_model_name_or_path") or "")
     if not name:
         raise UserError(f"{described / weights.ADAPTER} names no base_model_name_or_path; add --base-name")
-    if stated.get("revision") and not config.base_name:
+    if stated.get("revision") and not config.base_name and not Path(name).exists():
         name = f"{name}@{stated['revision']}"
     try:
         base = resolve_model(name, with_weights)

@@ -328,10 +328,15 @@ def check_tensors(
 
 # What adapter_config.json may say besides what shapes the adapter: it changes nothing in what the adapter computes
 SILENT_KEYS = (
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-    "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "init_lora_weights", "loftq_config",
-    "eva_config", "corda_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "r",
+    "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "eva_config", "megatron_core", "qalora_group_size",
+    "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
+# Of other keys the values that change nothing, if there are any; to load an adapter that began as another, say by
+# PiSSA (Meng et al. 2024), peft changes the base
+SILENT_VALUES: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",), "task_type": ("CAUSAL_LM",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+}  # fmt: skip
 
 
 def read_lora(directory: Path) -> Lora:
@@ -345,7 +350,7 @@ def read_lora(directory: Path) -> Lora:
     if (kind := stated.get("peft_type")) != "LORA":
         raise UserError(f"{path}: peft_type {kind!r} is not supported; supported is LORA")
     for key, value in stated.items():
-        if value and key not in SILENT_KEYS and (key, value) != ("bias", "none"):
+        if value and key not in SILENT_KEYS and value not in SILENT_VALUES.get(key, ()):
             raise UserError(
                 f"{path}: {key} = {value!r} is not supported; merge the adapter by peft's merge_and_unload() and "
                 "save_pretrained(…)"
