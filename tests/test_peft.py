@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, mesh_of
+from conftest import REFERENCE, TINY, mesh_of
 
 from lacuna import checkpoint, weights
 from lacuna.config import ModelKeys, UserError
 from lacuna.model import ModelConfig, cast, embed, forward, head_of, logits_of, parameter_table
+from lacuna.tokenizer import load_tokenizer
 
 ADAPTERS = REFERENCE / "adapters"
 FAMILIES = ("qwen2", "qwen3", "llama2", "llama3", "mistral", "smollm2", "smollm3", "olmo2")
@@ -36,7 +37,7 @@ def logits_of_directory(directory: Path, base_name: str, ids: np.ndarray) -> jax
     config, mesh = ModelKeys(model_name=str(directory), base_name=base_name), mesh_of(1, 1, 1)
     place = checkpoint.find_model(config)
     model, line = checkpoint.model_on(place, config, mesh)
-    tokenizer: Any = None  # none is needed, and the references have none
+    tokenizer = load_tokenizer(TINY)  # any: the references have none
     opened = checkpoint.OpenedModel(place.source, model, tokenizer, mesh, line, place)
     return logits(checkpoint.opened_params(opened), model, ids)
 
