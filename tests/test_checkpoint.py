@@ -29,8 +29,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lacuna import checkpoint, distributed, trainer, weights
-from lacuna.apps.configs import ExportConfig
-from lacuna.apps.export import run_export
 from lacuna.config import EvalConfig, GrpoConfig, ModelKeys, SftConfig, UserError, name_of_model, to_toml
 from lacuna.metrics import byte_size
 from lacuna.model import ModelConfig, head_of, initial_params, read_model_config
@@ -361,9 +359,9 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(
     (run / "model").mkdir()
     (run / "model" / "config.json").write_text("{}")
     there = there.replace("best", "best, model")
-    for name in (".", "model", "checkpoints/step_00000150"):
+    for name in ("checkpoints", "checkpoints/step_00000150"):
         with pytest.raises(UserError, match=there):
-            run_export(ExportConfig(checkpoint=str(run / name), directory=str(tmp_path / "out")))
+            checkpoint.resolve_model(str(run / name))
     with pytest.raises(UserError, match=f"no manifest, so no checkpoint .*; .*{there}"):
         checkpoint.read_manifest(run)
     monkeypatch.chdir(run)

@@ -18,7 +18,7 @@ from conftest import TINY, assert_trees_close, chat_run, make_small, mesh_of, ou
 from lacuna import checkpoint, cli, trainer, weights
 from lacuna import eval as evaluation
 from lacuna.apps import report
-from lacuna.apps.configs import ExportConfig
+from lacuna.apps.configs import ConvertConfig
 from lacuna.config import ModelKeys, PretrainConfig, SamplingKeys, SftConfig, TrainingConfig, UserError
 from lacuna.data import Batch, Dataset
 from lacuna.metrics import RunLog
@@ -386,7 +386,7 @@ def test_a_checkpoint_is_a_model_wherever_one_is_named(chats: SftConfig, tmp_pat
         if place.name != "best":
             ended = weights.load_params(run / "model", opened.model, mesh)
             assert_trees_close(params, ended, 0, 0)
-        cli.run(ExportConfig(checkpoint=str(place), directory=str(tmp_path / place.name)))
+        cli.run(ConvertConfig(model_name=str(place), output=str(tmp_path / place.name)))
         exported = weights.load_params(tmp_path / place.name, opened.model, mesh)
         assert_trees_close(exported, params, 0, 0)
         files = {path.name for path in (tmp_path / place.name).iterdir()}
@@ -399,9 +399,7 @@ def test_a_checkpoint_is_a_model_wherever_one_is_named(chats: SftConfig, tmp_pat
         checkpoint.opened_params(opened._replace(source=checkpoint.resolve_model(str(link)))), params, 0, 0
     )
     with pytest.raises(UserError, match="is there already"):
-        cli.run(ExportConfig(checkpoint=str(run / "best"), directory=str(tmp_path)))
-    with pytest.raises(UserError, match="no checkpoint of a run"):
-        cli.run(ExportConfig(checkpoint=str(run / "model"), directory=str(tmp_path / "other")))
+        cli.run(ConvertConfig(model_name=str(run / "best"), output=str(tmp_path)))
 
 
 def test_a_checkpoint_outside_its_run_is_refused_with_what_it_lacks(chats: SftConfig, tmp_path: Path) -> None:

@@ -346,15 +346,20 @@ def frozen_params(opened: OpenedModel) -> PyTree[Array] | None:
     """
     if not opened.base:
         return None
-    stated = stated_base(opened.source) if opened.source != opened.base else ""
-    if stated and stated != base_digest(opened):
-        raise UserError(
-            f"{opened.base}: not the weights that the adapter {opened.source} was trained on, by their SHA-256; "
-            "restore them, or name the right ones by --base-name"
-        )
+    check_base(opened.source, opened.base)
     if weights.is_checkpoint(opened.base):
         return trained_params(opened._replace(source=opened.base, model=replace(opened.model, lora=None)))
     return weights.load_params(opened.base, opened.model, opened.mesh, as_stored=True)
+
+
+def check_base(source: Path, base: Path) -> None:
+    """Raises UserError if these are not the weights that an adapter states it was trained on."""
+    stated = stated_base(source) if source != base else ""
+    if stated and stated != files_digest(weights.weight_files(base)):
+        raise UserError(
+            f"{base}: not the weights that the adapter {source} was trained on, by their SHA-256; restore them, or "
+            "name the right ones by --base-name"
+        )
 
 
 def base_digest(opened: OpenedModel) -> str:
@@ -394,17 +399,22 @@ def unpadded(model: ModelConfig) -> ModelConfig:
 
 
 def save_model(
-    directory: Path, params: PyTree, model: ModelConfig, source: Path, facts: Mapping[str, str] | None = None
+    directory: Path,
+    params: PyTree,
+    model: ModelConfig,
+    source: Path,
+    facts: Mapping[str, str] | None = None,
+    described: Path | None = None,
 ) -> list[str]:
     """Write a model in Hugging Face layout and the config's dtype, or an adapter in PEFT's, with the config and
-    tokenizer files of `source`; `facts` go into the headers of the weights.
+    tokenizer files of `source`, or the config of `described`; `facts` go into the headers of the weights.
 
     Safetensors files hold at most 5 GB each, with an index if there are several; `params`, arrays or stored tensors,
     are read layer by layer. Returns what went wrong once the model was complete.
     """
     scratch = directory.with_name(directory.name + ".tmp")
     try:
-        copy_description(source, source, scratch, model)
+        copy_description(source, described or source, scratch, model)
         weights.write_weights(scratch, params, model, facts or {})
         return replace_directory(scratch, directory)
     except OSError:
@@ -423,7 +433,7 @@ def copy_description(
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     shutil.copyfile(described / "config.json", directory / "config.json")
-    for name in (*TOKENIZER_FILES, weights.ADAPTER):
+    for name in (*TOKENIZER_FILES, *[weights.ADAPTER] * bool(model.lora)):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     for name, text in (changed or {}).items():
@@ -431,7 +441,10 @@ def copy_description(
     path, family = directory / "config.json", FAMILIES[model.family]
     raw, stated = read_json(path), {"architectures": [family.architecture], "num_key_value_heads": model.kv_heads}
     stated |= {"head_dim": model.head} if model.family == "qwen3" else {}
-    changes = {key: value for key, value in stated.items() if not raw.get(key)}
+    changes: dict[str, Any] = {key: value for key, value in stated.items() if not raw.get(key)}
+    dtypes = [key for key in ("dtype", "torch_dtype") if raw.get(key)]
+    if read_model_config(directory).file_dtype != model.file_dtype:
+        changes |= dict.fromkeys(dtypes or ["dtype"], model.file_dtype)
     if raw.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False)) != model.is_tied:
         changes["tie_word_embeddings"] = model.is_tied
     if raw["vocab_size"] != model.vocabulary_size:

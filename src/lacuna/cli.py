@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 
 from lacuna.apps.configs import (
     ChatConfig,
-    ExportConfig,
+    ConvertConfig,
     GrpoPlan,
     PlanKeys,
     PrepareConfig,
@@ -59,7 +59,7 @@ COMMANDS: dict[str, type[Keys]] = {
     "eval": EvalConfig,
     "chat": ChatConfig,
     "serve": ServeConfig,
-    "export": ExportConfig,
+    "convert": ConvertConfig,
     "plan pretrain": PretrainPlan,
     "plan sft": SftPlan,
     "plan grpo": GrpoPlan,
@@ -332,7 +332,7 @@ def start(command: str, arguments: list[str]) -> None:
         config = parse(COMMANDS[command], arguments, command)
         prepare_process()
         prepare_streams(outlives_console=isinstance(config, TrainingConfig))
-        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ExportConfig | PrepareConfig):
+        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ConvertConfig | PrepareConfig):
             run(config)
         else:
             from lacuna.distributed import cluster
@@ -359,10 +359,10 @@ def run(config: Keys) -> Any:
         from lacuna.apps.serve import run_serve
 
         return run_serve(config)
-    if isinstance(config, ExportConfig):
-        from lacuna.apps.export import run_export
+    if isinstance(config, ConvertConfig):
+        from lacuna.apps.convert import run_convert
 
-        return run_export(config)
+        return run_convert(config)
     if isinstance(config, PrepareConfig):
         from lacuna.apps.recommend import run_prepare
 

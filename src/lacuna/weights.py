@@ -275,33 +275,34 @@ def load_params(directory: Path, model: ModelConfig, mesh: Mesh, as_stored: bool
     Raises:
         UserError: no weights, or tensors that are missing, unknown or of another shape (the first ten of each).
     """
-    tensors = model_tensors(directory)
-    if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
-        tensors.pop(HEAD.file_name, None)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    return load_table(directory, parameter_table(model), tensors, model, mesh, as_stored)
+    tensors = checked_tensors(directory, model)
+    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh, as_stored), parameter_table(model))
 
 
 def load_adapter(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array]:
     """The float32 factors of an adapter in PEFT's layout. Raises UserError as `load_params` does."""
+    tensors = adapter_tensors(directory, model)
+    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh), trained_table(model))
+
+
+def checked_tensors(directory: Path, model: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors in a directory that config.json asks for. Raises UserError as `load_params` does."""
+    tensors = model_tensors(directory)
+    if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
+        tensors.pop(HEAD.file_name, None)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    check_tensors(directory, parameter_table(model), model, tensors)
+    return tensors
+
+
+def adapter_tensors(directory: Path, model: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors in PEFT's layout of a model's adapter. Raises UserError as `load_params` does."""
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
         raise UserError(f"{directory}: {without_weights(directory, os.listdir(directory))}")
     tensors = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in open_tensors([path]).items()}
-    return load_table(directory, trained_table(model), tensors, model, mesh)
-
-
-def load_table(
-    directory: Path,
-    table: PyTree[Parameter],
-    tensors: Mapping[str, StoredTensor],
-    model: ModelConfig,
-    mesh: Mesh,
-    as_stored: bool = False,
-) -> PyTree[Array]:
-    """The weights of some rows, which are all that the files of a directory may hold."""
-    check_tensors(directory, table, model, tensors)
-    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh, as_stored), table)
+    check_tensors(directory, trained_table(model), model, tensors)
+    return tensors
 
 
 def check_tensors(

@@ -51,11 +51,35 @@ class GrpoPlan(PlanKeys, GrpoConfig):
     """Memory, time and communication of grpo on accelerators that are not here."""
 
 
-class ExportConfig(Keys):
-    """Write a checkpoint of a run as a model in Hugging Face layout."""
+class ConvertConfig(Keys):
+    """Write a model for other runtimes, an adapter merged into its base: a directory, or a GGUF file."""
 
-    checkpoint: str = Field(min_length=1, description="Directory of a checkpoint, such as runs/my_chats/best")
-    directory: str = Field(min_length=1, description="Directory to write the model to, not there yet")
+    model_name: str = Field(
+        min_length=1, description="Run or checkpoint of one, directory in Hugging Face layout, or hub id (id@revision)"
+    )
+    base_name: str = Field(
+        "", description="Base of the adapter that model_name is; empty: the one that it names itself"
+    )
+    to: Literal["hf", "gguf", "peft"] = Field(
+        "hf",
+        description="Hugging Face layout, the format of llama.cpp and Ollama, or that of peft for an adapter",
+    )
+    type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
+        "auto", description="Type of matrices and embedding; auto: as in the model's config.json"
+    )
+    output: str = Field(min_length=1, description="Directory, or file for gguf, to write, not there yet")
+    name: str = Field("", description="Name in a GGUF file; empty: that of the run, directory or hub id")
+    license: str = Field("", description="Licence in a GGUF file, as apache-2.0; empty: that of the model's README.md")
+
+    @model_validator(mode="after")
+    def keys_fit_the_format(self) -> "ConvertConfig":
+        if self.to == "hf" and self.type in ("q8_0", "q4_0"):
+            raise ValueError(f"type = {self.type} is only for GGUF; add --to gguf, or take f32, f16 or bf16")
+        if self.to == "peft" and self.type != "auto":
+            raise ValueError(f"type = {self.type}, but adapters are written in float32; leave it out")
+        if self.to != "gguf" and (given := {"name", "license"} & self.model_fields_set):
+            raise ValueError(f"{', '.join(sorted(given))} is only for GGUF; add --to gguf, or leave it out")
+        return self
 
 
 class GenerationConfig(SamplingKeys, TemplateKeys, DeviceKeys, ModelKeys):
