@@ -289,7 +289,12 @@ def test_initial_weights_are_the_same_on_every_mesh() -> None:
             "which alone has rope_theta = 1000000.0",
         ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope type 'dynamic'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantised with quant_method = 'gptq'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised with quant_method = 'fp8'"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "quantised with bnb_4bit_quant_type = 'fp4'",
+        ),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"hidden_size": None}, "'hidden_size' is missing"),

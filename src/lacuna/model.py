@@ -68,7 +68,8 @@ class ModelConfig:
     and from which not at all, and that context in tokens; by yarn (Peng et al. 2023) the factor, the pairs of channels
     up to which it does not apply and from which in full, and what multiplies cosine and sine.
     `unrotated_layers` are those without rotary embedding (Yang et al. 2025). With `lora` only adapters train, and all
-    that config.json describes is their frozen base.
+    that config.json describes is their frozen base. The layers' matrices are of `bits`, 8 or 4 where they are quantised
+    and all is frozen, else 0, and of `file_bits` in the files; `scale_bits` are those of a scale.
     """
 
     family: str
@@ -94,6 +95,9 @@ class ModelConfig:
     padded_vocabulary: int
     attention: str
     lora: Lora | None = None
+    bits: int = 0
+    file_bits: int = 0
+    scale_bits: int = 8
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -226,6 +230,11 @@ def shape_of(row: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in row.axes.split())
 
 
+def is_quantised(row: Parameter, model: ModelConfig) -> bool:
+    """Whether a weight is held in 8 or 4 bits."""
+    return bool(model.bits) and row.has_layers and row.role in ("matmul", "residual")
+
+
 def partition_spec(row: Parameter) -> PartitionSpec:
     """Mesh axis of each of a weight's dimensions."""
     return PartitionSpec(*(AXIS_RULES.get(axis) for axis in row.axes.split()))
@@ -282,7 +291,7 @@ YARN_KEYS: dict[str, tuple[type, Any]] = {
 # Any other value of these keys asks for what is not implemented
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "mlp_bias": (), "rope_interleaved": (),
-    "quantization_config": (), "num_experts": (), "num_local_experts": (),
+    "num_experts": (), "num_local_experts": (),
 }  # fmt: skip
 
 
@@ -378,6 +387,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     elif rope_type == "yarn":
         scaling, reach = yarn_scaling(fields, keys["rope_theta"], head, positions, where)
         positions = max(positions, reach)
+    bits, scale_bits = stored_bits(raw, where)
     is_rotated = keys["no_rope_layers"] or [(layer + 1) % keys["no_rope_layer_interval"] for layer in range(layers)]
     if len(is_rotated) < layers:
         raise UserError(f"{where}: no_rope_layers = {is_rotated} says nothing of the last of {layers} layers")
@@ -404,7 +414,36 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         file_dtype=file_dtype,
         padded_vocabulary=keys["vocab_size"],
         attention="xla",
+        bits=bits,
+        file_bits=bits,
+        scale_bits=scale_bits,
     )
+
+
+def stored_bits(raw: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """The bits of the layers' matrices in the files, 0 where they are not quantised, and those of a scale.
+
+    Raises:
+        UserError: they are quantised otherwise than by bitsandbytes to NF4 or int8.
+    """
+    fields = raw.get("quantization_config") or {}
+    if not fields:
+        return 0, 8
+    method, kind = fields.get("quant_method"), fields.get("bnb_4bit_quant_type", "fp4")
+    storage = fields.get("bnb_4bit_quant_storage", "uint8")
+    problem = ""
+    if method != "bitsandbytes":
+        problem = f"quant_method = {method!r}"
+    elif not fields.get("load_in_8bit") and (kind, storage) != ("nf4", "uint8"):
+        problem = f"bnb_4bit_quant_type = {kind!r} in bnb_4bit_quant_storage = {storage!r}"
+    if problem:
+        raise UserError(
+            f"{where}: weights quantised with {problem} are not supported; those of bitsandbytes in nf4 or 8 bits are, "
+            "and those that are not quantised"
+        )
+    if fields.get("load_in_8bit"):
+        return 8, 32
+    return 4, 8 if fields.get("bnb_4bit_use_double_quant") else 32
 
 
 def check_sequence_length(model: ModelConfig, sequence_length: int) -> None:

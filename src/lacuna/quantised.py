@@ -6,12 +6,13 @@ scales are themselves of 8 bits (Dettmers et al. 2023), 4.127 bits a parameter.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from lacuna.config import UserError
@@ -26,8 +27,6 @@ NORMAL_MAP = np.array([
     -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1,
 ], np.float32)  # fmt: skip
-
-Bits = Literal[4, 8]
 
 
 def dynamic_map() -> Float[np.ndarray, " code"]:
@@ -65,7 +64,7 @@ class Quantised:
     scale: Any
     outer_scale: Any = None
     offset: Any = None
-    bits: Bits = field(default=4, kw_only=True)
+    bits: int = field(default=4, kw_only=True)
     outputs: tuple[int, ...] = field(kw_only=True)
 
 
@@ -82,7 +81,7 @@ def check_blocks(name: str, width: int, parts: int) -> None:
         )
 
 
-def quantise(weight: Float[Array, "out in"], bits: Bits, outputs: tuple[int, ...], nested: bool = True) -> Quantised:
+def quantise(weight: Float[Array, "out in"], bits: int, outputs: tuple[int, ...], nested: bool = True) -> Quantised:
     """The matrix in 8 or 4 bits; `nested` scales are of 8 bits.
 
     Sums and outer blocks run over the scales of the whole matrix in the order of the file on every device, so the
@@ -128,7 +127,7 @@ def pairwise_sum(x: Float[Array, " value"]) -> Float[Array, ""]:
     return x[0]
 
 
-def dequantised(weight: Quantised, dtype: Any) -> Float[Array, "*layers out in"]:
+def dequantised(weight: Quantised, dtype: DTypeLike) -> Float[Array, "*layers out in"]:
     """The matrix: a code's value × its scale in float32, rounded to `dtype`."""
     if weight.bits == 8:
         wide = weight.codes.astype(jnp.float32) * weight.scale[..., None]

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 
 from lacuna.config import UserError
+from lacuna.distributed import AXIS_RULES
 from lacuna.model import (
     EMBEDDING,
     HEAD,
@@ -29,13 +30,18 @@ from lacuna.model import (
     Lora,
     ModelConfig,
     Parameter,
+    is_quantised,
     parameter_table,
     partition_spec,
     shape_of,
     trained_table,
 )
+from lacuna.quantised import BLOCK, DYNAMIC_MAP, NORMAL_MAP, OUTER_BLOCK, Quantised, check_blocks, quantise
 from lacuna.tokenizer import read_json
 
+READ_DTYPES = {
+    "F64": np.float32, "F32": np.float32, "BF16": np.float32, "F16": np.float32, "U8": np.uint8, "I8": np.int8,
+}  # fmt: skip
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}  # ours, in a file's header
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 BLOCK_ROWS = 4096
@@ -43,6 +49,8 @@ SHARD_BYTES = 5 * 10**9
 LISTED = 10
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # of tensors' names in PEFT's files
+STATE = "quant_state.bitsandbytes__nf4"
+BESIDE = (STATE, "weight_format")  # what bitsandbytes says of a weight
 leaf_name = partial(keystr, simple=True, separator="/")
 Box = tuple[tuple[int, int], ...]  # of each axis the first index and the one after the last
 
@@ -79,6 +87,11 @@ class StoredTensor:
     def shape(self) -> tuple[int, ...]:
         """Where the last of the pieces end."""
         return tuple(max(end for _, end in spans) for spans in zip(*(box for box, _ in self.pieces), strict=True))
+
+    @property
+    def form(self) -> tuple[int | str, ...]:
+        """The shape, and the dtype where it is that of quantised weights."""
+        return self.shape if self.dtype == np.float32 else (*self.shape, self.dtype.name)
 
     @property
     def is_whole(self) -> bool:
@@ -126,7 +139,7 @@ class StoredTensor:
 def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """Every tensor of safetensors files by name; a key such as `name@64,0` is of a piece that begins at that index.
 
-    Floats are read as float32; only pieces may be int32, as a run's counters are.
+    Floats are read as float32; only pieces may be int32, as a run's counters are, and bytes are of quantised weights.
 
     Raises:
         UserError: a file is missing or damaged, or the pieces of a tensor do not make it up.
@@ -141,10 +154,10 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
                 shape, kind = piece.get_shape(), piece.get_dtype()
                 first = map(int, begin.split(",")) if begin else [0] * len(shape)
                 box = tuple((start, start + size) for start, size in zip(first, shape, strict=True))
-                if kind not in ("F64", "F32", "BF16", "F16") and not (is_piece and kind == "I32"):
+                dtype = READ_DTYPES.get(kind, np.int32 if is_piece and kind == "I32" else None)
+                if dtype is None:
                     raise UserError(f"{path}: {name} is stored as {kind}; float32, bfloat16 and float16 are read")
-                dtype = np.dtype(np.int32 if kind == "I32" else np.float32)
-                tensors.setdefault(name, StoredTensor(dtype, [])).pieces.append((box, piece))
+                tensors.setdefault(name, StoredTensor(np.dtype(dtype), [])).pieces.append((box, piece))
         except UserError:
             raise
         except (OSError, SafetensorError, ValueError) as error:
@@ -309,8 +322,13 @@ def check_tensors(
     directory: Path, table: PyTree[Parameter], model: ModelConfig, tensors: Mapping[str, StoredTensor]
 ) -> None:
     """Refuse files that do not hold exactly the tensors that their config asks for."""
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    wanted = {name: file_shape(row, model) for row in jax.tree.leaves(table) for name in file_names(row, model)}
+    found = {name: tensor.form for name, tensor in tensors.items() if not name.endswith(BESIDE)}
+    wanted = {
+        name: form
+        for row in jax.tree.leaves(table)
+        for weight in file_names(row, model)
+        for name, form in file_forms(weight, row, model).items()
+    }
     wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
     unknown = [name for name in found if name not in wanted]
     if wrong or unknown:
@@ -398,6 +416,23 @@ def file_shape(row: Parameter, model: ModelConfig) -> tuple[int, ...]:
     return tuple(math.prod(sizes[axis] for axis in merged.split("*")) for merged in row.file_axes.split())
 
 
+def file_forms(name: str, row: Parameter, model: ModelConfig) -> dict[str, tuple[int | str, ...]]:
+    """The form of each tensor that a weight has in the file, by its name there."""
+    shape = file_shape(row, model)
+    if not (model.file_bits and is_quantised(row, model)):
+        return {name: shape}
+    if model.file_bits == 8:
+        return {name: (*shape, "int8"), name.removesuffix("weight") + "SCB": shape[:1]}
+    blocks = math.prod(shape) // BLOCK
+    forms = {name: (math.prod(shape) // 2, 1, "uint8"), f"{name}.quant_map": (len(NORMAL_MAP),)}
+    if model.scale_bits != 8:
+        return forms | {f"{name}.absmax": (blocks,)}
+    nested = {"absmax": (math.ceil(blocks / OUTER_BLOCK),), "quant_map": (len(DYNAMIC_MAP),)}
+    return (
+        forms | {f"{name}.absmax": (blocks, "uint8")} | {f"{name}.nested_{key}": form for key, form in nested.items()}
+    )
+
+
 def file_order(row: Parameter) -> list[str]:
     """Axes of a row's tensors in the file, merged ones apart."""
     return row.file_axes.replace("*", " ").split()
@@ -405,8 +440,10 @@ def file_order(row: Parameter) -> list[str]:
 
 def load_parameter(
     row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh, as_stored: bool = False
-) -> Array:
+) -> Array | Quantised:
     """One weight over the mesh; each shard reads its part of each layer's tensor."""
+    if is_quantised(row, model):
+        return load_quantised(row, tensors, model, mesh)
     shape, names = shape_of(row, model.sizes), file_names(row, model)
     dtype = tensors[names[0]].stored_dtype if as_stored else np.float32
 
@@ -417,6 +454,95 @@ def load_parameter(
         return np.stack(parts) if row.has_layers else parts[0]
 
     return jax.make_array_from_callback(shape, NamedSharding(mesh, partition_spec(row)), shard)
+
+
+def abstract_quantised(row: Parameter, model: ModelConfig, mesh: Mesh) -> Quantised:
+    """Shapes and shardings of a stacked weight in 8 or 4 bits: it lies over the mesh as the matrix would, with outer
+    scales whole on each device.
+
+    Raises:
+        UserError: its rows are no whole blocks of 4 bits on a device.
+    """
+    shape, axes = file_shape(row, model), [merged.split("*") for merged in row.file_axes.split()]
+    over = [AXIS_RULES.get(first) for first, *_ in axes]
+    if model.bits == 4:
+        check_blocks(row.file_name, shape[1], mesh.shape[over[1]] if over[1] else 1)
+    outputs = tuple(model.sizes[axis] for axis in axes[0])
+    made = partial(quantise, bits=model.bits, outputs=outputs, nested=model.scale_bits == 8)
+    one = jax.eval_shape(made, jax.ShapeDtypeStruct(shape, np.float32))
+
+    def placed(leaf: jax.ShapeDtypeStruct, is_sharded: bool) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec(None, *over[: leaf.ndim]) if is_sharded else PartitionSpec()
+        return jax.ShapeDtypeStruct((model.layers, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    by_matrix = [leaf is one.codes or leaf is one.scale for leaf in jax.tree.leaves(one)]
+    leaves = map(placed, jax.tree.leaves(one), by_matrix)
+    return jax.tree.unflatten(jax.tree.structure(one), leaves)
+
+
+def load_quantised(row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh) -> Quantised:
+    """A weight of all layers in 8 or 4 bits, quantised layer by layer, or as it is in the file; there is never more
+    than one layer of it besides."""
+    wanted = abstract_quantised(row, model, mesh)
+    over = PartitionSpec(*wanted.codes.sharding.spec[1:])
+    dense = jax.ShapeDtypeStruct(file_shape(row, model), np.float32, sharding=NamedSharding(mesh, over))
+
+    def layer_of(name: str) -> Quantised | Array:
+        return stored_layer(name, tensors, wanted, mesh) if model.file_bits else tensors[name].placed(dense)
+
+    def put(stack: Quantised, layer: Quantised | Array, at: Array) -> Quantised:
+        if not isinstance(layer, Quantised):
+            layer = quantise(layer, model.bits, wanted.outputs)
+        return jax.tree.map(lambda whole, part: whole.at[at].set(part), stack, layer)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    with jax.set_mesh(mesh):
+        put_layer = jax.jit(put, donate_argnums=0, out_shardings=shardings)
+        stack = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), wanted)
+        for at, name in enumerate(file_names(row, model)):
+            stack = jax.block_until_ready(put_layer(stack, layer_of(name), at))
+    return stack
+
+
+def stored_layer(name: str, tensors: Mapping[str, StoredTensor], wanted: Quantised, mesh: Mesh) -> Quantised:
+    """A layer's weight as bitsandbytes left it in the file.
+
+    Raises:
+        UserError: its blocks or the values of its codes are others.
+    """
+
+    def placed(key: str, stacked: jax.ShapeDtypeStruct) -> Array:
+        """A tensor that lies flat in the file, in its shape, each device reading the rows it needs."""
+        shape, tensor = stacked.shape[1:], tensors[key]
+        stride = math.prod(shape[1:]) * tensor.shape[0] // math.prod(shape)
+
+        def read(index: Any) -> np.ndarray:
+            (first, last), *rest = shard_box(index, shape)
+            values = tensor.read(((first * stride, last * stride), *whole(tensor.shape[1:])))
+            return values.reshape(-1, *shape[1:])[:, *(slice(*span) for span in rest)]
+
+        sharding = NamedSharding(mesh, PartitionSpec(*stacked.sharding.spec[1:]))
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    codes = placed(name, wanted.codes)
+    if wanted.bits == 8:
+        stem = name.removesuffix("weight")
+        if (form := tensors.get(f"{stem}weight_format")) is not None and np.asarray(form).any():
+            raise UserError(f"{stem}weight_format is not 0, so the weight's order is not that of rows")
+        return replace(wanted, codes=codes, scale=placed(f"{stem}SCB", wanted.scale))
+    layer = replace(wanted, codes=codes, scale=placed(f"{name}.absmax", wanted.scale))
+    state = json.loads(np.asarray(tensors[f"{name}.{STATE}"]).tobytes()) if f"{name}.{STATE}" in tensors else {}
+    facts = {"blocksize": BLOCK} | ({"nested_blocksize": OUTER_BLOCK} if wanted.offset is not None else {})
+    if other := [f"{key} = {state.get(key)}" for key, value in facts.items() if state.get(key) != value]:
+        raise UserError(f"{name}: {STATE} has {', '.join(other)}, but {facts} are read")
+    maps = {"quant_map": NORMAL_MAP} | ({"nested_quant_map": DYNAMIC_MAP} if wanted.offset is not None else {})
+    for key, values in maps.items():
+        if not np.allclose(tensors[f"{name}.{key}"], values, rtol=0, atol=1e-6):
+            raise UserError(f"{name}.{key}: other values than those of bitsandbytes, so its codes can't be read")
+    if wanted.offset is None:
+        return layer
+    offset = jnp.float32(state["nested_offset"])
+    return replace(layer, outer_scale=placed(f"{name}.nested_absmax", wanted.outer_scale), offset=offset)
 
 
 def from_file(tensor: StoredTensor, row: Parameter, spans: Mapping[str, tuple[int, int]]) -> np.ndarray:
