@@ -25,6 +25,7 @@ from lacuna.model import (
     forward,
     head_of,
     initial_params,
+    joined,
     logits_of,
     parameter_table,
     read_model_config,
@@ -223,8 +224,8 @@ def logits_from(directory: Path, mesh: Mesh, token: np.ndarray, **changes: Any) 
     position = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)
 
     def logits(params: Any, token: jax.Array) -> jax.Array:
-        computing = cast(params, config, jnp.float32)
-        hidden = forward(computing, embed(computing, token), jnp.ones_like(token), position, config)
+        computing = cast(joined(params, {"layers": {}}, config), parameter_table(config), jnp.float32)
+        hidden = forward(computing, embed(computing, token, jnp.float32), jnp.ones_like(token), position, config)
         return logits_of(hidden, head_of(params, config), config.vocabulary_size)
 
     with jax.set_mesh(mesh):
@@ -261,7 +262,12 @@ IN_FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_
     [
         ("llama3", {"quantization_config": None}, {}, "q_proj.weight: (2048, 1, 'uint8') in the files, (64, 64)"),
         ("qwen3", {"quantization_config": None}, {}, "q_proj.weight: (64, 64, 'int8') in the files, (64, 64) by"),
-        ("llama3", {"quantization_config": IN_EIGHT_BITS}, {}, "down_proj.weight: (4096, 1, 'uint8') in the files, (64, 128, 'int8')"),
+        (
+            "llama3",
+            {"quantization_config": IN_EIGHT_BITS},
+            {},
+            "down_proj.weight: (4096, 1, 'uint8') in the files, (64, 128, 'int8')",
+        ),
         ("llama3", {"quantization_config": IN_FOUR_BITS}, {}, "weight.absmax: (64, 'uint8') in the files, (64,) by"),
         ("llama3", {}, {f"{QUERY}.weight": np.zeros((64, 64), np.float32)}, "q_proj.weight: (64, 64) in the files"),
         (
@@ -298,7 +304,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw |= {"hidden_size": 256, "intermediate_size": 384, "head_dim": 32, "num_hidden_layers": 3}
     (directory / "config.json").write_text(json.dumps(raw))
     model = read_model_config(directory)
-    write_weights(directory, initial_params(jax.random.key(3), model), model)
+    write_weights(directory, initial_params(jax.random.key(3), model), model, {})
     return directory
 
 

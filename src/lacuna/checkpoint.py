@@ -41,17 +41,19 @@ from lacuna.model import (
     Lora,
     ModelConfig,
     Parameter,
+    is_quantised,
     joined,
+    parameter_table,
     partition_spec,
     read_model_config,
     shape_of,
     trained_table,
 )
 from lacuna.tokenizer import Tokenizer, load_tokenizer, read_json, read_words
-from lacuna.weights import StoredTensor, leaf_name
+from lacuna.weights import StoredTensor, file_tensor, leaf_name
 
 MANIFEST_FORMAT = 3
-BASE = "base_sha256"  # names the hash of the weights under an adapter
+BASE, BITS = "base_sha256", "base_bits"  # name the hash of the weights under an adapter, and the bits of one
 SOURCE = "source"  # in the directory of a run, with what its model has besides weights
 FAILURES_IN_A_ROW = 3
 TOKENIZER_FILES = (
@@ -257,8 +259,8 @@ class OpenedModel(NamedTuple):
 
     @property
     def base(self) -> Path | None:
-        """The directory of the weights that stay as they are where adapters train."""
-        return (self.place.base or self.place.source) if self.model.lora else None
+        """The directory of the weights that stay as they are, if they do: where adapters train, or in 8 or 4 bits."""
+        return (self.place.base or self.place.source) if self.model.is_frozen else None
 
 
 def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> OpenedModel:
@@ -309,9 +311,16 @@ def model_on(place: Place, config: ModelKeys, mesh: Mesh, tokens: int = 0) -> tu
     lora = weights.read_lora(place.adapter) if place.base else None
     if isinstance(config, TrainingConfig) and config.lora_rank and not place.base:
         lora = Lora(config.lora_rank, config.lora_alpha, config.lora_scaling == "stabilised", config.lora_targets)
+    bits = config.base_bits or (stated_bits(place.source) if place.base else 0) or model.bits or 16
+    if model.file_bits not in (0, bits):
+        raise UserError(
+            f"base_bits = {bits}, but {place.base or place.source} holds weights of {model.file_bits} bits; leave "
+            "base_bits out, or name the model that they were made from"
+        )
     model = replace(
-        model, is_tied=model.is_tied and not own_head, padded_vocabulary=padded, attention=backend, lora=lora
-    )
+        model, is_tied=model.is_tied and not own_head, padded_vocabulary=padded, attention=backend, lora=lora,
+        bits=bits % 16,
+    )  # fmt: skip
     check_divisible(mesh, model.sizes)
     return model, f"{line}; lm_head.weight is not the embedding, so tie_word_embeddings is false" if own_head else line
 
@@ -330,6 +339,8 @@ def trained_params(opened: OpenedModel) -> PyTree[Array]:
     are zero."""
     source, mesh = opened.source, opened.mesh
     model = stored = opened.model
+    if model.is_frozen and not model.lora:
+        return {"layers": {}}
     if opened.tokenizer.new_words:
         stored = replace(model, vocabulary_size=read_model_config(opened.place.described).vocabulary_size)
     if weights.is_checkpoint(source):
@@ -347,9 +358,22 @@ def frozen_params(opened: OpenedModel) -> PyTree[Array] | None:
     if not opened.base:
         return None
     check_base(opened.source, opened.base)
-    if weights.is_checkpoint(opened.base):
-        return trained_params(opened._replace(source=opened.base, model=replace(opened.model, lora=None)))
-    return weights.load_params(opened.base, opened.model, opened.mesh, as_stored=True)
+    model, mesh = opened.model, opened.mesh
+    if not weights.is_checkpoint(opened.base):
+        return weights.load_params(opened.base, model, mesh, as_stored=True)
+    dense = replace(model, lora=None, bits=0)
+    if not model.bits:
+        return trained_params(opened._replace(source=opened.base, model=dense))
+    checked_manifest(opened.base)
+
+    def load(row: Parameter, leaf: jax.ShapeDtypeStruct, tensor: StoredTensor) -> PyTree[Array]:
+        if not is_quantised(row, model):
+            return tensor.placed(leaf)
+        return weights.load_quantised(
+            row, model, mesh, lambda layer: file_tensor(tensor, row, layer, model, np.float32)
+        )
+
+    return jax.tree.map(load, parameter_table(model), abstract_params(dense, mesh), saved_params(opened.base, dense))
 
 
 def check_base(source: Path, base: Path) -> None:
@@ -375,6 +399,13 @@ def stated_base(source: Path) -> str:
     return weights.header_facts(source / weights.ADAPTER_WEIGHTS).get(BASE, "")
 
 
+def stated_bits(source: Path) -> int:
+    """The bits of a weight of the base that an adapter was trained on, 0 where not known, or not quantised."""
+    if weights.is_checkpoint(source):
+        return read_manifest(source).run.model.get("bits", 0)
+    return int(weights.header_facts(source / weights.ADAPTER_WEIGHTS).get(BITS, 0))
+
+
 def abstract_params(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes and shardings of what training changes."""
 
@@ -386,11 +417,17 @@ def abstract_params(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStru
 
 
 def abstract_frozen(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct] | None:
-    """Shapes and shardings of the weights under an adapter, in the dtype that config.json says; None without one."""
-    if not model.lora:
+    """Shapes and shardings of the weights that stay as they are, in the dtype that config.json says, or quantised; None
+    where all train."""
+    if not model.is_frozen:
         return None
-    base = abstract_params(replace(model, lora=None), mesh)
-    return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(model.file_dtype)), base)
+
+    def abstract(row: Parameter, leaf: jax.ShapeDtypeStruct) -> PyTree[jax.ShapeDtypeStruct]:
+        if is_quantised(row, model):
+            return weights.abstract_quantised(row, model, mesh)
+        return leaf.update(dtype=jnp.dtype(model.file_dtype))
+
+    return jax.tree.map(abstract, parameter_table(model), abstract_params(replace(model, lora=None, bits=0), mesh))
 
 
 def unpadded(model: ModelConfig) -> ModelConfig:

@@ -139,6 +139,11 @@ class ModelKeys(Keys):
     base_name: str = Field(
         "", description="Base of the adapter that model_name is; empty: the one that it names itself"
     )
+    base_bits: Literal[0, 4, 8, 16] = Field(
+        0,
+        description="Bits of a frozen weight of the layers' matrices: 4 (NF4) or 8, for adapters or without training; "
+        "16: as it is stored; 0: the same, or what the adapter was trained on",
+    )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Type that matmuls compute in; auto: float32 where a CPU decodes or lacks bfloat16"
     )

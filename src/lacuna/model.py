@@ -23,7 +23,7 @@ from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
 from lacuna.linear import Frozen, linear, product_over_tokens
-from lacuna.quantised import PRODUCT
+from lacuna.quantised import PRODUCT, Quantised
 from lacuna.tokenizer import read_json
 
 PAGE = 64  # tokens of the cache
@@ -98,6 +98,11 @@ class ModelConfig:
     bits: int = 0
     file_bits: int = 0
     scale_bits: int = 8
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weights that config.json describes stay as they are."""
+        return bool(self.lora or self.bits)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -219,10 +224,11 @@ def parameter_table(model: ModelConfig) -> PyTree[Parameter]:
 
 
 def trained_table(model: ModelConfig) -> PyTree[Parameter]:
-    """What training changes: every weight, or only the adapters."""
-    if not model.lora:
+    """What training changes: every weight, or only the adapters, if any."""
+    if not model.is_frozen:
         return parameter_table(model)
-    return {"layers": {MODULES[module]: MATRICES[MODULES[module]].adapter for module in model.lora.targets}}
+    targets = model.lora.targets if model.lora else ()
+    return {"layers": {MODULES[module]: MATRICES[MODULES[module]].adapter for module in targets}}
 
 
 def shape_of(row: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -457,7 +463,13 @@ def check_sequence_length(model: ModelConfig, sequence_length: int) -> None:
 
 
 def check_trainable(model: ModelConfig, sequence_length: int) -> None:
-    """Refuse to train a model with dropout, which is not implemented, or on rows that are too long for it."""
+    """Refuse to train a model with dropout, which is not implemented, or on rows that are too long for it, and weights
+    of 8 or 4 bits."""
+    if model.bits and not model.lora:
+        raise UserError(
+            f"weights of {model.bits} bits do not train; set lora_rank to train adapters on them, say to 16, or take a "
+            "model and base_bits without"
+        )
     if model.attention_dropout:
         raise UserError(
             f"attention_dropout = {model.attention_dropout} of config.json is not implemented; set it to 0 to train "
@@ -512,10 +524,9 @@ def joined(frozen: PyTree | None, trained: PyTree, model: ModelConfig) -> PyTree
     """The weights to compute with: what trains on its frozen base, of which nothing is copied; without one, itself."""
     if frozen is None:
         return trained
-    assert model.lora
-    factors, layers = trained["layers"], dict(frozen["layers"])
+    factors, layers, scale = trained["layers"], dict(frozen["layers"]), model.lora.scale if model.lora else 1.0
     for name in MATRICES:
-        layers[name] = Frozen(layers[name], **factors.get(name, {}), scale=model.lora.scale)
+        layers[name] = Frozen(layers[name], **factors.get(name, {}), scale=scale)
     return frozen | {"layers": layers}
 
 
@@ -654,7 +665,8 @@ def decoding_params(params: PyTree[Array], model: ModelConfig, dtype: DTypeLike)
 
     def ready(row: Parameter, weight: Any) -> Any:
         if isinstance(weight, Frozen):
-            return replace(weight.cast(dtype), base=weight.base.astype(dtype))
+            base = weight.base if isinstance(weight.base, Quantised) else weight.base.astype(dtype)
+            return replace(weight.cast(dtype), base=base)
         return weight if row.role == "norm" else weight.astype(dtype)
 
     params = jax.tree.map(ready, parameter_table(model), params)

@@ -276,9 +276,9 @@ def saved_state(directory: Path, manifest: Manifest, opened: OpenedModel) -> Tra
 # The directory of a run
 
 FIXED_ON_RESUME = (
-    "model_name", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype", "packing",
-    "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data", "lora_rank",
-    "lora_alpha", "lora_targets", "lora_scaling", "system_prompt", "prompt_template", "prompts_per_step",
+    "model_name", "base_bits", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype",
+    "packing", "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data",
+    "lora_rank", "lora_alpha", "lora_targets", "lora_scaling", "system_prompt", "prompt_template", "prompts_per_step",
     "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
@@ -624,6 +624,7 @@ class Run:
             assert self.saver.newest
             params = checkpoint.saved_params(self.saver.newest, opened.model)
             facts_of_base = {name: digest for name, digest in self.inputs.items() if name == checkpoint.BASE}
+            facts_of_base |= {checkpoint.BITS: str(opened.model.bits)} if opened.base else {}
             source, what = (
                 directory / checkpoint.SOURCE,
                 "adapter in PEFT's" if opened.base else "model in Hugging Face",
@@ -662,7 +663,8 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     counts, mesh = parameter_counts(opened.model), opened.mesh
     decayed = f"{counts['decayed']:,} with weight decay and {counts['trained'] - counts['decayed']:,} without"
     if lora := opened.model.lora:
-        decayed = f"frozen; {counts['trained']:,} of adapters train: rank {lora.rank}, scale {lora.scale:g}, on "
+        bits = f"in {opened.model.bits} bits, " if opened.model.bits else ""
+        decayed = f"{bits}frozen; {counts['trained']:,} of adapters train: rank {lora.rank}, scale {lora.scale:g}, on "
         decayed += ", ".join(lora.targets)
     yield f"model: {config.model_name} ({opened.model.family}), {counts['all']:,} parameters, {decayed}"
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

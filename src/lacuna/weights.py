@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, combinations
@@ -443,7 +443,7 @@ def load_parameter(
 ) -> Array | Quantised:
     """One weight over the mesh; each shard reads its part of each layer's tensor."""
     if is_quantised(row, model):
-        return load_quantised(row, tensors, model, mesh)
+        return load_quantised(row, model, mesh, partial(layer_of_file, row, tensors, model, mesh))
     shape, names = shape_of(row, model.sizes), file_names(row, model)
     dtype = tensors[names[0]].stored_dtype if as_stored else np.float32
 
@@ -480,36 +480,43 @@ def abstract_quantised(row: Parameter, model: ModelConfig, mesh: Mesh) -> Quanti
     return jax.tree.unflatten(jax.tree.structure(one), leaves)
 
 
-def load_quantised(row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh) -> Quantised:
-    """A weight of all layers in 8 or 4 bits, quantised layer by layer, or as it is in the file; there is never more
-    than one layer of it besides."""
+def load_quantised(
+    row: Parameter, model: ModelConfig, mesh: Mesh, read: Callable[[int], Quantised | Array | np.ndarray]
+) -> Quantised:
+    """A weight of all layers in 8 or 4 bits, each layer quantised as it is read; one at a time is besides."""
     wanted = abstract_quantised(row, model, mesh)
-    over = PartitionSpec(*wanted.codes.sharding.spec[1:])
-    dense = jax.ShapeDtypeStruct(file_shape(row, model), np.float32, sharding=NamedSharding(mesh, over))
-
-    def layer_of(name: str) -> Quantised | Array:
-        return stored_layer(name, tensors, wanted, mesh) if model.file_bits else tensors[name].placed(dense)
+    over = NamedSharding(mesh, PartitionSpec(*wanted.codes.sharding.spec[1:]))
 
     def put(stack: Quantised, layer: Quantised | Array, at: Array) -> Quantised:
         if not isinstance(layer, Quantised):
             layer = quantise(layer, model.bits, wanted.outputs)
         return jax.tree.map(lambda whole, part: whole.at[at].set(part), stack, layer)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    def placed(layer: Any) -> Quantised | Array:
+        if not isinstance(layer, np.ndarray):
+            return layer
+        return jax.make_array_from_callback(layer.shape, over, layer.__getitem__)
+
     with jax.set_mesh(mesh):
-        put_layer = jax.jit(put, donate_argnums=0, out_shardings=shardings)
+        put_layer = jax.jit(put, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
         stack = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), wanted)
-        for at, name in enumerate(file_names(row, model)):
-            stack = jax.block_until_ready(put_layer(stack, layer_of(name), at))
+        for at in range(model.layers):
+            stack = jax.block_until_ready(put_layer(stack, placed(read(at)), at))
     return stack
 
 
-def stored_layer(name: str, tensors: Mapping[str, StoredTensor], wanted: Quantised, mesh: Mesh) -> Quantised:
-    """A layer's weight as bitsandbytes left it in the file.
+def layer_of_file(
+    row: Parameter, tensors: Mapping[str, StoredTensor], model: ModelConfig, mesh: Mesh, layer: int
+) -> Quantised | Array:
+    """A layer's matrix in the file's axes: in float32, or as bitsandbytes left it, each device reading its part.
 
     Raises:
-        UserError: its blocks or the values of its codes are others.
+        UserError: its blocks or the values of its codes are not those of bitsandbytes.
     """
+    name, wanted = file_names(row, model)[layer], abstract_quantised(row, model, mesh)
+    if not model.file_bits:
+        over = NamedSharding(mesh, PartitionSpec(*wanted.codes.sharding.spec[1:]))
+        return tensors[name].placed(jax.ShapeDtypeStruct(file_shape(row, model), np.float32, sharding=over))
 
     def placed(key: str, stacked: jax.ShapeDtypeStruct) -> Array:
         """A tensor that lies flat in the file, in its shape, each device reading the rows it needs."""
@@ -530,7 +537,7 @@ def stored_layer(name: str, tensors: Mapping[str, StoredTensor], wanted: Quantis
         if (form := tensors.get(f"{stem}weight_format")) is not None and np.asarray(form).any():
             raise UserError(f"{stem}weight_format is not 0, so the weight's order is not that of rows")
         return replace(wanted, codes=codes, scale=placed(f"{stem}SCB", wanted.scale))
-    layer = replace(wanted, codes=codes, scale=placed(f"{name}.absmax", wanted.scale))
+    made = replace(wanted, codes=codes, scale=placed(f"{name}.absmax", wanted.scale))
     state = json.loads(np.asarray(tensors[f"{name}.{STATE}"]).tobytes()) if f"{name}.{STATE}" in tensors else {}
     facts = {"blocksize": BLOCK} | ({"nested_blocksize": OUTER_BLOCK} if wanted.offset is not None else {})
     if other := [f"{key} = {state.get(key)}" for key, value in facts.items() if state.get(key) != value]:
@@ -540,9 +547,9 @@ def stored_layer(name: str, tensors: Mapping[str, StoredTensor], wanted: Quantis
         if not np.allclose(tensors[f"{name}.{key}"], values, rtol=0, atol=1e-6):
             raise UserError(f"{name}.{key}: other values than those of bitsandbytes, so its codes can't be read")
     if wanted.offset is None:
-        return layer
+        return made
     offset = jnp.float32(state["nested_offset"])
-    return replace(layer, outer_scale=placed(f"{name}.nested_absmax", wanted.outer_scale), offset=offset)
+    return replace(made, outer_scale=placed(f"{name}.nested_absmax", wanted.outer_scale), offset=offset)
 
 
 def from_file(tensor: StoredTensor, row: Parameter, spans: Mapping[str, tuple[int, int]]) -> np.ndarray:

@@ -103,6 +103,7 @@ def run_convert(config: ConvertConfig) -> None:
     try:
         if config.to == "peft":
             facts = {checkpoint.BASE: stated} if (stated := checkpoint.stated_base(place.source)) else {}
+            facts |= {checkpoint.BITS: str(checkpoint.stated_bits(place.source))}
             params = stored_params(place.source, model)
             lines = checkpoint.save_model(output, params, model, place.adapter, facts, place.described)
             done = "adapter in PEFT's layout"
