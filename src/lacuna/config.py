@@ -139,7 +139,7 @@ class ModelKeys(Keys):
     base_name: str = Field(
         "", description="Base of the adapter that model_name is; empty: the one that it names itself"
     )
-    base_bits: Literal[0, 4, 8, 16] = Field(
+    base_bits: int = Field(
         0,
         description="Bits of a frozen weight of the layers' matrices: 4 (NF4) or 8, for adapters or without training; "
         "16: as it is stored; 0: the same, or what the adapter was trained on",
@@ -150,6 +150,13 @@ class ModelKeys(Keys):
     attention: Literal["auto", "cudnn", "splash", "xla"] = Field(
         "auto", description="Attention kernel; auto: the fastest that the devices support"
     )
+
+    @field_validator("base_bits")
+    @classmethod
+    def base_bits_are_known(cls, value: int) -> int:
+        if value not in (0, 4, 8, 16):
+            raise ValueError("should be 4, 8 or 16, or 0 for what is there")
+        return value
 
 
 class DataKeys(Keys):

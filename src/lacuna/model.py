@@ -467,8 +467,8 @@ def check_trainable(model: ModelConfig, sequence_length: int) -> None:
     of 8 or 4 bits."""
     if model.bits and not model.lora:
         raise UserError(
-            f"weights of {model.bits} bits do not train; set lora_rank to train adapters on them, say to 16, or take a "
-            "model and base_bits without"
+            f"weights of {model.bits} bits do not train; set lora_rank to train adapters on them, say to 16, or leave "
+            "base_bits out and take a model that is not quantised"
         )
     if model.attention_dropout:
         raise UserError(

@@ -625,11 +625,9 @@ class Run:
             params = checkpoint.saved_params(self.saver.newest, opened.model)
             facts_of_base = {name: digest for name, digest in self.inputs.items() if name == checkpoint.BASE}
             facts_of_base |= {checkpoint.BITS: str(opened.model.bits)} if opened.base else {}
-            source, what = (
-                directory / checkpoint.SOURCE,
-                "adapter in PEFT's" if opened.base else "model in Hugging Face",
-            )
-            problems = checkpoint.save_model(directory / "model", params, opened.model, source, facts_of_base)
+            target, source = directory / "model", directory / checkpoint.SOURCE
+            problems = checkpoint.save_model(target, params, opened.model, source, facts_of_base)
+            what = "adapter in PEFT's" if opened.base else "model in Hugging Face"
             self.log.info("; WARNING: ".join([f"{what} layout: {directory / 'model'}", *problems]))
         records = metrics.read_json_lines(directory / "metrics.jsonl")
         skipped = (record.get("skipped_updates", "loss" in record and record["loss"] is None) for record in records)
