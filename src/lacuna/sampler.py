@@ -76,13 +76,18 @@ class Rules(NamedTuple):
 
 
 class Forest(NamedTuple):
-    """Allowed outputs as paths: the edges of `node` are those from `first[node]` to `first[node + 1]`, each a token and
-    a child; a node without edges ends the output. `fan` counts up to the most edges of a node."""
+    """Allowed outputs as paths: the edges of `node` are those from `first[node]` to `first[node + 1]`, each with a
+    token, and lead to one node each, in the same order, after the roots; a node without edges ends the output. `fan`
+    counts up to the most edges of a node."""
 
     first: Int[Array, " node_and_end"]
     token: Int[Array, " edge"]
-    child: Int[Array, " edge"]
     fan: Int[Array, " width"]
+
+    @property
+    def root_count(self) -> int:
+        """How many of the first nodes no edge leads to."""
+        return len(self.first) - 1 - len(self.token)
 
 
 class Slots(NamedTuple):
@@ -216,7 +221,7 @@ def edges_of(forest: Forest, node: Int[Array, " row"]) -> tuple[Int[Array, "row 
     """Token and child of each edge of a node, -1 where it has no more."""
     edge = forest.first[node][:, None] + forest.fan
     exists = edge < forest.first[node + 1][:, None]
-    return jnp.where(exists, forest.token[edge], -1), jnp.where(exists, forest.child[edge], -1)
+    return jnp.where(exists, forest.token[edge], -1), jnp.where(exists, edge + forest.root_count, -1)
 
 
 def is_leaf(forest: Forest, node: Int[Array, "*row"]) -> Bool[Array, "*row"]:

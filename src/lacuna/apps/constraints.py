@@ -1,10 +1,9 @@
 """Constraints: the outputs that a sampler may choose from, and beam search, deterministic with exact sums."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna.config import SamplingKeys, UserError
-from lacuna.model import PAGE, Cache, ModelConfig, decode_step, empty_cache, prefill, rotation_table
-from lacuna.sampler import LEAST_PAGES, Forest, Request, Sampler, edges_of, is_leaf, page_count
+from lacuna.distributed import shard, shard_rows
+from lacuna.model import (
+    PAGE,
+    Cache,
+    Hidden,
+    ModelConfig,
+    head_of,
+    layer_forward,
+    logits_of,
+    prefill,
+    rms_norm,
+    rotation_at,
+)
+from lacuna.sampler import Forest, Request, Sampler, edges_of, is_leaf, page_count, slots_for
 
 
 def forest_of(choices: Sequence[Iterable[Sequence[int]]], end_id: int | None = None) -> Forest:
@@ -23,32 +34,40 @@ def forest_of(choices: Sequence[Iterable[Sequence[int]]], end_id: int | None = N
     Raises:
         UserError: a choice without a sequence, an empty sequence, or one that begins another, which needs an `end_id`.
     """
-    nodes: list[dict[int, Any]] = [{} for _ in choices]
-    for root, choice in zip(nodes, choices, strict=True):
-        add_sequences(root, choice, () if end_id is None else (end_id,))
-    first, tokens, children = [0], [], []
-    for node in nodes:
-        for token, child in sorted(node.items()):
-            tokens.append(token)
-            children.append(len(nodes))
-            nodes.append(child)
-        first.append(len(tokens))
-    fan = np.arange(max(np.diff(first), default=1))
-    return Forest(*(jnp.asarray(values, jnp.int32) for values in (first, tokens, children, fan)))
-
-
-def add_sequences(root: dict[int, Any], sequences: Iterable[Sequence[int]], end: tuple[int, ...]) -> None:
-    """Add a path from `root` for each of the sequences."""
-    ends = []
-    for sequence in sequences:
-        node = root
-        for token in (*sequence, *end):
-            node = node.setdefault(int(token), {})
-        ends.append((node, sequence))
-    if not ends or any(node is root for node, _ in ends):
+    end = () if end_id is None else (end_id,)
+    paths = [(root, *sequence, *end) for root, choice in enumerate(choices) for sequence in choice]
+    if {path[0] for path in paths} != set(range(len(choices))) or any(len(path) < 2 + len(end) for path in paths):
         raise UserError("a choice of allowed outputs needs at least one, and none that is empty")
-    if longer := [sequence for node, sequence in ends if node]:
-        raise UserError(f"the allowed output {list(longer[0])} begins another one; give an end_id that ends each")
+    rows = np.full((len(paths), max(map(len, paths), default=1)), -1, np.int32)
+    for row, path in zip(rows, paths, strict=True):
+        row[: len(path)] = path
+    return forest_of_rows(rows, len(choices))
+
+
+def forest_of_rows(rows: Int[np.ndarray, "path step"], root_count: int) -> Forest:
+    """The forest of paths, each a root and its tokens with -1 after its end: nodes are numbered level by level in the
+    order of their paths, so that sorting the paths makes them, and a node's children follow each other.
+
+    Raises:
+        UserError: a path begins another.
+    """
+    rows = rows[np.lexsort(rows.T[::-1])]
+    differs = np.append(True, rows[1:, 0] != rows[:-1, 0])  # from the path before, up to this step
+    node, node_count = rows[:, 0], root_count
+    counts, tokens = [np.zeros(1, np.int64)], list[np.ndarray]()
+    for step in range(1, rows.shape[1]):
+        token, before = rows[:, step], differs.copy()
+        differs[1:] |= token[1:] != token[:-1]
+        if longer := np.flatnonzero(~before[1:] & (token[:-1] < 0) & (token[1:] >= 0)).tolist():
+            sequence = rows[longer[0], 1:step].tolist()
+            raise UserError(f"the allowed output {sequence} begins another one; give an end_id that ends each")
+        is_new = differs & (token >= 0)
+        counts.append(np.bincount(node[is_new], minlength=node_count))
+        tokens.append(token[is_new])
+        node, node_count = np.cumsum(is_new, dtype=np.int32) - 1, int(is_new.sum())
+    edges = np.concatenate([*counts, np.zeros(node_count, np.int64)])
+    parts = np.cumsum(edges), np.concatenate(tokens), np.arange(edges.max(initial=1))
+    return Forest(*(jnp.asarray(part, jnp.int32) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -61,15 +80,29 @@ class Beam:
 
 
 class Beams(NamedTuple):
-    """Hypotheses of every prompt on the device, the best first."""
+    """The hypotheses of a prompt, best first, and the best sum that the search let go, -inf if none."""
 
-    cache: Cache
+    beams: list[Beam]
+    dropped: float
+
+    @property
+    def certain_count(self) -> int:
+        """How many of the first hypotheses are surely those of a search through everything. A sum only falls as its
+        path goes on, so no end of a path that was let go is better than the path was by then."""
+        return sum(beam.log_probability >= self.dropped for beam in self.beams)
+
+
+class Search(NamedTuple):
+    """Hypotheses of every prompt on the device, the best first. `cache` has the keys and values of each layer for the
+    tokens that follow the prompt, whose own are kept once."""
+
+    cache: tuple[tuple[Array, Array], ...]
     token: Int[Array, "prompt beam"]
-    length: Int[Array, "prompt beam"]
     score: Float[Array, "prompt beam"]
     node: Int[Array, "prompt beam"]
     is_done: Bool[Array, "prompt beam"]
     history: Int[Array, "prompt beam step"]
+    dropped: Float[Array, " prompt"]
 
 
 def beam_search(
@@ -79,9 +112,10 @@ def beam_search(
     max_tokens: int,
     stop_ids: Sequence[int] = (),
     root: int = -1,
-) -> list[list[Beam]]:
-    """The likeliest continuations of each prompt, best first: whole paths of the sampler's constraint from `root` on
-    where one is given, else up to a stop token or `max_tokens`. Scores are plain sums of the model's log-probabilities.
+) -> list[Beams]:
+    """The likeliest continuations of each prompt: whole paths of the sampler's constraint from `root` on where one is
+    given, else up to a stop token or `max_tokens`. Scores are plain sums of the model's log-probabilities over its
+    whole vocabulary. At each step the best `beam_count` survive, or all where there are fewer.
 
     Raises:
         UserError: a prompt that leaves no room for `max_tokens`, or that can't be generated from at all.
@@ -98,27 +132,25 @@ def beam_search(
             f"a prompt of {longest:,} tokens and max_tokens = {max_tokens:,} are more than the capacity of "
             f"{sampler.capacity:,}, prompt and completion together; lower max_tokens or shorten the prompt"
         )
-    pages = page_count(longest, sampler.capacity)
-    token = np.zeros((len(prompts), pages * PAGE), np.int32)
+    token = np.zeros((slots_for(len(prompts), sampler.mesh), page_count(longest, sampler.capacity) * PAGE), np.int32)
+    length = np.ones(len(token), np.int32)
     for row, prompt in enumerate(prompts):
-        token[row, : len(prompt)] = prompt
-    length = np.array([len(prompt) for prompt in prompts], np.int32)
+        token[row, : len(prompt)], length[row] = prompt, len(prompt)
     stop = np.array([*stop_ids, -1], np.int32)
     forest = sampler.constraint if root >= 0 else None
-    bucket = page_count(longest + max_tokens, sampler.capacity, LEAST_PAGES)
     with jax.set_mesh(sampler.mesh):
-        beams = search(
-            sampler.params, token, length, forest, np.int32(root), stop, sampler.model, beam_count, max_tokens, bucket
+        found = search(
+            sampler.params, token, length, forest, np.int32(root), stop, sampler.model, beam_count, max_tokens
         )
-    score, history, is_done = jax.device_get((beams.score, beams.history, beams.is_done))
-    found: list[list[Beam]] = [[] for _ in prompts]
+    score, history, is_done, dropped = jax.device_get(found)
+    beams: list[list[Beam]] = [[] for _ in token]
     for row, beam in zip(*np.nonzero(score > -np.inf), strict=True):
         tokens = history[row, beam][history[row, beam] >= 0].tolist()
-        found[row].append(Beam(tuple(tokens), float(score[row, beam]), bool(is_done[row, beam])))
-    return found
+        beams[row].append(Beam(tuple(tokens), float(score[row, beam]), bool(is_done[row, beam])))
+    return [Beams(beams[row], float(dropped[row])) for row in range(len(prompts))]
 
 
-@partial(jax.jit, static_argnames=("model", "beam_count", "max_tokens", "pages"))
+@partial(jax.jit, static_argnames=("model", "beam_count", "max_tokens"))
 def search(
     params: PyTree[Array],
     prompt: Int[Array, "prompt token"],
@@ -129,41 +161,42 @@ def search(
     model: ModelConfig,
     beam_count: int,
     max_tokens: int,
-    pages: int,
-) -> Beams:
-    """Every hypothesis is continued by each possible token and the best sums are kept; finished ones stay."""
+) -> tuple[Array, Array, Array, Array]:
+    """Every hypothesis is continued by each possible token and the best sums are kept; finished ones stay. Returns of
+    the last ones scores, tokens and whether they ended, and of each prompt the best score that was dropped."""
+    prompt, prompt_length = shard_rows(prompt), shard_rows(prompt_length)
     shape = (len(prompt), beam_count)
-    last = jnp.take_along_axis(prompt, prompt_length[:, None] - 1, axis=1)
-    filled = jax.tree.map(lambda x: jnp.repeat(x, beam_count, axis=0), prefill(params, prompt, model)[1])
-    empty = empty_cache(model, math.prod(shape), pages, filled[0][0].dtype)
-    start = Beams(
-        cache=jax.tree.map(lambda whole, part: whole.at[:, :, : part.shape[2]].set(part), empty, filled),
-        token=jnp.broadcast_to(last, shape),
-        length=jnp.broadcast_to(prompt_length[:, None] - 1, shape),
+    hidden, pages = prefill(params, prompt, model)
+    prompt_cache = joined_pages(pages)
+    last = jnp.take_along_axis(hidden, prompt_length[:, None, None] - 1, axis=1)
+    room = jnp.zeros((*shape, max(max_tokens - 1, 1), model.kv_heads, model.head), hidden.dtype)
+    start = Search(
+        cache=tuple((room, room) for _ in range(model.layers)),
+        token=jnp.zeros(shape, jnp.int32),
         score=jnp.broadcast_to(jnp.where(jnp.arange(beam_count) == 0, 0, -jnp.inf), shape),
         node=jnp.broadcast_to(root, shape),
         is_done=jnp.zeros(shape, bool),
         history=jnp.full((*shape, max_tokens), -1, jnp.int32),
+        dropped=jnp.full(shape[:1], -jnp.inf),
     )
 
-    rotations = rotation_table(start.cache, model)
-
-    def step(carry: tuple[Array, Beams]) -> tuple[Array, Beams]:
-        number, beams = carry
-        token, length = beams.token.ravel(), beams.length.ravel()
-        logits, cache = decode_step(params, beams.cache, token, length, rotations, model)
-        log_probability = jax.nn.log_softmax(logits)
+    def choose(hidden: Hidden, beams: Search, number: Int[Array, ""] | int) -> Search:
+        """The best continuations, given the hidden states that follow the hypotheses."""
+        logits = logits_of(hidden, head_of(params, model), model.vocabulary_size)
+        normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         if forest is None:
-            tokens = jnp.broadcast_to(jnp.arange(model.padded_vocabulary), log_probability.shape)
-            children = jnp.zeros_like(tokens)
+            tokens = jnp.broadcast_to(jnp.arange(logits.shape[2]), (*shape, logits.shape[2]))
+            children, added = jnp.zeros_like(tokens), jnp.broadcast_to(logits - normalizer, tokens.shape)
         else:
-            tokens, children = edges_of(forest, beams.node.ravel())
-            log_probability = jnp.take_along_axis(log_probability, jnp.maximum(tokens, 0), axis=1)
-            log_probability = jnp.where(tokens < 0, -jnp.inf, log_probability)
-        tokens, children, added = (x.reshape(*shape, -1) for x in (tokens, children, log_probability))
+            tokens, children = (x.reshape(*shape, -1) for x in edges_of(forest, beams.node.ravel()))
+            logits = jnp.broadcast_to(logits, (*shape, logits.shape[2]))
+            added = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=2) - normalizer
+            added = jnp.where(tokens < 0, -jnp.inf, added)
         stays = jnp.where(jnp.arange(added.shape[2]) == 0, 0, -jnp.inf)
         total = beams.score[..., None] + jnp.where(beams.is_done[..., None], stays, added)
-        score, choice = jax.lax.top_k(total.reshape(shape[0], -1), beam_count)
+        total = jnp.pad(total.reshape(shape[0], -1), ((0, 0), (0, 1)), constant_values=-jnp.inf)
+        score, choice = jax.lax.top_k(total, beam_count + 1)
+        score, choice, best_left = score[:, :-1], choice[:, :-1], score[:, -1]
         parent = choice // added.shape[2]
 
         def of_parent(x: Array) -> Array:
@@ -174,18 +207,84 @@ def search(
         is_end = jnp.any(token[..., None] == stop_ids, axis=-1)
         if forest is not None:
             is_end |= is_leaf(forest, node)
-        row = (jnp.arange(shape[0])[:, None] * beam_count + parent).ravel()
-        return number + 1, Beams(
-            cache=jax.tree.map(lambda x: x[row], cache),
+        return Search(
+            cache=jax.tree.map(of_parent, beams.cache),
             token=token,
-            length=of_parent(beams.length) + ~was_done,
             score=score,
             node=jnp.where(was_done, of_parent(beams.node), node),
             is_done=was_done | is_end,
             history=of_parent(beams.history).at[:, :, number].set(jnp.where(was_done, -1, token)),
+            dropped=jnp.maximum(beams.dropped, best_left),
         )
 
-    def continues(carry: tuple[Array, Beams]) -> Bool[Array, ""]:
+    def step(carry: tuple[Array, Search]) -> tuple[Array, Search]:
+        number, beams = carry
+        hidden, cache = beam_step(params, prompt_cache, prompt_length, beams, number - 1, model)
+        return number + 1, choose(hidden, beams._replace(cache=cache), number)
+
+    def continues(carry: tuple[Array, Search]) -> Bool[Array, ""]:
         return (carry[0] < max_tokens) & jnp.any(~carry[1].is_done & (carry[1].score > -jnp.inf))
 
-    return jax.lax.while_loop(continues, step, (jnp.zeros((), jnp.int32), start))[1]
+    _, found = jax.lax.while_loop(continues, step, (jnp.ones((), jnp.int32), choose(last, start, 0)))
+    return shard(found.score), shard(found.history), shard(found.is_done), shard(found.dropped)
+
+
+def joined_pages(cache: Cache) -> tuple[tuple[Array, Array], ...]:
+    """A prompt's keys [prompt, kv_head, head, token] and values [prompt, kv_head, token, head] without pages."""
+
+    def joined(keys: Array, values: Array) -> tuple[Array, Array]:
+        keys = jnp.swapaxes(keys, 2, 3)
+        return keys.reshape(*keys.shape[:3], -1), values.reshape(*values.shape[:2], -1, values.shape[-1])
+
+    return tuple(joined(*pages) for pages in cache)
+
+
+def beam_step(
+    params: PyTree[Array],
+    prompt_cache: tuple[tuple[Array, Array], ...],
+    prompt_length: Int[Array, " prompt"],
+    beams: Search,
+    place: Int[Array, ""],
+    model: ModelConfig,
+) -> tuple[Hidden, tuple[tuple[Array, Array], ...]]:
+    """Hidden states after the last token of each hypothesis, the one at `place` after the prompt, and the cache with
+    that token. The hypotheses of a prompt are the tokens of a batch's row, all at one position."""
+    shape = beams.token.shape
+    rotation = rotation_at(jnp.broadcast_to(prompt_length[:, None] + place, shape), model)
+
+    def attend(layer: int, query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(held, new[:, :, None], place, axis=2)
+            for held, new in zip(beams.cache[layer], (key, value), strict=True)
+        )
+        return shared_attention(query, prompt_cache[layer], prompt_length, (keys, values), place), (keys, values)
+
+    x, grown = shard_rows(params["embedding"][beams.token]), []
+    for number, layer in enumerate(params["layers"]):
+        x, kept = layer_forward(x, layer, number, rotation, partial(attend, number), model)
+        grown.append(kept)
+    return rms_norm(x, params["final_norm"], model.norm_epsilon), tuple(grown)
+
+
+def shared_attention(
+    query: Float[Array, "prompt beam kv_head group head"],
+    prompt_cache: tuple[Float[Array, "prompt kv_head head token"], Float[Array, "prompt kv_head token head"]],
+    prompt_length: Int[Array, " prompt"],
+    own_cache: tuple[Float[Array, "prompt beam step kv_head head"], Float[Array, "prompt beam step kv_head head"]],
+    place: Int[Array, ""],
+) -> Float[Array, "prompt beam kv_head group head"]:
+    """Attention of each hypothesis to its prompt, whose keys and values are shared, and to its own tokens up to
+    `place`."""
+    keys, values = prompt_cache
+    own_keys, own_values = own_cache
+    over_prompt = jnp.einsum("bnkgh,bkhs->bnkgs", query, keys, preferred_element_type=jnp.float32)
+    is_prompt = jnp.arange(keys.shape[3]) < prompt_length[:, None]
+    over_prompt = jnp.where(is_prompt[:, None, None, None], over_prompt, -jnp.inf)
+    over_own = jnp.einsum("bnkgh,bnskh->bnkgs", query, own_keys, preferred_element_type=jnp.float32)
+    over_own = jnp.where(jnp.arange(own_keys.shape[2]) <= place, over_own, -jnp.inf)
+    scores = jnp.concatenate([over_prompt, over_own], axis=-1) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    of_prompt, of_own = jnp.split(weights, [keys.shape[3]], axis=-1)
+    mixed = jnp.einsum("bnkgs,bksh->bnkgh", of_prompt, values, preferred_element_type=jnp.float32)
+    mixed += jnp.einsum("bnkgs,bnskh->bnkgh", of_own, own_values, preferred_element_type=jnp.float32)
+    return mixed.astype(values.dtype)
