@@ -3,11 +3,9 @@
 import hashlib
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
+from lacuna.answers import expected_answers, final_answer, is_right, number_of
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import DataSource, EvalConfig, GrpoConfig, RowsConfig, SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch, Dataset, describe, load_dataset
@@ -232,104 +231,6 @@ def choices_of(row: dict[str, Any], answer: Any, config: EvalConfig) -> tuple[tu
     if not 0 <= right < len(given):
         raise ValueError(f"the answer {answer!r} is none of its {len(given)} choices, nor the number of one")
     return tuple(given), right
-
-
-# Final answers
-
-SEARCHED = 20_000  # characters at the end of a text, in which its answer is looked for
-SIGN = r"####|\\boxed\s{0,4}\{|\\fbox\s{0,4}\{|<answer>"
-FORMAL_MARK = re.compile(SIGN, re.IGNORECASE)
-MARK = re.compile(rf"{SIGN}|\b(?:final\s{{1,4}})?answer\s{{0,4}}(?:is|:|=)", re.IGNORECASE)
-ANSWER_END = re.compile(r"</answer>|<\|", re.IGNORECASE)
-NUMBER = re.compile(
-    r"""(?<![\w.])(?P<sign>[-−–+]?)[ ]?(?:[$€£¥]|\\\$)?[ ]?(?P<minus>[-−–]?)
-    (?:\\[dt]?frac\{(?P<top>[-−–]?\d{1,60}(?:\.\d{1,60})?)\}\{(?P<bottom>[-−–]?\d{1,60}(?:\.\d{1,60})?)\}
-    |(?P<whole>\d{1,3}(?:,\d{3}){1,19}(?!\d)|\d{1,3}(?:[ _\u202f\u00a0]\d{3}){1,19}(?![\d,])|\d{1,60}(?!\d)|(?=\.\d))
-     (?P<part>\.\d{1,60}(?!\d))?(?P<power>[eE][-+]?\d{1,2}(?!\w))?
-     (?:(?P<mixed>[ ]\d{1,20})?[ ]?/[ ]?(?P<under>\d{1,60}))?)
-    (?!\d|[eE][-+]?\d)""",
-    re.VERBOSE,
-)
-SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})")
-SHORT_FRACTION = re.compile(r"(\\[dt]?frac)(\d)(\d)")
-NOT_CONTENT = re.compile(r"\\(?:text|mathrm|left|right|,|;|!)|[{}$\\*]")
-
-
-def final_answer(text: str) -> str | None:
-    """What follows the last of the marks `####`, `\\boxed{}`, `<answer>` and "answer is", else the last number."""
-    if found := marked_answer(text, MARK):
-        return found
-    numbers = [match[0].strip() for match in NUMBER.finditer(plain_numbers(text[-SEARCHED:]))]
-    return numbers[-1] if numbers else None
-
-
-def marked_answer(text: str, mark: re.Pattern[str]) -> str | None:
-    """What follows the last of the marks that anything follows."""
-    text = text[-SEARCHED:]
-    for match in reversed(list(mark.finditer(text))):
-        rest = text[match.end() :]
-        found = inside_braces(rest) if match[0].endswith("{") else ANSWER_END.split(rest, 1)[0]
-        if not match[0].startswith(("<", "\\")):
-            found = found.strip().split("\n", 1)[0]
-        if found := found.strip(" :*\n\t").rstrip(". "):
-            return found
-    return None
-
-
-def inside_braces(text: str) -> str:
-    """The text up to the brace that closes the one opened before it, or all of it where none does."""
-    depth = 1
-    for match in re.finditer(r"[{}]", text):
-        depth += 1 if match[0] == "{" else -1
-        if not depth:
-            return text[: match.start()]
-    return text
-
-
-def number_of(answer: str) -> Fraction | None:
-    """The number an answer states, the first after its last equals sign, without unit, currency and separators."""
-    match = NUMBER.search(plain_numbers(answer[-SEARCHED:].rpartition("=")[2]))
-    if match is None or match["under"] and not int(match["under"]):
-        return None
-    sign = -1 if (match["sign"] or match["minus"]) in ("-", "−", "–") else 1
-    if match["top"]:
-        top, bottom = (Fraction(re.sub("[−–]", "-", match[part])) for part in ("top", "bottom"))
-        return sign * top / bottom if bottom else None
-    value = Fraction((re.sub(r"\D", "", match["whole"]) or "0") + (match["part"] or "") + (match["power"] or ""))
-    if match["under"]:
-        under = int(match["under"])
-        value = value + Fraction(int(match["mixed"]), under) if match["mixed"] else value / under
-    return sign * value
-
-
-def plain_numbers(text: str) -> str:
-    """The text with TeX's thousands separators as commas and its fractions with braces."""
-    return SHORT_FRACTION.sub(r"\1{\2}{\3}", SEPARATOR.sub(",", text))
-
-
-def expected_answers(reference: str | Sequence[str]) -> list[str]:
-    """The final answers that a reference accepts."""
-    return [final_answer(each) or each for each in ([reference] if isinstance(reference, str) else reference)]
-
-
-def is_right(completion: str, reference: str | Sequence[str]) -> bool:
-    """Whether a completion's final answer is one that the reference accepts."""
-    return any(is_same_answer(final_answer(completion), each) for each in expected_answers(reference))
-
-
-def is_same_answer(answer: str | None, expected: str) -> bool:
-    """Whether two answers state the same number or, if one of them states none, consist of the same words."""
-    if answer is None:
-        return False
-    numbers = number_of(answer), number_of(expected)
-    if None in numbers:
-        return plain_words(answer) == plain_words(expected)
-    return numbers[0] == numbers[1]
-
-
-def plain_words(answer: str) -> str:
-    """An answer in lower case, without markup and without punctuation at its ends."""
-    return " ".join(NOT_CONTENT.sub(" ", answer[-SEARCHED:]).split()).strip(" .,:;!?\"'()[]").casefold()
 
 
 # Tasks

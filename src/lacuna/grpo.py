@@ -23,11 +23,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from lacuna import checkpoint, metrics, trainer, weights
+from lacuna.answers import expected_answers
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
 from lacuna.data import Mixture, first_fit, locate
 from lacuna.distributed import from_first, held_directory, is_first, make_mesh, put_batch, row_shards
-from lacuna.eval import Problem, Problems, Tasks, expected_answers, measure_in_training, read_problems
+from lacuna.eval import Problem, Problems, Tasks, measure_in_training, read_problems
 from lacuna.model import (
     ModelConfig,
     cast,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lacuna.answers import has_one_answer, is_right
 from lacuna.config import UserError
-from lacuna.eval import FORMAL_MARK, is_right, marked_answer, number_of
 from lacuna.grpo import Reward, RewardFunction
 
 
@@ -21,9 +21,8 @@ def correct(prompt: str, completion: str, row: dict[str, Any]) -> float:
 
 
 def answer_format(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """1 where a number follows `####` or `<answer>`, or stands in `\\boxed{}` or `\\fbox{}`, else 0."""
-    found = marked_answer(completion, FORMAL_MARK)
-    return float(found is not None and number_of(found) is not None)
+    """1 where there is one of `####`, `<answer>` and `\\boxed{}`, closed, with one answer in it, else 0."""
+    return float(has_one_answer(completion))
 
 
 BUILT_IN: dict[str, RewardFunction] = {"correct": correct, "gsm8k_correct": correct, "format": answer_format}
