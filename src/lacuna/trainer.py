@@ -161,18 +161,23 @@ def train_step(
         gradient = jax.tree.map(lambda leaf: leaf * share, gradient)
 
     norm = optax.tree.norm(gradient)
-    clip = jnp.minimum(1.0, recipe.clip_norm / norm)
-    direction, moments = adam.update(jax.tree.map(lambda leaf: leaf * clip, gradient), state.moments)
-    rate = learning_rate(state.step, recipe)
-
-    def descend(row: Any, param: Array, direction: Array) -> Array:
-        return param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
-
-    params = jax.tree.map(descend, table, state.params, direction)
     is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    params, moments = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), (params, moments), (state.params, state.moments)
+    clip, rate = jnp.minimum(1.0, recipe.clip_norm / norm), learning_rate(state.step, recipe)
+    _, moments = adam.update(jax.tree.map(lambda leaf: leaf * clip, gradient), state.moments)
+    moments: Any = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moments, state.moments)
+    # The weights read the new moments from memory: XLA would copy the old ones to compute them again
+    moments = jax.lax.optimization_barrier(moments)
+    mean, square = (
+        optax.tree.bias_correction(moment, decay, moments.count)
+        for moment, decay in ((moments.mu, ADAM_BETA1), (moments.nu, ADAM_BETA2))
     )
+
+    def descend(row: Any, param: Array, mean: Array, square: Array) -> Array:
+        direction = mean / (jnp.sqrt(square) + ADAM_EPSILON)
+        new = param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
+        return jnp.where(is_finite, new, param)
+
+    params = jax.tree.map(descend, table, state.params, mean, square)
     skipped = jnp.where(is_finite, 0, state.skipped + 1)
     facts = {"loss": value, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
     return TrainState(params, moments, state.step + 1, skipped), facts | sums | largest
