@@ -15,7 +15,7 @@ import pytest
 from conftest import REFERENCE, TINY, make_small, mesh_of, records
 from test_model import load
 
-from lacuna import cli, grpo, trainer
+from lacuna import checkpoint, cli, grpo, trainer
 from lacuna.apps.replay import samples_by_step
 from lacuna.apps.rewards import load_rewards
 from lacuna.checkpoint import OpenedModel, at, open_model
@@ -158,6 +158,7 @@ def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> 
         "clip_fraction": np.sum(is_clipped),
         "importance_mean": np.sum(np.exp(mismatch)),
         "kl": np.sum(np.exp(log_reference) - log_reference - 1),
+        "logprob_difference_mean": np.sum(np.abs(mismatch)),
         "logprob_difference_max": np.max(np.abs(mismatch)),
     }
     assert 0 < expected["clip_fraction"] < len(places)
@@ -482,7 +483,7 @@ def test_the_figures_of_a_rollout_are_those_of_its_samples(finished: GrpoConfig)
         assert record["step_seconds"] >= record["rollout_seconds"] + record["update_seconds"] - 1e-3
 
 
-def test_a_sampler_with_other_weights_is_seen_in_the_log(
+def test_a_sampler_with_other_weights_is_seen_in_the_log_and_ends_the_run(
     small: Path, rewards_file: Path, one_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_weights = Sampler.load
@@ -492,7 +493,8 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log(
 
     monkeypatch.setattr(Sampler, "load", disturbed)
     config = run_config(small, rewards_file, steps=1)
-    cli.run(config)
+    with pytest.raises(UserError, match="step 1: log-probabilities of sampler and trainer differ by"):
+        cli.run(config)
     opened = open_model(config, mesh_of(1, 1, 1), with_weights=False)
     params, model = trainer.starting_state(config, opened).params, opened.model
 
@@ -511,7 +513,7 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log(
         found = table[np.arange(len(line["tokens"])), line["tokens"]]
         differences.append(np.abs(found - np.array(line["sampled_log_probabilities"])).max())
     (record,) = records(config)
-    assert max(differences) > 0.01
+    assert max(differences) > 0.01 and not checkpoint.saved_steps(config.run_directory)
     assert record["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-3)
 
 

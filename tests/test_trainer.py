@@ -45,14 +45,14 @@ def random_batch(key: int, micro_batches: int, rows: int, length: int, vocabular
 
 
 def take_step(
-    state: trainer.TrainState, batch: Batch, model: ModelConfig, steps: int = 50, **changes: Any
+    state: trainer.TrainState, batch: Batch, model: ModelConfig, steps: int = 50, frozen: Any = None, **changes: Any
 ) -> tuple[trainer.TrainState, dict[str, Any]]:
     """A step of a config with these changes; the state given stays as it is."""
     settings = config(**changes)
     loss = trainer.RowLoss(settings.compute_dtype, settings.rematerialisation, settings.neftune_alpha > 0)
     state, divisor = jax.tree.map(jnp.copy, state), np.sum(batch.weight, dtype=np.float32)
     recipe = trainer.recipe_of(settings, steps)
-    return trainer.train_step(state, batch, divisor, recipe, model, loss)
+    return trainer.train_step(state, batch, divisor, recipe, model, loss, None, frozen)
 
 
 def loss_and_gradient(params: Any, batch: Batch, model: ModelConfig, step: int = 0, **changes: Any) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ from lacuna.apps.configs import (
     ChatConfig,
     ConvertConfig,
     GrpoPlan,
+    MergeConfig,
     PlanKeys,
     PrepareConfig,
     PretrainPlan,
@@ -60,6 +61,7 @@ COMMANDS: dict[str, type[Keys]] = {
     "chat": ChatConfig,
     "serve": ServeConfig,
     "convert": ConvertConfig,
+    "merge": MergeConfig,
     "plan pretrain": PretrainPlan,
     "plan sft": SftPlan,
     "plan grpo": GrpoPlan,
@@ -332,7 +334,7 @@ def start(command: str, arguments: list[str]) -> None:
         config = parse(COMMANDS[command], arguments, command)
         prepare_process()
         prepare_streams(outlives_console=isinstance(config, TrainingConfig))
-        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ConvertConfig | PrepareConfig):
+        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ConvertConfig | MergeConfig | PrepareConfig):
             run(config)
         else:
             from lacuna.distributed import cluster
@@ -359,6 +361,10 @@ def run(config: Keys) -> Any:
         from lacuna.apps.serve import run_serve
 
         return run_serve(config)
+    if isinstance(config, MergeConfig):
+        from lacuna.apps.merge import run_merge
+
+        return run_merge(config)
     if isinstance(config, ConvertConfig):
         from lacuna.apps.convert import run_convert
 

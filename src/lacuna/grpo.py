@@ -47,6 +47,8 @@ from lacuna.trainer import Evaluation, Facts, Recipe, Run, Step, TrainState
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
 SHOWN_COMPLETIONS = 4
 SLOW_REWARD = 0.25  # of a step
+# Nats a token between sampler and trainer, on average, that no rounding explains: one of them has other weights
+LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.2}
 STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 
 # Rewards
@@ -398,6 +400,19 @@ def update(
     return state, update_facts(jax.device_get(found)) | {"tokens": tokens, "packing_efficiency": tokens / slots}
 
 
+def difference_too_large(facts: dict[str, Any], config: GrpoConfig) -> str:
+    """Why the sampler can't have had the weights that are trained, if so; not known where the sampling rules cut its
+    distribution."""
+    found, most = facts.get("logprob_difference_mean", 0.0), LARGEST_DIFFERENCE[config.compute_dtype]
+    if config.top_k or config.top_p < 1 or config.min_p or found <= most:
+        return ""
+    return (
+        f"log-probabilities of sampler and trainer differ by {found:.2g} nats a token on average, more than the "
+        f"{most:g} that {config.compute_dtype} explains, so the completions are not of the weights that train; this "
+        "step is not saved. Please report it with the devices and versions in run.log"
+    )
+
+
 def update_facts(found: list[dict[str, Any]]) -> dict[str, Any]:
     """What is logged of the updates of a rollout that had something to learn from."""
     count = sum(int(facts["count"]) for facts in found)
@@ -583,6 +598,9 @@ class RolloutSteps:
             record["samples"] = shown_samples(groups, dict(asked))
         for sample in (sample for group in groups for sample in group):
             self.kept.write(json.dumps(asdict(sample), ensure_ascii=False))
+        if problem := difference_too_large(facts, config):
+            run.log.step(record)
+            raise UserError(f"step {run.step + 1}: {problem}")
         return state, record, {}
 
     def rollout(self, asked: list[tuple[int, Problem]]) -> tuple[list[list[Sample]], dict[str, float]]:

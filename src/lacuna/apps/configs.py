@@ -82,6 +82,19 @@ class ConvertConfig(Keys):
         return self
 
 
+class MergeConfig(ModelKeys):
+    """Fold an adapter into the weights under it, and write the model in Hugging Face layout."""
+
+    model_name: str = Field(min_length=1, description="Run, checkpoint, directory or hub id of an adapter")
+    output: str = Field(min_length=1, description="Directory to write the model to, not there yet")
+    onto: Literal["trained", "original"] = Field(
+        "trained", description="With base_bits: the dequantised weights that it was trained on, or the original ones"
+    )
+    dtype: Literal["", "float32", "bfloat16", "float16"] = Field(
+        "", description="Type of the weights that are written; empty: that of the base, which rounds the sum to it"
+    )
+
+
 class GenerationConfig(SamplingKeys, TemplateKeys, DeviceKeys, ModelKeys):
     """Generation"""
 
