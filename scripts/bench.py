@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
-from lacuna import cli
+from lacuna import cli, optimizer
 from lacuna.apps.configs import ServeConfig
 from lacuna.cli import parse, prepare_process
 from lacuna.config import GrpoConfig, ModelKeys, PretrainConfig, RowsConfig, SftConfig
@@ -170,7 +170,7 @@ def train(config: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
 
     def optimizer_alone() -> None:
         model, loss = run.opened.model, NoLoss(config.compute_dtype)
-        states[0], facts = trainer.train_step(states[0], one, divisor, rows.recipe, model, loss, None, run.frozen)
+        states[0], facts = optimizer.train_step(states[0], one, divisor, rows.recipe, model, loss, None, run.frozen)
         jax.block_until_ready(facts)
 
     optimizer_seconds = seconds_of(optimizer_alone, 5)
@@ -217,7 +217,7 @@ def unsaved() -> AbstractContextManager[Any]:
 
 def save(config: RowsConfig) -> dict[str, Any]:
     """Figures of the saves of a training run of `config`."""
-    from lacuna import checkpoint, metrics, trainer
+    from lacuna import checkpoint, metrics
 
     ended = cli.run(config)
     assert ended
@@ -232,7 +232,7 @@ def save(config: RowsConfig) -> dict[str, Any]:
     assert saver.newest
     facts = checkpoint.read_manifest(saver.newest).run
     began = time.perf_counter()
-    saver.save(state, trainer.saved_shapes(run.opened.model), facts, is_best=False)
+    saver.save(state, optimizer.saved_shapes(run.opened.model), facts, is_best=False)
     saver.wait()
     whole = time.perf_counter() - began
     size = sum(path.stat().st_size for path in saver.newest.iterdir())

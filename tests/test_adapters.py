@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_peft import ADAPTERS, FAMILIES
 from test_trainer import ROW_LOSS, config, loss_and_gradient, random_batch, sized
 
-from lacuna import checkpoint, cli, grpo, sampler, trainer, weights
+from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer, weights
 from lacuna.apps import evaluate, generator
 from lacuna.apps.configs import ConvertConfig, MergeConfig
 from lacuna.apps.convert import merged_params
@@ -160,9 +160,9 @@ def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient
         return jax.value_and_grad(loss_of)(noise)
 
     with jax.set_mesh(mesh):
-        frozen, state = checkpoint.abstract_frozen(model, mesh), trainer.abstract_state(model, mesh)
-        recipe = trainer.recipe_of(config(), 50)
-        step = trainer.train_step.lower(state, batch, np.float32(1), recipe, model, loss, None, frozen)
+        frozen, state = checkpoint.abstract_frozen(model, mesh), optimizer.abstract_state(model, mesh)
+        recipe = optimizer.recipe_of(config(), 50)
+        step = optimizer.train_step.lower(state, batch, np.float32(1), recipe, model, loss, None, frozen)
         one = jax.tree.map(lambda leaf: leaf[0], batch)
         noise = jax.ShapeDtypeStruct((1, 8, model.embed), jnp.float32)
         reference = jax.jit(over_the_base).lower(frozen, noise, one)
@@ -314,7 +314,7 @@ def test_training_goes_on_from_an_adapter_of_its_own_shape(adapted: SftConfig) -
     config = checkpoint.settled(SftConfig(**keys))
     assert (config.lora_rank, config.lora_scaling) == (4, "stabilised")
     opened = checkpoint.open_model(config, mesh_of(1, 1, 1))
-    state = trainer.starting_state(config, opened)
+    state = optimizer.starting_state(config, opened)
     assert_trees_close(state.params, checkpoint.trained_params(opened), 0, 0)
     assert all(pair["b"].any() for pair in state.params["layers"].values())
     with pytest.raises(UserError, match="lora_rank = 8, but .* is an adapter with 4"):

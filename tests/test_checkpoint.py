@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lacuna import checkpoint, distributed, trainer, weights
+from lacuna import checkpoint, distributed, optimizer, trainer, weights
 from lacuna.config import EvalConfig, GrpoConfig, ModelKeys, SftConfig, UserError, name_of_model, to_toml
 from lacuna.metrics import byte_size
 from lacuna.model import ModelConfig, head_of, initial_params, read_model_config
@@ -485,15 +485,15 @@ def facts(step: int) -> checkpoint.RunFacts:
     )
 
 
-def state_on(shape: tuple[int, int, int], model: ModelConfig = MODEL) -> trainer.TrainState:
+def state_on(shape: tuple[int, int, int], model: ModelConfig = MODEL) -> optimizer.TrainState:
     params = weights.load_params(REFERENCE / "qwen3", model, mesh_of(*shape))
-    state = trainer.fresh_state(params)
+    state = optimizer.fresh_state(params)
     moments = jax.tree.map(lambda leaf: leaf * 2 + (leaf != 0), state.moments)
     return state._replace(moments=moments, step=jnp.int32(7))
 
 
 @pytest.fixture(scope="module")
-def state() -> trainer.TrainState:
+def state() -> optimizer.TrainState:
     return state_on((1, 1, 1))
 
 
@@ -507,7 +507,7 @@ def reported(saver: checkpoint.Saver) -> list[str]:
 def save(run: Path, state: Any, step: int, keep: int = 9, is_best: bool = False) -> Path:
     """The checkpoint of a step, written and committed."""
     saver = checkpoint.Saver(run, keep, "session")
-    saver.save(state, trainer.saved_shapes(MODEL), facts(step), is_best)
+    saver.save(state, optimizer.saved_shapes(MODEL), facts(step), is_best)
     saver.wait()
     reported(saver)
     return checkpoint.checkpoint_directory(run, step)
@@ -531,8 +531,8 @@ def test_a_run_state_comes_back_bit_for_bit_on_any_mesh(
     directory = save(tmp_path / "one", state, 7, is_best=True)
     manifest = checkpoint.checked_manifest(directory)
     assert manifest.run == facts(7)
-    abstract = trainer.abstract_state(padded(other_rows), mesh_of(*other))
-    loaded = checkpoint.load_checkpoint(directory, manifest, abstract, trainer.saved_shapes(MODEL))
+    abstract = optimizer.abstract_state(padded(other_rows), mesh_of(*other))
+    loaded = checkpoint.load_checkpoint(directory, manifest, abstract, optimizer.saved_shapes(MODEL))
     for ours, expected, wanted in zip(*map(jax.tree.leaves, (loaded, state, abstract)), strict=True):
         if ours.shape and ours.shape[0] == other_rows != rows:
             assert not np.any(ours[160:])
@@ -540,8 +540,8 @@ def test_a_run_state_comes_back_bit_for_bit_on_any_mesh(
         else:
             assert ours.sharding == wanted.sharding
         np.testing.assert_array_equal(ours, expected)
-    same = trainer.abstract_state(padded(rows), mesh_of(*shape))
-    again = checkpoint.load_checkpoint(directory, manifest, same, trainer.saved_shapes(MODEL))
+    same = optimizer.abstract_state(padded(rows), mesh_of(*shape))
+    again = checkpoint.load_checkpoint(directory, manifest, same, optimizer.saved_shapes(MODEL))
     assert contents(save(tmp_path / "two", again, 7, is_best=True)) == contents(directory)
 
 
@@ -553,15 +553,15 @@ def test_the_model_is_written_from_a_checkpoint_as_from_memory(tmp_path: Path) -
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_state_of_another_model_is_refused_by_the_tensor(tmp_path: Path, state: trainer.TrainState) -> None:
+def test_a_state_of_another_model_is_refused_by_the_tensor(tmp_path: Path, state: optimizer.TrainState) -> None:
     directory = save(tmp_path, state, 7)
     other = replace(MODEL, feedforward=MODEL.feedforward * 2)
     with pytest.raises(UserError, match=r"params/layers/down is float32 of shape .* wants float32 .* another model's"):
         checkpoint.load_checkpoint(
             directory,
             checkpoint.read_manifest(directory),
-            trainer.abstract_state(other, mesh_of(1, 1, 1)),
-            trainer.saved_shapes(other),
+            optimizer.abstract_state(other, mesh_of(1, 1, 1)),
+            optimizer.saved_shapes(other),
         )
 
 
@@ -618,7 +618,7 @@ DAMAGE = {
 
 
 @pytest.fixture(scope="module")
-def saved_twice(tmp_path_factory: pytest.TempPathFactory, state: trainer.TrainState) -> Path:
+def saved_twice(tmp_path_factory: pytest.TempPathFactory, state: optimizer.TrainState) -> Path:
     run = tmp_path_factory.mktemp("saved_twice")
     for step in (1, 2):
         save(run, state, step)
@@ -654,9 +654,9 @@ def test_a_pickled_checkpoint_is_refused_with_the_way_to_convert_it(tmp_path: Pa
 
 
 def test_a_save_copies_the_state_so_that_the_next_step_reuses_its_memory(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pointers(state: trainer.TrainState) -> list[int]:
+    def pointers(state: optimizer.TrainState) -> list[int]:
         return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) for shard in leaf.global_shards]
 
     state = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
@@ -664,28 +664,28 @@ def test_a_save_copies_the_state_so_that_the_next_step_reuses_its_memory(
     may_write, write_pieces = threading.Event(), checkpoint.write_pieces
     monkeypatch.setattr(checkpoint, "write_pieces", lambda *given: may_write.wait() and write_pieces(*given))
     saver = checkpoint.Saver(tmp_path, 9, "session")
-    saver.save(state, trainer.saved_shapes(MODEL), facts(1), False)
+    saver.save(state, optimizer.saved_shapes(MODEL), facts(1), False)
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 + 9, state), donate_argnums=0)
     changed = jax.block_until_ready(step(state))
     assert pointers(changed) == before
     may_write.set()
     saver.wait()
     directory = checkpoint.checkpoint_directory(tmp_path, 1)
-    abstract = trainer.abstract_state(MODEL, mesh_of(1, 1, 1))
+    abstract = optimizer.abstract_state(MODEL, mesh_of(1, 1, 1))
     assert_trees_equal(
         checkpoint.load_checkpoint(
-            directory, checkpoint.read_manifest(directory), abstract, trainer.saved_shapes(MODEL)
+            directory, checkpoint.read_manifest(directory), abstract, optimizer.saved_shapes(MODEL)
         ),
         expected,
     )
 
 
 def test_a_save_returns_before_it_is_written_and_the_next_waits_for_it(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, write_pieces = threading.Event(), checkpoint.write_pieces
     monkeypatch.setattr(checkpoint, "write_pieces", lambda *given: may_write.wait() and write_pieces(*given))
-    saver, shapes = checkpoint.Saver(tmp_path, 9, "session"), trainer.saved_shapes(MODEL)
+    saver, shapes = checkpoint.Saver(tmp_path, 9, "session"), optimizer.saved_shapes(MODEL)
     saver.save(state, shapes, facts(1), True)
     assert reported(saver) == [] and saver.newest is None and not checkpoint.saved_steps(tmp_path)
     threading.Timer(0.25, may_write.set).start()
@@ -702,12 +702,12 @@ def test_a_save_returns_before_it_is_written_and_the_next_waits_for_it(
 
 
 def test_an_error_waits_for_the_save_under_way_but_a_user_who_leaves_does_not(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, write_pieces = threading.Event(), checkpoint.write_pieces
     monkeypatch.setattr(checkpoint, "write_pieces", lambda *given: may_write.wait() and write_pieces(*given))
     saver = checkpoint.Saver(tmp_path, 9, "session")
-    saver.save(state, trainer.saved_shapes(MODEL), facts(1), False)
+    saver.save(state, optimizer.saved_shapes(MODEL), facts(1), False)
     with pytest.raises(KeyboardInterrupt), saver.finishing():
         raise KeyboardInterrupt
     assert not checkpoint.saved_steps(tmp_path)
@@ -718,11 +718,11 @@ def test_an_error_waits_for_the_save_under_way_but_a_user_who_leaves_does_not(
 
 
 def test_an_error_of_the_program_while_saving_is_raised_where_it_is_noticed(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "write_manifest", lambda *given: 1 // 0)
     saver = checkpoint.Saver(tmp_path, 9, "session")
-    saver.save(state, trainer.saved_shapes(MODEL), facts(1), False)
+    saver.save(state, optimizer.saved_shapes(MODEL), facts(1), False)
     saver.wait()
     with pytest.raises(ZeroDivisionError):
         reported(saver)
@@ -739,10 +739,10 @@ def fails(number: int, is_due: Callable[..., bool], usual: Callable[..., Any]) -
     return failing
 
 
-def saved_with(saver: checkpoint.Saver, state: trainer.TrainState, step: int, best: float | None = None) -> str:
+def saved_with(saver: checkpoint.Saver, state: optimizer.TrainState, step: int, best: float | None = None) -> str:
     """The line of a save, with a figure that may be the best."""
     given = facts(step).model_copy(update={"best": best})
-    saver.save(state, trainer.saved_shapes(MODEL), given, best is not None)
+    saver.save(state, optimizer.saved_shapes(MODEL), given, best is not None)
     saver.wait()
     (line,) = reported(saver)
     return line
@@ -750,7 +750,7 @@ def saved_with(saver: checkpoint.Saver, state: trainer.TrainState, step: int, be
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
 def test_a_disk_that_can_not_sync_directories_is_saved_to(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "fsync", fails(number, lambda handle: stat.S_ISDIR(os.fstat(handle).st_mode), os.fsync))
     assert "WARNING" not in saved_with(checkpoint.Saver(tmp_path, 9, "session"), state, 1)
@@ -768,7 +768,7 @@ AFTERWARDS = {
 
 @pytest.mark.parametrize("what", AFTERWARDS)
 def test_what_fails_after_a_checkpoint_has_its_name_is_a_warning(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch, what: str
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     saver = checkpoint.Saver(tmp_path, 1, "session")
     save(tmp_path, state, 1)
@@ -783,7 +783,7 @@ def test_what_fails_after_a_checkpoint_has_its_name_is_a_warning(
 
 
 def test_where_there_are_no_symbolic_links_best_is_a_file_that_names_it(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "symlink", fails(errno.EPERM, lambda *_: True, os.symlink))
     saver = checkpoint.Saver(tmp_path, 1, "session")
@@ -798,7 +798,7 @@ def test_where_there_are_no_symbolic_links_best_is_a_file_that_names_it(
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_copy_that_followed_the_link_to_the_best_becomes_a_link_again(
-    tmp_path: Path, state: trainer.TrainState, is_there: bool
+    tmp_path: Path, state: optimizer.TrainState, is_there: bool
 ) -> None:
     for step in (1, 2, 3):
         save(tmp_path / "run", state, step, is_best=step == 1)
@@ -815,7 +815,7 @@ def test_a_copy_that_followed_the_link_to_the_best_becomes_a_link_again(
 
 
 def test_the_best_is_that_of_what_is_saved(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = checkpoint.Saver(tmp_path, 9, "session")
     saved_with(saver, state, 1, best=3.0)
@@ -833,7 +833,7 @@ def test_the_best_is_that_of_what_is_saved(
     assert saver.best == 2.0 and checkpoint.best_checkpoint(tmp_path).name == "step_00000004"
 
 
-def test_old_checkpoints_go_but_the_newest_and_the_best_stay(tmp_path: Path, state: trainer.TrainState) -> None:
+def test_old_checkpoints_go_but_the_newest_and_the_best_stay(tmp_path: Path, state: optimizer.TrainState) -> None:
     (tmp_path / "checkpoints" / "step_00000001.other.tmp").mkdir(parents=True)
     for step in range(1, 6):
         save(tmp_path, state, step, keep=2, is_best=step == 2)
@@ -843,7 +843,7 @@ def test_old_checkpoints_go_but_the_newest_and_the_best_stay(tmp_path: Path, sta
 
 
 def test_checkpoints_newer_than_the_one_a_run_resumes_from_are_set_aside(
-    tmp_path: Path, state: trainer.TrainState
+    tmp_path: Path, state: optimizer.TrainState
 ) -> None:
     for step in (1, 2, 3):
         save(tmp_path, state, step, is_best=step == 3)
@@ -852,7 +852,7 @@ def test_checkpoints_newer_than_the_one_a_run_resumes_from_are_set_aside(
     assert not (tmp_path / "best").is_symlink()
 
 
-def test_files_are_readable_as_the_umask_says(tmp_path: Path, state: trainer.TrainState) -> None:
+def test_files_are_readable_as_the_umask_says(tmp_path: Path, state: optimizer.TrainState) -> None:
     before = os.umask(0o027)
     try:
         directory = save(tmp_path, state, 1)
@@ -890,14 +890,14 @@ KILLS = {
 
 @pytest.mark.parametrize("point", KILLS)
 def test_a_kill_at_any_point_of_a_save_leaves_an_intact_checkpoint_and_leftovers_only_until_the_next_save(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch, point: str
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     first = save(tmp_path, state, 2, keep=1)
     before = contents(first)
     saver, said = checkpoint.Saver(tmp_path, 1, "session"), list[str]()
     with monkeypatch.context() as patch:
         patch.setattr(*KILLS[point])
-        saver.save(state, trainer.saved_shapes(MODEL), facts(4), False)
+        saver.save(state, optimizer.saved_shapes(MODEL), facts(4), False)
         saver.wait()
     with pytest.raises(Killed):
         reported(saver)
@@ -909,9 +909,9 @@ def test_a_kill_at_any_point_of_a_save_leaves_an_intact_checkpoint_and_leftovers
 
 
 def test_a_full_disk_is_survived_twice_and_no_partial_file_stays(
-    tmp_path: Path, state: trainer.TrainState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: optimizer.TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes, first = trainer.saved_shapes(MODEL), save(tmp_path, state, 1)
+    shapes, first = optimizer.saved_shapes(MODEL), save(tmp_path, state, 1)
     saver, before = checkpoint.Saver(tmp_path, 9, "session"), contents(first)
 
     def try_to_save(step: int) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from conftest import REFERENCE, TINY, make_small, mesh_of, records
 from test_model import load
 
-from lacuna import checkpoint, cli, grpo, trainer
+from lacuna import checkpoint, cli, grpo, optimizer, trainer
 from lacuna.apps.replay import samples_by_step
 from lacuna.apps.rewards import load_rewards
 from lacuna.checkpoint import OpenedModel, at, open_model
@@ -201,12 +201,12 @@ def gradient_of(
     model, params = load(REFERENCE / "qwen3")
     shape = 12, rows_at_once, config.sequence_length
     batch, count = grpo.packed_rows(samples, config, shape, is_shared)
-    recipe = trainer.recipe_of(config.model_copy(update={"clip_norm": 1e30}), 50)
-    state = trainer.fresh_state(jax.tree.map(jnp.copy, params))
+    recipe = optimizer.recipe_of(config.model_copy(update={"clip_norm": 1e30}), 50)
+    state = optimizer.fresh_state(jax.tree.map(jnp.copy, params))
     loss, batch = grpo.policy_loss(config), jax.tree.map(jnp.asarray, batch)
-    state, facts = trainer.train_step(state, batch, np.float32(1), recipe, model, loss, np.int32(count))
+    state, facts = optimizer.train_step(state, batch, np.float32(1), recipe, model, loss, np.int32(count))
     moments: Any = state.moments
-    return jax.tree.map(lambda leaf: leaf / (1 - trainer.ADAM_BETA1), moments.mu), float(facts["loss"])
+    return jax.tree.map(lambda leaf: leaf / (1 - optimizer.ADAM_BETA1), moments.mu), float(facts["loss"])
 
 
 @pytest.mark.parametrize(("is_shared", "expected"), [
@@ -496,7 +496,7 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log_and_ends_the_run(
     with pytest.raises(UserError, match="step 1: log-probabilities of sampler and trainer differ by"):
         cli.run(config)
     opened = open_model(config, mesh_of(1, 1, 1), with_weights=False)
-    params, model = trainer.starting_state(config, opened).params, opened.model
+    params, model = optimizer.starting_state(config, opened).params, opened.model
 
     @jax.jit
     def table_of(params: Any, token: Any) -> Any:

@@ -13,8 +13,8 @@ from lacuna import checkpoint, cli, weights
 from lacuna.config import DataSource, SftConfig, UserError
 from lacuna.data import load_dataset
 from lacuna.model import initial_params, read_model_config
+from lacuna.optimizer import starting_state
 from lacuna.tokenizer import decode, encode, load_tokenizer, read_words
-from lacuna.trainer import starting_state
 
 WORDS = ["<a_1>", "<a_2>", "<b_17>", "<c_0>", "<c_9>"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_trees_close, chat_run, make_small, mesh_of, outcome, records, text_run
 
-from lacuna import checkpoint, cli, trainer, weights
+from lacuna import checkpoint, cli, optimizer, trainer, weights
 from lacuna import eval as evaluation
 from lacuna.apps import report
 from lacuna.apps.configs import ConvertConfig
@@ -100,8 +100,8 @@ def test_a_run_leaves_the_files_of_its_contract(chats: SftConfig) -> None:
     state = checkpoint.load_checkpoint(
         last,
         checkpoint.read_manifest(last),
-        trainer.abstract_state(exported, mesh_of(1, 1, 1)),
-        trainer.saved_shapes(exported),
+        optimizer.abstract_state(exported, mesh_of(1, 1, 1)),
+        optimizer.saved_shapes(exported),
     )
     assert_trees_close(params, state.params, rtol=0, atol=0)
     assert (directory / "model" / "tokenizer_config.json").read_bytes() == (TINY / "tokenizer_config.json").read_bytes()
@@ -380,7 +380,7 @@ def test_a_checkpoint_is_a_model_wherever_one_is_named(chats: SftConfig, tmp_pat
     for place, shape in ((run / "checkpoints" / f"step_{last:08}", (1, 4, 2)), (run / "best", (1, 1, 1))):
         config, mesh = chats.model_copy(update={"model_name": str(place), "from_scratch": False}), mesh_of(*shape)
         opened = checkpoint.open_model(checkpoint.settled(config), mesh)
-        params = trainer.starting_state(config, opened).params
+        params = optimizer.starting_state(config, opened).params
         held = checkpoint.saved_params(place, opened.model)
         assert_trees_close(params, jax.tree.map(np.asarray, held), 0, 0)
         if place.name != "best":

@@ -13,13 +13,13 @@ from conftest import REFERENCE, SIZES, assert_trees_close, mesh_of
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from lacuna import checkpoint, trainer, weights
+from lacuna import checkpoint, optimizer, weights
 from lacuna.config import SftConfig
 from lacuna.data import Batch
 from lacuna.distributed import put_batch
 from lacuna.model import ModelConfig, initial_params, model_config, parameter_counts, parameter_table, read_model_config
 
-ROW_LOSS = trainer.RowLoss("float32", "matmuls")
+ROW_LOSS = optimizer.RowLoss("float32", "matmuls")
 
 
 def config(**changes: Any) -> SftConfig:
@@ -45,22 +45,22 @@ def random_batch(key: int, micro_batches: int, rows: int, length: int, vocabular
 
 
 def take_step(
-    state: trainer.TrainState, batch: Batch, model: ModelConfig, steps: int = 50, frozen: Any = None, **changes: Any
-) -> tuple[trainer.TrainState, dict[str, Any]]:
+    state: optimizer.TrainState, batch: Batch, model: ModelConfig, steps: int = 50, frozen: Any = None, **changes: Any
+) -> tuple[optimizer.TrainState, dict[str, Any]]:
     """A step of a config with these changes; the state given stays as it is."""
     settings = config(**changes)
-    loss = trainer.RowLoss(settings.compute_dtype, settings.rematerialisation, settings.neftune_alpha > 0)
+    loss = optimizer.RowLoss(settings.compute_dtype, settings.rematerialisation, settings.neftune_alpha > 0)
     state, divisor = jax.tree.map(jnp.copy, state), np.sum(batch.weight, dtype=np.float32)
-    recipe = trainer.recipe_of(settings, steps)
-    return trainer.train_step(state, batch, divisor, recipe, model, loss, None, frozen)
+    recipe = optimizer.recipe_of(settings, steps)
+    return optimizer.train_step(state, batch, divisor, recipe, model, loss, None, frozen)
 
 
 def loss_and_gradient(params: Any, batch: Batch, model: ModelConfig, step: int = 0, **changes: Any) -> tuple[Any, Any]:
     """Loss and gradient of a step, read off the first moments, which are a tenth of an unclipped gradient."""
-    state = trainer.fresh_state(params)._replace(step=jnp.int32(step))
+    state = optimizer.fresh_state(params)._replace(step=jnp.int32(step))
     after, facts = take_step(state, batch, model, clip_norm=1e30, **changes)
     moments: Any = after.moments
-    return facts["loss"], jax.tree.map(lambda leaf: leaf / (1 - trainer.ADAM_BETA1), moments.mu)
+    return facts["loss"], jax.tree.map(lambda leaf: leaf / (1 - optimizer.ADAM_BETA1), moments.mu)
 
 
 def regrouped(batch: Batch, micro_batches: int) -> Batch:
@@ -72,16 +72,18 @@ class FactsOfTokens(NamedTuple):
 
     compute_dtype: str = "float32"
 
-    def __call__(self, params: Any, batch: Batch, model: ModelConfig, noise: Any) -> tuple[jax.Array, trainer.Facts]:
+    def __call__(self, params: Any, batch: Batch, model: ModelConfig, noise: Any) -> tuple[jax.Array, optimizer.Facts]:
         tokens, longest = jnp.sum(batch.segment > 0), jnp.max(batch.position)
         return jnp.sum(params["embedding"]) * 0.0, ({"tokens_max": tokens}, {"longest": longest})
 
 
 def test_facts_of_micro_batches_are_summed_or_the_largest_as_the_loss_says() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = optimizer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     batch = random_batch(0, 3, 2, 16, model.vocabulary_size)
-    _, facts = trainer.train_step(state, batch, np.float32(1), trainer.recipe_of(config(), 50), model, FactsOfTokens())
+    _, facts = optimizer.train_step(
+        state, batch, np.float32(1), optimizer.recipe_of(config(), 50), model, FactsOfTokens()
+    )
     assert facts["tokens_max"] == np.sum(batch.segment > 0) and facts["longest"] == batch.position.max()
 
 
@@ -89,7 +91,7 @@ def test_facts_of_micro_batches_are_summed_or_the_largest_as_the_loss_says() -> 
 def test_fifty_steps_follow_pytorch(family: str) -> None:
     model = read_model_config(REFERENCE / family)
     expected = np.load(REFERENCE / "training.npz")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
+    state = optimizer.fresh_state(weights.load_params(REFERENCE / family, model, mesh_of(1, 1, 1)))
     losses, norms, rates = [], [], []
     for number in range(50):
         token, target = (expected[name][number][None].astype(np.int32) for name in ("tokens", "targets"))
@@ -113,7 +115,7 @@ def test_fifty_steps_follow_pytorch(family: str) -> None:
 
 def test_one_step_is_adamw_in_float64_with_decay_on_matrices_alone() -> None:
     model = read_model_config(REFERENCE / "qwen2")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
+    state = optimizer.fresh_state(weights.load_params(REFERENCE / "qwen2", model, mesh_of(1, 1, 1)))
     batch = random_batch(0, 1, 4, 24, model.vocabulary_size)
     loss, gradients = loss_and_gradient(state.params, batch, model)
     after, facts = take_step(state, batch, model, clip_norm=0.5)
@@ -151,12 +153,12 @@ def test_micro_batches_change_neither_loss_nor_gradient(alpha: float) -> None:
 def test_noise_is_within_its_bound_and_new_each_step() -> None:
     segment = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]])
     x = jnp.zeros((1, 8, 4))
-    noise = trainer.embedding_noise(jax.random.key(0), 0, jnp.float32(3), segment, x)
+    noise = optimizer.embedding_noise(jax.random.key(0), 0, jnp.float32(3), segment, x)
     bound = 3.0 / np.sqrt(np.array([4, 4, 4, 4, 2, 2, 2, 2]) * 4)
     share = np.abs(noise[0]) / bound[:, None]
     assert share.max() <= 1 and share.max() > 0.8
     for key, row in ((jax.random.key(1), 0), (jax.random.key(0), 1)):
-        assert not np.allclose(noise, trainer.embedding_noise(key, row, jnp.float32(3), segment, x))
+        assert not np.allclose(noise, optimizer.embedding_noise(key, row, jnp.float32(3), segment, x))
 
 
 def sized(**changes: int) -> ModelConfig:
@@ -164,15 +166,15 @@ def sized(**changes: int) -> ModelConfig:
     return model_config(raw | SIZES | changes, "config.json")
 
 
-def born(model: ModelConfig, mesh: Mesh) -> trainer.TrainState:
+def born(model: ModelConfig, mesh: Mesh) -> optimizer.TrainState:
     """Random weights and empty moments over a mesh."""
     return birth(model, mesh)(jax.random.key(0))
 
 
 def birth(model: ModelConfig, mesh: Mesh) -> Any:
     """What makes random weights and empty moments over a mesh from a key."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract_state(model, mesh))
-    return jax.jit(lambda key: trainer.fresh_state(initial_params(key, model)), out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, optimizer.abstract_state(model, mesh))
+    return jax.jit(lambda key: optimizer.fresh_state(initial_params(key, model)), out_shardings=shardings)
 
 
 def curve(model: ModelConfig, mesh: Mesh, steps: int, rows: int, length: int) -> tuple[Any, np.ndarray]:
@@ -232,8 +234,8 @@ def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[in
         mesh = mesh_of(1, count, 1)
         with jax.set_mesh(mesh):
             batch = put_batch(random_batch(0, 2, 8, 8, 157), mesh)
-            recipe, state = trainer.recipe_of(config(), 50), trainer.abstract_state(model, mesh)
-            lowered = trainer.train_step.lower(
+            recipe, state = optimizer.recipe_of(config(), 50), optimizer.abstract_state(model, mesh)
+            lowered = optimizer.train_step.lower(
                 state, batch, np.float32(1), recipe, model, ROW_LOSS._replace(compute_dtype=dtype)
             )
             memory: Any = lowered.compile().memory_analysis()
@@ -249,7 +251,7 @@ def test_memory_of_a_device_falls_with_their_number(dtype: str, counts: tuple[in
 
 def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = optimizer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     good = random_batch(0, 1, 4, 16, model.vocabulary_size)
     bad = good._replace(weight=good.weight + jnp.inf)
     broken, facts = take_step(state, bad, model)
@@ -266,11 +268,11 @@ def test_a_step_that_is_not_finite_has_no_effect_and_is_counted() -> None:
 
 def test_another_learning_rate_or_seed_compiles_nothing_again() -> None:
     model = read_model_config(REFERENCE / "qwen3")
-    state = trainer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
+    state = optimizer.fresh_state(weights.load_params(REFERENCE / "qwen3", model, mesh_of(1, 1, 1)))
     batch = random_batch(0, 1, 2, 8, model.vocabulary_size)
-    recipes = trainer.recipe_of(config(), 50), trainer.recipe_of(config(learning_rate=1.0, seed=7), 9)
+    recipes = optimizer.recipe_of(config(), 50), optimizer.recipe_of(config(learning_rate=1.0, seed=7), 9)
     programs = {
-        trainer.train_step.lower(state, batch, np.float32(1), recipe, model, ROW_LOSS).as_text() for recipe in recipes
+        optimizer.train_step.lower(state, batch, np.float32(1), recipe, model, ROW_LOSS).as_text() for recipe in recipes
     }
     assert len(programs) == 1
 

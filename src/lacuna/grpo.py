@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from lacuna import checkpoint, metrics, trainer, weights
+from lacuna import checkpoint, metrics, optimizer, weights
 from lacuna.answers import expected_answers
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, SamplingKeys, UserError
@@ -41,8 +41,9 @@ from lacuna.model import (
     token_statistics,
     trained_table,
 )
+from lacuna.optimizer import Facts, Recipe, TrainState
 from lacuna.sampler import Completion, Request, Sampler, slots_for
-from lacuna.trainer import Evaluation, Facts, Recipe, Run, Step, TrainState
+from lacuna.trainer import Evaluation, Run, Step
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
 SHOWN_COMPLETIONS = 4
@@ -393,7 +394,7 @@ def update(
             state = state._replace(step=state.step + 1)
             continue
         rows, count = batch
-        state, facts = trainer.train_step(state, rows, None, recipe, model, loss, count, frozen)
+        state, facts = optimizer.train_step(state, rows, None, recipe, model, loss, count, frozen)
         found.append(facts)
     if not found:
         return state, {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
@@ -512,7 +513,7 @@ def run_grpo(
         with run.begun(opened, digests, count, problem_lines(config, inputs, count)) as state:
             reference = None
             if config.kl_weight:
-                first = trainer.starting_state(config, opened) if run.resumed else state
+                first = optimizer.starting_state(config, opened) if run.resumed else state
                 reference = cast_weights(first.params, opened.model, config.compute_dtype)
             with closing(metrics.LineFile(config.run_directory / "rollouts.jsonl", run.step)) as kept:
                 steps = RolloutSteps(config, inputs, run, reference, tasks, run.whole(state.params), kept)
@@ -571,8 +572,8 @@ class RolloutSteps:
         self.config, self.inputs, self.run, self.kept = config, inputs, run, kept
         self.reference, self.tasks = reference, tasks
         opened = inputs.opened
-        recipe = trainer.recipe_of(config, run.steps * config.updates_per_rollout)
-        self.recipe = jax.device_put(recipe, trainer.everywhere(opened.mesh))
+        recipe = optimizer.recipe_of(config, run.steps * config.updates_per_rollout)
+        self.recipe = jax.device_put(recipe, optimizer.everywhere(opened.mesh))
         slots = slot_count(config, opened.mesh)
         self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype)
         self.stop_ids = tuple(opened.tokenizer.ends)

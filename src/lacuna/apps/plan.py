@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lacuna import checkpoint, sampler, trainer
+from lacuna import checkpoint, optimizer, sampler
 from lacuna.apps.configs import PlanKeys
 from lacuna.apps.programs import Collective, collectives, matmul_flops, moved_bytes, read_program, recomputed_flops
 from lacuna.attention import fused_attention
@@ -41,7 +41,7 @@ from lacuna.distributed import ROW_AXES, make_mesh, row_shards
 from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss, slot_count, update_shape
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, check_trainable, joined, parameter_counts
-from lacuna.trainer import TrainState, everywhere
+from lacuna.optimizer import TrainState, everywhere
 
 MOST_ROWS = 64  # the largest micro-batch that is tried
 # What saves memory, cheapest first: rematerialisation, and the divisor of the completions generated at once
@@ -243,8 +243,8 @@ def attention_flops(config: TrainingConfig, model: ModelConfig, row_count: int) 
 
 def programs_of(config: TrainingConfig, model: ModelConfig, mesh: Mesh) -> list[Program]:
     """The programs in which a run of this config spends its time."""
-    state = trainer.abstract_state(model, mesh)
-    recipe = placed(jax.eval_shape(lambda: trainer.recipe_of(config, 2)), everywhere(mesh))
+    state = optimizer.abstract_state(model, mesh)
+    recipe = placed(jax.eval_shape(lambda: optimizer.recipe_of(config, 2)), everywhere(mesh))
     with jax.set_mesh(mesh):
         if isinstance(config, RowsConfig):
             return [rows_program(config, model, mesh, state, recipe)]
@@ -257,10 +257,10 @@ def rows_program(config: RowsConfig, model: ModelConfig, mesh: Mesh, state: Trai
     count, rows = accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(mesh)), config.batch_size
     batch = abstract_batch(Batch, (count, rows // count, config.sequence_length), mesh)
     has_noise = isinstance(config, SftConfig) and config.neftune_alpha > 0
-    loss = trainer.RowLoss(config.compute_dtype, config.rematerialisation, has_noise)
+    loss = optimizer.RowLoss(config.compute_dtype, config.rematerialisation, has_noise)
     arguments = state, batch, np.float32(1), recipe, model, loss, None, checkpoint.abstract_frozen(model, mesh)
     scope = f"{rows} rows in {count} micro-batch{'es' * (count > 1)}, and the optimizer"
-    return compiled("step", scope, trainer.train_step, *arguments, attention=attention_flops(config, model, rows))
+    return compiled("step", scope, optimizer.train_step, *arguments, attention=attention_flops(config, model, rows))
 
 
 def abstract_slots(config: GrpoConfig, model: ModelConfig, mesh: Mesh) -> Any:
@@ -300,7 +300,7 @@ def grpo_programs(
     scope = f"one micro-batch of {shape[1]} row{'s' * (shape[1] > 1)}, of up to {shape[0]:,}, and the optimizer"
     beside = training - device_bytes((state, frozen)) + generating + policy * (config.updates_per_rollout > 1)
     attention = attention_flops(config, model, shape[1])
-    yield compiled("update", scope, trainer.train_step, *arguments, beside=beside, attention=attention)
+    yield compiled("update", scope, optimizer.train_step, *arguments, beside=beside, attention=attention)
 
 
 # Their figures
@@ -412,7 +412,7 @@ def run_plan(config: TrainingConfig) -> None:
 
 def setting_facts(config: TrainingConfig, model: ModelConfig, topology: Topology, mesh: Mesh) -> dict[str, Any]:
     """What is known before anything is compiled; bytes for each device."""
-    state, cache, slots = trainer.abstract_state(model, mesh), 0.0, 0
+    state, cache, slots = optimizer.abstract_state(model, mesh), 0.0, 0
     if isinstance(config, GrpoConfig):
         cache, slots = device_bytes(abstract_slots(config, model, mesh).cache), slot_count(config, mesh)
     weights, frozen = device_bytes(state.params), device_bytes(checkpoint.abstract_frozen(model, mesh))

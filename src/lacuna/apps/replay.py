@@ -25,7 +25,7 @@ from lacuna.grpo import (
     update,
 )
 from lacuna.metrics import read_json_lines
-from lacuna.trainer import everywhere, recipe_of, saved_state, starting_state
+from lacuna.optimizer import everywhere, recipe_of, saved_state, starting_state
 
 SAMPLES = TypeAdapter(Sample)
 
