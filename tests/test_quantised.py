@@ -1,9 +1,6 @@
 """Matrices of 8 and 4 bits, bit-equal to bitsandbytes', and products with them."""
 
-import json
 import math
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -12,27 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_small, mesh_of
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors.numpy import load_file, save_file
+from conftest import mesh_of
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 from lacuna import quantised
 from lacuna.config import UserError
-from lacuna.model import (
-    MATRICES,
-    cast,
-    embed,
-    forward,
-    head_of,
-    initial_params,
-    joined,
-    logits_of,
-    parameter_table,
-    read_model_config,
-    shape_of,
-)  # fmt: skip
 from lacuna.quantised import Quantised, block_scale, check_blocks, dequantised, quantise, quantised_product
-from lacuna.weights import STATE, StoredTensor, load_params, open_tensors, write_weights
 
 REFERENCE = Path(__file__).parent / "reference" / "quantised"
 WEIGHTS = ("normal", "heavy", "bfloat16", "zeros")
@@ -212,144 +195,3 @@ def test_a_scan_over_layers_keeps_neither_matrices_nor_copies_of_their_codes(rem
     activation, codes = 4 * tokens * width, width * width // 2
     growth = (temporaries(20) - temporaries(4)) / 16
     assert growth < (1.5 if rematerialisation == "layer" else 4.5) * activation < codes
-
-
-# Models
-
-
-def logits_from(directory: Path, mesh: Mesh, token: np.ndarray, **changes: Any) -> np.ndarray:
-    config = replace(read_model_config(directory), **changes)
-    params = load_params(directory, config, mesh)
-    token = np.tile(token, (4, 1))  # rows for all devices
-    position = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)
-
-    def logits(params: Any, token: jax.Array) -> jax.Array:
-        computing = cast(joined(params, {"layers": {}}, config), parameter_table(config), jnp.float32)
-        hidden = forward(computing, embed(computing, token, jnp.float32), jnp.ones_like(token), position, config)
-        return logits_of(hidden, head_of(params, config), config.vocabulary_size)
-
-    with jax.set_mesh(mesh):
-        return np.asarray(jax.jit(logits)(params, jnp.asarray(token)))[:2]
-
-
-@pytest.mark.parametrize(("family", "mesh"), [("llama3", (1, 1, 1)), ("qwen2", (2, 1, 1)), ("qwen3", (1, 4, 2))])
-def test_a_model_saved_by_bitsandbytes_has_the_logits_of_its_dequantised_weights(
-    family: str, mesh: tuple[int, int, int]
-) -> None:
-    """In NF4 with scales of 8 bits and of 32, and in 8 bits."""
-    expected = np.load(REFERENCE / family / "expected.npz")
-    logits = logits_from(REFERENCE / family, mesh_of(*mesh), expected["input_ids"].astype(np.int32))
-    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
-
-
-def retouched(directory: Path, folder: Path, config: dict[str, Any], **tensors: Any) -> Path:
-    """A copy of a model with other keys in its config and other tensors in its files; None drops one."""
-    shutil.copytree(directory, folder)
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | config))
-    kept = load_file(folder / "model.safetensors") | tensors
-    save_file({name: value for name, value in kept.items() if value is not None}, folder / "model.safetensors")
-    return folder
-
-
-QUERY = "model.layers.1.self_attn.q_proj"
-IN_EIGHT_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-IN_FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-
-
-@pytest.mark.parametrize(
-    ("family", "config", "tensors", "words"),
-    [
-        ("llama3", {"quantization_config": None}, {}, "q_proj.weight: (2048, 1, 'uint8') in the files, (64, 64)"),
-        ("qwen3", {"quantization_config": None}, {}, "q_proj.weight: (64, 64, 'int8') in the files, (64, 64) by"),
-        (
-            "llama3",
-            {"quantization_config": IN_EIGHT_BITS},
-            {},
-            "down_proj.weight: (4096, 1, 'uint8') in the files, (64, 128, 'int8')",
-        ),
-        ("llama3", {"quantization_config": IN_FOUR_BITS}, {}, "weight.absmax: (64, 'uint8') in the files, (64,) by"),
-        ("llama3", {}, {f"{QUERY}.weight": np.zeros((64, 64), np.float32)}, "q_proj.weight: (64, 64) in the files"),
-        (
-            "llama3",
-            {},
-            {f"{QUERY}.weight.{STATE}": np.frombuffer(b'{"blocksize": 128, "nested_blocksize": 256}', np.uint8)},
-            "q_proj.weight: quant_state.bitsandbytes__nf4 has blocksize = 128",
-        ),
-        ("llama3", {}, {f"{QUERY}.weight.{STATE}": None}, "has blocksize = None, nested_blocksize = None"),
-        (
-            "qwen2",
-            {},
-            {f"{QUERY}.weight.quant_map": np.linspace(-1, 1, 16, dtype=np.float32)},
-            "weight.quant_map: other",
-        ),
-        ("qwen3", {}, {f"{QUERY}.weight_format": np.array(1, np.uint8)}, "q_proj.weight_format is not 0"),
-        ("qwen3", {}, {f"{QUERY}.SCB": None}, "q_proj.SCB: missing in the files, (64,) by config.json"),
-    ],
-)
-def test_files_that_are_not_as_their_config_says_are_refused(
-    family: str, config: dict[str, Any], tensors: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    folder = retouched(REFERENCE / family, tmp_path / family, config, **tensors)
-    with pytest.raises(UserError) as refusal:
-        load_params(folder, read_model_config(folder), mesh_of(1, 1, 1))
-    assert words in str(refusal.value)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model whose rows are whole blocks on each of several devices."""
-    directory = make_small(tmp_path_factory.mktemp("wide") / "model")
-    raw = json.loads((directory / "config.json").read_text())
-    raw |= {"hidden_size": 256, "intermediate_size": 384, "head_dim": 32, "num_hidden_layers": 3}
-    (directory / "config.json").write_text(json.dumps(raw))
-    model = read_model_config(directory)
-    write_weights(directory, initial_params(jax.random.key(3), model), model, {})
-    return directory
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_model_is_quantised_while_it_is_loaded_alike_on_any_devices(wide: Path, bits: int) -> None:
-    model = replace(read_model_config(wide), bits=bits)
-    single, spread = (load_params(wide, model, mesh_of(*mesh)) for mesh in ((1, 1, 1), (2, 2, 2)))
-    tensors = open_tensors([wide / "model.safetensors"])
-    for name, row in MATRICES.items():
-        for layer in range(model.layers):
-            dense = np.asarray(tensors[f"model.layers.{layer}.{row.file_name}"])
-            wanted = in_bits(dense, bits)
-            for params in (single, spread):
-                for leaf, expected in zip(
-                    jax.tree.leaves(params["layers"][name]), jax.tree.leaves(wanted), strict=True
-                ):
-                    np.testing.assert_array_equal(leaf[layer], expected)
-    for name, spec in {"query": (None, "tensor", "fsdp"), "down": (None, "fsdp", "tensor")}.items():
-        assert spread["layers"][name].codes.sharding.spec == PartitionSpec(*spec)
-    token = np.arange(24, dtype=np.int32).reshape(2, 12)
-    one, many = (logits_from(wide, mesh_of(*mesh), token, bits=bits) for mesh in ((1, 1, 1), (2, 2, 2)))
-    np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
-
-
-def test_loading_needs_no_more_than_the_model_and_one_layer(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the devices at any time, and on the host in any piece that is read."""
-    model = replace(read_model_config(wide), bits=4)
-    mesh, held, read = mesh_of(1, 1, 1), list[int](), list[int]()
-    before = {id(array) for array in jax.live_arrays()}
-    wait, read_box = jax.block_until_ready, StoredTensor.read
-
-    def counted_wait(stack: Any) -> Any:
-        held.append(sum(array.nbytes for array in jax.live_arrays() if id(array) not in before))
-        return wait(stack)
-
-    def counted_read(self: StoredTensor, box: Any) -> np.ndarray:
-        values = read_box(self, box)
-        read.append(values.nbytes)
-        return values
-
-    monkeypatch.setattr(jax, "block_until_ready", counted_wait)
-    monkeypatch.setattr(StoredTensor, "read", counted_read)
-    params = load_params(wide, model, mesh)
-    sizes = {row: shape_of(row, model.sizes) for row in jax.tree.leaves(parameter_table(model))}
-    one_matrix = max(4 * math.prod(shape[1:]) for row, shape in sizes.items() if row.has_layers)
-    whole_rows = max(4 * math.prod(shape) for row, shape in sizes.items() if not row.has_layers)
-    assert max(held) <= sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + one_matrix
-    assert len(held) == 7 * model.layers and max(read) <= max(one_matrix, whole_rows)

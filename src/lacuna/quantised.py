@@ -159,8 +159,13 @@ def quantised_product(x: Float[Array, "token in"], weight: Quantised) -> Float[A
 
 
 def _multiplied(axes: str, x: Float[Array, "token _"], weight: Quantised) -> Float[Array, "token _"]:
-    """On a CPU named after rounding, so that rematerialisation keeps the result in the dtype of compute."""
-    matrix = dequantised(weight, x.dtype)
+    """On a CPU named after rounding, so that rematerialisation keeps the result in the dtype of compute.
+
+    The matrix depends on `x` by a zero: in a loop over tokens XLA would dequantise those of all layers once, before it,
+    and hold them.
+    """
+    zero = jnp.isnan(x[0, 0]).astype(jnp.float32) * 0
+    matrix = dequantised(jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), weight), x.dtype)
     if platform() != "cpu":
         return jnp.einsum(axes, x, matrix)
     return checkpoint_name(jnp.einsum(axes, x, matrix, preferred_element_type=jnp.float32).astype(x.dtype), PRODUCT)
