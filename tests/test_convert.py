@@ -9,6 +9,7 @@ import unicodedata
 import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ from lacuna import checkpoint, cli, weights
 from lacuna.apps.configs import ConvertConfig
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import ModelKeys, SamplingKeys, UserError
-from lacuna.model import embed, forward, head_of, initial_params, logits_of, read_model_config
+from lacuna.model import (
+    Lora,
+    ModelConfig,
+    embed,
+    forward,
+    head_of,
+    initial_params,
+    logits_of,
+    read_model_config,
+    shape_of,
+    trained_table,
+)
 from lacuna.sampler import Request, Sampler
 from lacuna.tokenizer import Tokenizer, encode, load_tokenizer, render
 
@@ -113,6 +125,13 @@ def make_model(directory: Path, family: str, tokenizer: Path, seed: int = 0, **c
     return directory
 
 
+def our_logits(params: Any, model: ModelConfig, ids: Any) -> jax.Array:
+    token = jnp.array(ids)
+    position = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)
+    hidden = forward(params, embed(params, token, jnp.float32), jnp.ones_like(token), position, model)
+    return logits_of(hidden, head_of(params, model), model.vocabulary_size)
+
+
 def convert(source: Path, output: Path, **keys: Any) -> Path:
     cli.run(ConvertConfig(model_name=str(source), output=str(output), **keys))
     return output
@@ -128,10 +147,7 @@ def prompts_of(directory: Path) -> Prompts:
 
     @jax.jit
     def log_probabilities(token: jax.Array) -> jax.Array:
-        hidden = forward(
-            params, embed(params, token, jnp.float32), jnp.ones_like(token), jnp.arange(token.shape[1])[None], model
-        )
-        return jax.nn.log_softmax(logits_of(hidden, head_of(params, model), model.vocabulary_size)[0])
+        return jax.nn.log_softmax(our_logits(params, model, token)[0])
 
     draw, found = random.Random(1), Prompts()
     for length in (1, 7, 60):
@@ -216,13 +232,8 @@ def test_a_model_in_another_type_states_it_and_has_its_values_rounded_once(kind:
 def test_an_adapter_merged_into_its_base_has_the_logits_of_peft(family: str, adapter: str, tmp_path: Path) -> None:
     place, base = REFERENCE / "adapters" / family, str(REFERENCE / family)
     merged = convert(place / adapter, tmp_path / "merged", base_name=base, type="f32")
-    expected = np.load(place / "expected.npz")
-    model, token = read_model_config(merged), jnp.array(expected["input_ids"])
-    params, position = weights.load_params(merged, model, mesh_of(1, 1, 1)), jnp.arange(token.shape[1])
-    hidden = forward(
-        params, embed(params, token, jnp.float32), jnp.ones_like(token), jnp.tile(position, (len(token), 1)), model
-    )
-    logits = logits_of(hidden, head_of(params, model), model.vocabulary_size)
+    model, expected = read_model_config(merged), np.load(place / "expected.npz")
+    logits = our_logits(weights.load_params(merged, model, mesh_of(1, 1, 1)), model, expected["input_ids"])
     np.testing.assert_allclose(logits, expected[adapter], rtol=1e-5, atol=1e-5)
     assert np.max(np.abs(expected[adapter] - expected["base"])) > 0.1
     again = convert(place / adapter, tmp_path / "again", base_name=base, to="peft")
@@ -230,6 +241,45 @@ def test_an_adapter_merged_into_its_base_has_the_logits_of_peft(family: str, ada
     for name, tensor in weights.open_tensors([stated]).items():
         assert tensor.equals(written.pop(name))
     assert not written and weights.read_lora(again) == weights.read_lora(place / adapter)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3"])
+def test_a_model_saved_by_bitsandbytes_is_dequantised(family: str, tmp_path: Path) -> None:
+    place = REFERENCE / "quantised" / family
+    plain = convert(place, tmp_path / "plain", type="f32")
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    model, expected = read_model_config(plain), np.load(place / "expected.npz")
+    assert model.file_bits == 0
+    ours = our_logits(weights.load_params(plain, model, mesh_of(1, 1, 1)), model, expected["input_ids"])
+    np.testing.assert_allclose(ours, expected["logits"], rtol=2e-5, atol=2e-5)
+
+
+def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "qwen3", TINY, head_dim=32, intermediate_size=128)
+    lora = Lora(4, 8.0, True, ("q_proj", "down_proj"))
+    model = replace(read_model_config(base), lora=lora)
+    (described := tmp_path / "described").mkdir()
+    (described / "adapter_config.json").write_text(weights.lora_config(lora, str(base)))
+    keys = iter(jax.random.split(jax.random.key(5), 9))
+    factors = jax.tree.map(
+        lambda row: 0.3 * jax.random.normal(next(keys), shape_of(row, model.sizes)), trained_table(model)
+    )
+    facts = {checkpoint.BASE: checkpoint.files_digest(weights.weight_files(base)), checkpoint.BITS: "4"}
+    checkpoint.save_model(tmp_path / "adapter", factors, model, described, facts, base)
+    ids = np.arange(24).reshape(2, 12)
+    opened = checkpoint.open_model(ModelKeys(model_name=str(tmp_path / "adapter")), mesh_of(1, 1, 1))
+    assert opened.model.bits == 4
+    wanted, found = our_logits(checkpoint.opened_params(opened), opened.model, ids), {}
+    for onto in ("trained", "original"):
+        merged = convert(tmp_path / "adapter", tmp_path / onto, onto=onto)
+        plain = read_model_config(merged)
+        found[onto] = our_logits(weights.load_params(merged, plain, mesh_of(1, 1, 1)), plain, ids)
+    np.testing.assert_allclose(found["trained"], wanted, rtol=1e-5, atol=1e-5)
+    assert np.max(np.abs(found["original"] - wanted)) > 0.01
+    make_model(tmp_path / "changed", "qwen3", TINY, seed=9, head_dim=32, intermediate_size=128)
+    (tmp_path / "changed" / "model.safetensors").replace(base / "model.safetensors")
+    with pytest.raises(UserError, match="not the weights that the adapter .* was trained on"):
+        convert(tmp_path / "adapter", tmp_path / "other")
 
 
 def test_a_checkpoint_becomes_the_same_file_as_the_model_it_was_saved_from(small: Path, tmp_path: Path) -> None:

@@ -486,8 +486,10 @@ def copy_description(
         changes["tie_word_embeddings"] = model.is_tied
     if raw["vocab_size"] != model.vocabulary_size:
         changes["vocab_size"] = model.vocabulary_size
-    if changes:
-        path.write_text(json.dumps(raw | changes, indent=2) + "\n")
+    left_out = [key for key in ("quantization_config",) if key in raw and not model.file_bits]
+    if changes or left_out:
+        kept = {key: value for key, value in (raw | changes).items() if key not in left_out}
+        path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def replace_directory(scratch: Path, directory: Path) -> list[str]:

@@ -67,6 +67,9 @@ class ConvertConfig(Keys):
     type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
         "auto", description="Type of matrices and embedding; auto: as in the model's config.json"
     )
+    onto: Literal["trained", "original"] = Field(
+        "trained", description="Base that an adapter is merged into: as training had it, in 8 or 4 bits, or as it is"
+    )
     output: str = Field(min_length=1, description="Directory, or file for gguf, to write, not there yet")
     name: str = Field("", description="Name in a GGUF file; empty: that of the run, directory or hub id")
     license: str = Field("", description="Licence in a GGUF file, as apache-2.0; empty: that of the model's README.md")

@@ -7,15 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from lacuna import checkpoint, weights
 from lacuna.apps.configs import ConvertConfig
 from lacuna.config import ModelKeys, UserError, name_of_model
-from lacuna.distributed import describe_error
+from lacuna.distributed import describe_error, make_mesh
 from lacuna.metrics import byte_size
-from lacuna.model import ModelConfig, Parameter, read_model_config, shape_of, trained_table
+from lacuna.model import (
+    MATRICES,
+    ModelConfig,
+    Parameter,
+    is_quantised,
+    parameter_table,
+    read_model_config,
+    shape_of,
+    trained_table,
+)
+from lacuna.quantised import dequantised, quantise
 from lacuna.tokenizer import load_tokenizer
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -24,19 +35,48 @@ KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class FileRow:
-    """A row of the parameter table that lies in a model's files; each layer is read when it is asked for."""
+    """A row of the parameter table that lies in a model's files; each layer is read when it is asked for, and
+    dequantised."""
 
     row: Parameter
     tensors: Mapping[str, weights.StoredTensor]
     model: ModelConfig
 
     def __getitem__(self, layer: int) -> np.ndarray:
+        if is_quantised(self.row, self.model):
+            mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+            return dequantised_matrix(weights.layer_of_file(self.row, self.tensors, self.model, mesh, layer), self)
+        return self.in_memory(self.tensors[weights.file_names(self.row, self.model)[layer]])
+
+    def in_memory(self, tensor: weights.StoredTensor) -> np.ndarray:
+        """A tensor of the files in the axes that the row has in memory."""
         sizes = dict(zip(self.row.axes.split(), shape_of(self.row, self.model.sizes), strict=True))
-        spans = {axis: (0, size) for axis, size in sizes.items() if axis != "layer"}
-        return weights.from_file(self.tensors[weights.file_names(self.row, self.model)[layer]], self.row, spans)
+        return weights.from_file(tensor, self.row, {axis: (0, n) for axis, n in sizes.items() if axis != "layer"})
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[0]
+
+
+def dequantised_matrix(matrix: Any, like: FileRow) -> np.ndarray:
+    """A quantised matrix of the files in float32, in the axes that its row has in memory."""
+    values = np.asarray(dequantised(matrix, np.float32))
+    return like.in_memory(weights.StoredTensor(values.dtype, [(weights.whole(values.shape), values)]))
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """A matrix of each layer as training had it, in 8 or 4 bits and dequantised."""
+
+    base: Any
+    row: Parameter
+    model: ModelConfig
+    bits: int
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        values = weights.file_tensor(self.base, self.row, layer, self.model, np.float32)
+        outputs = tuple(self.model.sizes[axis] for axis in self.row.file_axes.split()[0].split("*"))
+        matrix = quantise(jnp.asarray(values), self.bits, outputs)
+        return dequantised_matrix(matrix, FileRow(self.row, {}, self.model))
 
 
 @dataclass(frozen=True)
@@ -61,21 +101,28 @@ def stored_params(source: Path, model: ModelConfig) -> PyTree:
         checkpoint.checked_manifest(source)
         return checkpoint.saved_params(source, model)
     tensors = (weights.adapter_tensors if model.lora else weights.checked_tensors)(source, model)
-    return jax.tree.map(lambda row: FileRow(row, tensors, model), trained_table(model))
+    table = trained_table(model) if model.lora else parameter_table(model)
+    return jax.tree.map(lambda row: FileRow(row, tensors, model), table)
 
 
-def merged_params(place: checkpoint.Place, model: ModelConfig) -> PyTree:
-    """The weights of a model, an adapter among them merged into its base, each layer read when it is asked for.
+def merged_params(place: checkpoint.Place, model: ModelConfig, bits: int) -> PyTree:
+    """The weights of a model, an adapter among them merged into its base, each layer read when it is asked for; `bits`
+    are those that the base had in training, where that was 8 or 4.
 
     Raises:
         UserError: as `stored_params`, or the base is not the one that the adapter was trained on.
     """
-    params = stored_params(place.base or place.source, replace(model, lora=None))
+    whole = replace(model, lora=None)
+    params = stored_params(place.base or place.source, whole)
     if model.lora and place.base:
         checkpoint.check_base(place.source, place.base)
-        factors = stored_params(place.source, model)["layers"]
-        merged = {name: Merged(params["layers"][name], each, model.lora.scale) for name, each in factors.items()}
-        params |= {"layers": params["layers"] | merged}
+        trained, layers = stored_params(place.source, model), dict(params["layers"])
+        assert trained.keys() == {"layers"}, "what else trains would be lost"
+        if bits:
+            layers |= {name: AsTrained(layers[name], row, whole, bits) for name, row in MATRICES.items()}
+        for name, factors in trained["layers"].items():
+            layers[name] = Merged(layers[name], factors, model.lora.scale)
+        params |= {"layers": layers}
     return params
 
 
@@ -99,6 +146,8 @@ def run_convert(config: ConvertConfig) -> None:
         model, is_tied=model.is_tied and not own_head, lora=weights.read_lora(place.adapter) if place.base else None
     )
     kind = KINDS[model.file_dtype] if config.type == "auto" else config.type
+    bits = 0 if not place.base or model.file_bits or config.onto == "original" else checkpoint.stated_bits(place.source)
+    whole = replace(model, lora=None, bits=0, file_bits=0, file_dtype=DTYPES.get(kind, model.file_dtype))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         if config.to == "peft":
@@ -108,14 +157,15 @@ def run_convert(config: ConvertConfig) -> None:
             lines = checkpoint.save_model(output, params, model, place.adapter, facts, place.described)
             done = "adapter in PEFT's layout"
         elif config.to == "hf":
-            params, whole = merged_params(place, model), replace(model, lora=None, file_dtype=DTYPES[kind])
+            params = merged_params(place, model, bits)
             lines = checkpoint.save_model(output, params, whole, place.tokenizer, None, place.described)
             done = f"{DTYPES[kind]} in Hugging Face layout"
         else:
-            done, lines = to_gguf(config, output, merged_params(place, model), replace(model, lora=None), place, kind)
+            done, lines = to_gguf(config, output, merged_params(place, model, bits), whole, place, kind)
     except OSError as error:
         raise UserError(f"{output} can't be written: {describe_error(error)}") from error
     merged = " merged into its base" if place.base and config.to != "peft" else ""
+    merged += f" as it was in training, of {bits} bits" if merged and bits else ""
     print("\n".join([f"{output}: {config.model_name}{merged}, {model.family}, {done}", *lines]))
 
 
