@@ -155,10 +155,10 @@ def test_a_run_with_new_words_exports_them_and_resumes(
 # Prompts and completions apart
 
 
-def rows_of(tmp_path: Path, rows: list[tuple[str, str]], **columns: Any) -> Any:
+def rows_of(tmp_path: Path, rows: list[tuple[str, str]], train_on: str = "assistant", **columns: Any) -> Any:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in rows))
-    config = chat_run(tmp_path / "small", packing=False)
+    config = chat_run(tmp_path / "small", packing=False, train_on=train_on)
     source = DataSource(path=str(path), prompt_format="text", **columns)
     return load_dataset([source], load_tokenizer(TINY), config, is_stream=False, is_shuffled=False)
 
@@ -172,6 +172,8 @@ def test_prompt_and_completion_are_encoded_apart_where_asked(small: Path) -> Non
     supervised = np.concatenate([[False] * len(a) + [True] * (len(b) + 1) for a, b in parts])
     np.testing.assert_array_equal(apart.supervised, supervised)
     assert len(whole.token) <= len(apart.token)
+    everything = rows_of(small.parent, pairs, encode_apart=True, train_on="all").documents[0]
+    assert everything.supervised.all() and everything.token.tolist() == apart.token.tolist()
 
 
 def test_apart_is_refused_where_a_template_writes_the_prompt(small: Path) -> None:

@@ -79,8 +79,10 @@ def test_the_published_layout_becomes_words_and_a_catalogue(prepared: Path) -> N
         "fusion_seq_rec": 2,
         "title_to_title": 2,
         "title_history_to_sid": 2,
+        "sid_next_item_as_tested": 2,
     }
-    assert rows["valid"].keys() == rows["test"].keys() == rows["train"].keys() - {"sid_item_alignment"}
+    assert rows["valid"].keys() == rows["train"].keys() - {"sid_item_alignment"}
+    assert rows["test"].keys() == rows["valid"].keys() - {"sid_next_item_as_tested"}
     assert lines_of(prepared / "train" / "sequences.jsonl")[1] == {"history": [SIDS["0"], SIDS["1"]], "item": SIDS["2"]}
 
 
@@ -97,6 +99,8 @@ def test_each_task_asks_in_the_published_words(prepared: Path) -> None:
         f"{INSTRUCTED}{asked}\n\n### User Input: \nCan you predict the next possible item the user may expect, given "
         f"the following chronological interaction history: {second}, {first}\n\n### Response:\n"
     )
+    as_tested = lines_of(prepared / "train" / "sid_next_item_as_tested.jsonl")
+    assert as_tested[1]["prompt"] == test["prompt"].replace(f"{second}, {first}", f"{first}, {second}")
     alignment = lines_of(prepared / "train" / "sid_item_alignment.jsonl")
     about = f"{INSTRUCTED}Answer the question about item identification.\n\n### User Input: \n"
     assert [row["completion"] for row in alignment] == [

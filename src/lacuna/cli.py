@@ -33,6 +33,7 @@ from lacuna.apps.configs import (
     PlanKeys,
     PrepareConfig,
     PretrainPlan,
+    RecommendConfig,
     ServeConfig,
     SftPlan,
 )
@@ -66,6 +67,7 @@ COMMANDS: dict[str, type[Keys]] = {
     "plan sft": SftPlan,
     "plan grpo": GrpoPlan,
     "recommend prepare": PrepareConfig,
+    "recommend eval": RecommendConfig,
 }
 PREFIXES = {name.split()[0] for name in COMMANDS if " " in name}
 COMMAND_LINE = "the command line"
@@ -373,6 +375,10 @@ def run(config: Keys) -> Any:
         from lacuna.apps.recommend import run_prepare
 
         return run_prepare(config)
+    if isinstance(config, RecommendConfig):
+        from lacuna.apps.ranking import run_recommend
+
+        return run_recommend(config)
     if isinstance(config, EvalConfig):
         from lacuna.apps.evaluate import run_eval
 

@@ -523,6 +523,7 @@ def encode_parts(parts: Iterator[Prepared], tokenizer: Tokenizer) -> Iterator[tu
         for part, encoded in zip(batch, encode_spans(tokenizer, [part[:2] for part in batch]), strict=True):
             if part.edge and (encoded.straddling_count or part.is_apart):
                 encoded = encode_apart(tokenizer, part.text[: part.edge], part.text[part.edge :])
+                encoded.supervised[:] |= part.spans[0][0] == 0
             token = np.concatenate([part.before, encoded.token, part.after], dtype=np.int32, casting="unsafe")
             supervised = np.arange(len(token)) >= len(part.before)
             if part.is_prompted:

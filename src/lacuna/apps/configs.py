@@ -15,9 +15,11 @@ from lacuna.config import (
     Keys,
     ModelKeys,
     PretrainConfig,
+    RunKeys,
     SamplingKeys,
     SftConfig,
     TemplateKeys,
+    name_of_model,
 )
 
 ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
@@ -174,6 +176,28 @@ class ServeConfig(GenerationConfig):
         if not re.fullmatch(r"[!-~]*", value.get_secret_value()):
             raise ValueError("should be ASCII without spaces, as it is sent in a header")
         return value
+
+
+class RecommendConfig(RunKeys, DeviceKeys, ModelKeys):
+    """Measure a recommender: HR@K and NDCG@K of its beams over a catalogue, beside a rule of counting."""
+
+    prepared: str = Field(min_length=1, description="Directory that recommend prepare wrote")
+    split: Literal["valid", "test"] = Field("test", description="Rows to measure on")
+    task: Literal["sid_next_item", "title_history_to_sid"] = Field(
+        "sid_next_item", description="What is asked: the next item after semantic ids, or after titles"
+    )
+    beams: int = Field(50, ge=1, description="Items to recommend, and hypotheses of the search for them")
+    exact: bool = Field(False, description="Score every item of the catalogue instead of searching")
+    capacity: Capacity = 512
+    batch_size: int = Field(16, ge=1, description="Prompts per device that are searched at once")
+    limit: int = Field(0, ge=0, description="Rows to measure on, the first ones; 0: all")
+    run_name: str = Field("", max_length=200, description="Name of the folder in output_dir; empty: recommend_<model>")
+
+    @property
+    def run_directory(self) -> Path:
+        path = Path(self.model_name)
+        name = name_of_model(path).replace("/", "_") if path.exists() else path.name
+        return Path(self.output_dir) / (self.run_name or f"recommend_{name}")
 
 
 class PrepareConfig(Keys):

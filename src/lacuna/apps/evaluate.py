@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from lacuna import checkpoint, metrics
+from lacuna.apps.configs import RecommendConfig
+from lacuna.checkpoint import OpenedModel
 from lacuna.config import LINES, EvalConfig, UserError, printable, to_toml
 from lacuna.data import Dataset, describe, load_dataset
 from lacuna.distributed import (
@@ -55,7 +57,7 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
         enable_compilation_cache(config)
         print_inputs(tasks, dataset)
         if is_first():
-            begin_evaluation(tasks)
+            begin_evaluation(config, opened, tasks.problems.digests)
         from_first("evaluation begun", "")
         with (
             closing(metrics.LineFile(directory / "predictions.jsonl")) as kept,
@@ -111,22 +113,23 @@ def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
         print(printable(f"left out: {example}", LINES))
 
 
-def begin_evaluation(tasks: Tasks) -> None:
-    """Write down what makes this evaluation the one it is, or compare it with what an earlier start wrote.
+def begin_evaluation(config: EvalConfig | RecommendConfig, opened: OpenedModel, digests: Sequence[str]) -> None:
+    """Write down what makes this evaluation the one it is, `digests` of its data included, or compare it with what an
+    earlier start wrote.
 
     Raises:
         UserError: the earlier start was another evaluation.
     """
-    config, directory = tasks.config, tasks.config.run_directory
-    files = sorted(tasks.opened.source.glob("*.safetensors"))
+    directory = config.run_directory
+    files = sorted(opened.source.glob("*.safetensors"))
     now = json.loads(config.model_dump_json(exclude=FREE_ON_RESUME)) | {
-        "content of data": list(tasks.problems.digests),
+        "content of data": list(digests),
         "weights of model_name": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
     identity = directory / "identity.json"
     with writing_to(directory):
         if config.overwrite:
-            for name in ("summary.json", "predictions.jsonl", "identity.json"):
+            for name in ("summary.json", "run_summary.json", "predictions.jsonl", "identity.json"):
                 (directory / name).unlink(missing_ok=True)
         try:
             earlier = dict(json.loads(identity.read_text())) if identity.exists() else now

@@ -331,13 +331,19 @@ def quoted(items: dict[str, Item], step: Step, separator: str) -> str:
 
 def next_item(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
     """Semantic ids of the history to that of the next item; a test asks in other words than training does."""
+    if split == "test":
+        yield from next_item_as_tested(found, split, words, seed)
+        return
     for step in found.steps[split]:
         history = joined_sids(found.items, step)
         asked = f"The user has interacted with items {history} in chronological order. {NEXT_ITEM}"
-        yield (
-            framed(NEXT_ITEM, TEST_QUESTION + history if split == "test" else asked),
-            f"{found.items[step.target].sid}\n",
-        )
+        yield framed(NEXT_ITEM, asked), f"{found.items[step.target].sid}\n"
+
+
+def next_item_as_tested(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
+    """The same in the words of the test, which a model from scratch can't know to mean the same."""
+    for step in found.steps[split]:
+        yield framed(NEXT_ITEM, TEST_QUESTION + joined_sids(found.items, step)), f"{found.items[step.target].sid}\n"
 
 
 def item_alignment(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
@@ -390,8 +396,9 @@ TASKS: dict[str, Task] = {
     "fusion_seq_rec": fusion,
     "title_to_title": title_to_title,
     "title_history_to_sid": titles_to_sid,
+    "sid_next_item_as_tested": next_item_as_tested,
 }
-WITHOUT_TITLES = ("sid_next_item",)
+WITHOUT_TITLES = "sid_next_item", "sid_next_item_as_tested"
 
 # The command
 
@@ -446,7 +453,7 @@ def write_prepared(directory: Path, found: Interactions, config: PrepareConfig) 
         write_lines(directory / split / "sequences.jsonl", sequences)
         counts[split] = {}
         for task, rows_of in TASKS.items():
-            if has_titles or task in WITHOUT_TITLES:
+            if (has_titles or task in WITHOUT_TITLES) and (split, task) != ("test", "sid_next_item_as_tested"):
                 rows = list(rows_of(found, split, words, config.seed))
                 if rows:
                     counts[split][task] = len(rows)
