@@ -15,7 +15,7 @@ from conftest import chat_run, make_small, mesh_of, records
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from lacuna import checkpoint, cli, grpo, sampler, trainer
+from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer
 from lacuna.config import LORA_TARGETS, GrpoConfig, ModelKeys, SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.model import (
@@ -210,7 +210,7 @@ def test_an_adapter_s_gradient_is_that_over_the_dequantised_matrices(wide: Path,
         dense["layers"][name] = in_memory(row, frozen["layers"][name], model)
     trained = initial_params(jax.random.key(1), model)
     trained = jax.tree.map(lambda leaf: leaf + drawn(*leaf.shape), trained)
-    batch, loss = batch_of(2, 24, model.vocabulary_size), trainer.RowLoss("float32", "layer")
+    batch, loss = batch_of(2, 24, model.vocabulary_size), optimizer.RowLoss("float32", "layer")
 
     @jax.jit
     def gradient(base: Any, trained: Any) -> Any:
@@ -234,11 +234,13 @@ def test_neither_a_step_nor_decoding_holds_more_than_a_layer_s_matrices_dequanti
         return (many - few) / 8
 
     def of_step(model: ModelConfig) -> int:
-        state, frozen = trainer.abstract_state(model, mesh), checkpoint.abstract_frozen(model, mesh)
+        state, frozen = optimizer.abstract_state(model, mesh), checkpoint.abstract_frozen(model, mesh)
         batch = jax.tree.map(lambda leaf: leaf[None], batch_of(1, 16, 160))
-        recipe = trainer.recipe_of(SftConfig(model_name="x", run_name="x", data=({"path": "x"},), learning_rate=1.0), 2)
-        loss = trainer.RowLoss("bfloat16", "layer")
-        step: Any = trainer.train_step.lower(state, batch, np.float32(1), recipe, model, loss, None, frozen).compile()
+        recipe = optimizer.recipe_of(
+            SftConfig(model_name="x", run_name="x", data=({"path": "x"},), learning_rate=1.0), 2
+        )
+        loss = optimizer.RowLoss("bfloat16", "layer")
+        step: Any = optimizer.train_step.lower(state, batch, np.float32(1), recipe, model, loss, None, frozen).compile()
         return step.memory_analysis().temp_size_in_bytes
 
     def of_decoding(model: ModelConfig) -> int:
