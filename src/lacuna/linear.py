@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lacuna.distributed import platform
-from lacuna.quantised import PRODUCT, Quantised, quantised_product
+from lacuna.quantised import Quantised, quantised_product
 
+PRODUCT = "product"  # names what comes of a weight, which rematerialisation keeps
 TRANSPOSED_BLOCK = 64
 
 Inputs = Float[Array, "token inputs"]
@@ -43,15 +44,25 @@ def linear(
     x: Float[Array, "batch token *inputs"], weight: Float[Array, "*inputs_outputs"] | Frozen
 ) -> Float[Array, "batch token *outputs"]:
     """Contract the axes of `x` after batch and token with the leading axes of `weight`, as one matrix product; a frozen
-    one's adapter, if it has one, adds what it makes of `x`."""
-    if isinstance(weight, Frozen):
-        product = base_product(x, weight.base)
-        if weight.a is None:
-            return product
-        factor = linear
+    one's adapter, if it has one, adds what it makes of `x`.
+
+    Named after rounding and with all that is added, so that rematerialisation keeps the result and nothing else of it.
+    """
+    if not isinstance(weight, Frozen):
+        return checkpoint_name(plain_product(x, weight), PRODUCT)
+    product = base_product(x, weight.base)
+    if weight.a is not None:
+        factor = plain_product
         if weight.a.ndim == x.ndim:  # an adapter for each row
-            factor = jax.vmap(lambda row, factor: linear(row[None], factor)[0])
-        return product + factor(weight.scale * factor(x, weight.a), weight.b)
+            factor = jax.vmap(lambda row, factor: plain_product(row[None], factor)[0])
+        product = product + factor(weight.scale * factor(x, weight.a), weight.b)
+    return checkpoint_name(product, PRODUCT)
+
+
+def plain_product(
+    x: Float[Array, "batch token *inputs"], weight: Float[Array, "*inputs_outputs"]
+) -> Float[Array, "batch token *outputs"]:
+    """The product with a matrix that trains."""
     return multiplied(x, weight, matrix_product if platform() == "cpu" else jnp.matmul)
 
 
@@ -103,9 +114,7 @@ def matrix_product(x: Inputs, weight: Matrix) -> Outputs:
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:
-    """Named after rounding, so that rematerialisation keeps the result in the dtype of compute."""
-    product = jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
-    return checkpoint_name(product.astype(x.dtype), PRODUCT)
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _matrix_product_backward(residual: tuple[Inputs, Matrix], gradient: Outputs) -> tuple[Inputs, Matrix]:

@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
-from lacuna.linear import Frozen, linear, product_over_tokens
-from lacuna.quantised import PRODUCT, Quantised
+from lacuna.linear import PRODUCT, Frozen, linear, product_over_tokens
+from lacuna.quantised import Quantised
 from lacuna.tokenizer import read_json
 
 PAGE = 64  # tokens of the cache
@@ -647,9 +647,7 @@ def forward(
     body: Any = next_layer
     if rematerialisation != "none":
         policies = jax.checkpoint_policies
-        matmuls = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUAL, PRODUCT)
-        )
+        matmuls = policies.save_only_these_names(RESIDUAL, PRODUCT)
         policy = policies.nothing_saveable if rematerialisation == "layer" else matmuls
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged
     numbers = jnp.arange(model.layers) if model.unrotated_layers else None

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -20,7 +19,6 @@ from lacuna.distributed import platform, shard
 
 BLOCK = 64  # weights of a row that share a scale
 OUTER_BLOCK = 256  # scales, in the order of the file, that share an outer scale
-PRODUCT = "product"  # names matrix products on a CPU, which rematerialisation keeps
 # Quantiles of the normal distribution, scaled to ±1 (Dettmers et al. 2023)
 NORMAL_MAP = np.array([
     -1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -159,16 +157,13 @@ def quantised_product(x: Float[Array, "token in"], weight: Quantised) -> Float[A
 
 
 def _multiplied(axes: str, x: Float[Array, "token _"], weight: Quantised) -> Float[Array, "token _"]:
-    """On a CPU named after rounding, so that rematerialisation keeps the result in the dtype of compute.
-
-    The matrix depends on `x` by a zero: in a loop over tokens XLA would dequantise those of all layers once, before it,
-    and hold them.
-    """
+    """The matrix depends on `x` by a zero: in a loop over tokens XLA would dequantise those of all layers once, before
+    it, and hold them."""
     zero = jnp.isnan(x[0, 0]).astype(jnp.float32) * 0
     matrix = dequantised(jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), weight), x.dtype)
     if platform() != "cpu":
         return jnp.einsum(axes, x, matrix)
-    return checkpoint_name(jnp.einsum(axes, x, matrix, preferred_element_type=jnp.float32).astype(x.dtype), PRODUCT)
+    return jnp.einsum(axes, x, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 quantised_product.defvjp(
