@@ -105,7 +105,7 @@ def stored_params(source: Path, model: ModelConfig) -> PyTree:
     return jax.tree.map(lambda row: FileRow(row, tensors, model), table)
 
 
-def merged_params(place: checkpoint.Place, model: ModelConfig, bits: int) -> PyTree:
+def merged_params(place: checkpoint.Place, model: ModelConfig, bits: int = 0) -> PyTree:
     """The weights of a model, an adapter among them merged into its base, each layer read when it is asked for; `bits`
     are those that the base had in training, where that was 8 or 4.
 
