@@ -22,7 +22,7 @@ def main() -> None:
     prepare_process()
     from lacuna import checkpoint, trainer
 
-    dataset = trainer.read_inputs(checkpoint.settled(config), with_weights=False)[1]
+    dataset = trainer.read_inputs(checkpoint.settled(config), with_weights=False, place={})[1]
     batch = dataset.batch(0, int(count))
     lines = []
     for token, target, weight, segment in zip(batch.token, batch.target, batch.weight, batch.segment, strict=True):

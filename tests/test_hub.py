@@ -40,9 +40,12 @@ LARGE = bytes(range(251)) * 100_000
 # What the client reads of its environment it reads when imported, so each is a process of its own.
 CLIENT = """
 import json, sys, time
+from pathlib import Path
+
 from lacuna.checkpoint import resolve_model, settled
 from lacuna.config import DataSource, ModelKeys, UserError
 from lacuna.documents import read_rows
+from lacuna.shards import blocks, find_shards
 
 time.sleep = lambda seconds: None  # the hub's library waits between its attempts
 for wish in sys.argv[1:]:
@@ -50,6 +53,10 @@ for wish in sys.argv[1:]:
     try:
         if kind == "data":
             print(json.dumps([row for _, row in read_rows(DataSource(path=name, split=split[0]))]))
+        elif kind == "stream":
+            found, revision = find_shards(DataSource(path=name, split=split[0]), Path(split[1]), "")
+            rows = [row for shard in found for _, _, block in blocks((shard,), 1e9, 0, 0) for _, row in block]
+            print(json.dumps([revision, rows]))
         elif kind == "settled":
             print(json.dumps(settled(ModelKeys(model_name=name)).model_name))
         else:
@@ -333,6 +340,28 @@ def test_a_later_run_fetches_what_was_broken_off_and_what_is_now_allowed(first: 
         assert files == hub.files["models/acme/broken"]
     assert later["data acme/broken train"] == CHATS * 20
     assert later["data acme/gated train"] == CHATS[:8]
+
+
+def test_a_streamed_split_is_its_rows_at_the_revision_that_is_named_and_later_offline(
+    hub: Hub, nowhere: str, tmp_path: Path
+) -> None:
+    wish = f"stream acme/chats test {tmp_path / 'shards'}"
+    once = fetch(
+        hub.endpoint, tmp_path / "home", wish, f"stream acme/chats valid {tmp_path}", "stream acme/gated train x"
+    )
+    assert once.answers[wish] == [COMMIT, CHATS[8:]]
+    assert (
+        "train" in once.answers[f"stream acme/chats valid {tmp_path}"]
+        and "error" in once.answers["stream acme/gated train x"]
+    )
+    assert all(f"/resolve/{COMMIT}/" in each for each in hub.asked if "chats/resolve" in each and "GET" in each)
+    (copy,) = (tmp_path / "shards").glob("*.jsonl")
+    assert copy.read_bytes() == json_lines(CHATS[8:])
+    again = fetch(hub.endpoint, tmp_path / "other", wish, HF_HUB_OFFLINE="1")
+    assert again.answers == {wish: once.answers[wish]}
+    copy.unlink()
+    lost = fetch(hub.endpoint, tmp_path / "other", wish, HF_HUB_OFFLINE="1").answers[wish]
+    assert "hf://datasets/acme/chats@" in lost and "can't be fetched" in lost
 
 
 def test_offline_the_cache_is_enough(first: Fetched, nowhere: str) -> None:

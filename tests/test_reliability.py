@@ -199,6 +199,24 @@ def test_two_processes_are_one_with_as_many_devices_and_resume_each_others_runs(
         np.testing.assert_allclose(losses(other), losses(alone)[8:], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_streamed_run_that_is_killed_goes_on_with_other_devices_and_processes(small: Path) -> None:
+    data = [{"path": str(small / "pretrain.jsonl"), "streaming": True, "weight": weight} for weight in (3, 1)]
+    changes: dict[str, Any] = {"data": data, "steps": 12, "save_every": 1, "keep": 20, "micro_batch_size": 1}
+    alone, cut = (text_run(small, run_name=name, **changes) for name in ("alone", "cut"))
+    finished(alone)
+    for step, processes, devices in ((2, 1, 1), (4, 1, 2), (6, 2, 1), (8, 1, 8), (10, 2, 4)):
+        with Job(cut, "kill", step, ("--resume",), processes, devices, faulty=None) as job:
+            assert -signal.SIGKILL in job.end()[0]
+    finished(cut, more=("--resume",))
+    np.testing.assert_allclose(losses(cut), losses(alone), rtol=1e-5)
+    for step in range(1, 13):
+        saved = [checkpoint.checkpoint_directory(each.run_directory, step) for each in (alone, cut)]
+        places = [checkpoint.checked_manifest(each).run.place for each in saved]
+        assert places[0] == places[1] and places[0]["row"] == 16 * step
+    assert [record["epoch"] for record in records(cut)] == [record["epoch"] for record in records(alone)]
+
+
 def test_grpo_in_two_processes_is_that_in_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewards = small.parent / "rewards.py"
     rewards.write_text("def length(prompt, completion, row):\n    return len(completion) / 10\n")

@@ -523,7 +523,8 @@ def failures_of(work: Callable[[], Any]) -> list[str]:
 class RunFacts(BaseModel, extra="forbid", frozen=True):
     """What a run needs besides its state to resume, and what must not have changed by then.
 
-    `best` is the best held-out loss of pretrain and sft so far, or grpo's best held-out reward.
+    `best` is the best held-out loss of pretrain and sft so far, or grpo's best held-out reward, `place` where streamed
+    data go on.
     """
 
     step: int
@@ -533,6 +534,7 @@ class RunFacts(BaseModel, extra="forbid", frozen=True):
     model: dict[str, Any]
     data: tuple[str, ...]
     inputs: dict[str, str] = {}  # of older runs not known
+    place: dict[str, Any] = {}
     versions: dict[str, str]
 
 

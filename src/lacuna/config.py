@@ -116,7 +116,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class DataSource(Keys):
     path: str = Field(min_length=1, description="File, glob, or data set on the hub (path:config for one of several)")
     split: str = Field("train", min_length=1, description="Split, or a slice of one such as train[:95%]")
-    weight: float = Field(1.0, gt=0, description="Passes over this source per epoch")
+    streaming: bool = Field(False, description="Read while training, for sources larger than memory or patience")
+    weight: float = Field(
+        1.0, gt=0, description="Passes over this source per epoch or, where a source streams, its share of the tokens"
+    )
     messages_column: str = Field("messages", description="Column of chats: lists of role and content")
     tools_column: str = Field("tools", description="Column of the tools that a chat may call")
     prompt_column: str = Field("prompt", description="Column of prompts, each with a completion")
@@ -166,6 +169,7 @@ class DataKeys(Keys):
     sequence_length: int = Field(
         2048, ge=2, description="Tokens per packed row, by default no more than the model allows"
     )
+    verify_data: bool = Field(False, description="Hash all files again, even those whose size and time are as before")
     on_bad_data: Literal["error", "skip"] = Field("error", description="Stop at a bad sample, or count and skip it")
 
     @field_validator("data")
@@ -173,6 +177,8 @@ class DataKeys(Keys):
     def data_is_not_empty(cls, value: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
         if not value:
             raise ValueError("is empty; add a [[data]] table with a path")
+        if any(source.streaming for source in value) and not issubclass(cls, RowsConfig):
+            raise ValueError("can be streamed by pretrain and sft alone; leave out streaming")
         return value
 
 
@@ -376,6 +382,10 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, AdapterKeys, OptimizationK
             raise ValueError("lora_rank and from_scratch contradict each other: adapters need a trained base; keep one")
         if len(ways := [key for key in ("resume", "resume_from", "overwrite") if getattr(self, key)]) > 1:
             raise ValueError(f"{' and '.join(ways)} contradict each other; keep one of them")
+        if any(source.streaming for source in self.eval_data):
+            raise ValueError(
+                "eval_data can't be streamed, as each evaluation is of all of it; leave out streaming there"
+            )
         if self.eval_every and not self.has_evaluation:
             raise ValueError(
                 f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or eval_config, or remove it"
@@ -396,8 +406,23 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
     """Batch and samples"""
 
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
+    shard_cache: float = Field(20.0, ge=0, description="Gigabytes of the fetched files of streamed data that are kept")
     sample_prompts: tuple[str, ...] = Field((), description="Prompts to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether any source is read while the run trains."""
+        return any(source.streaming for source in self.data)
+
+    @model_validator(mode="after")
+    def length_is_known(self) -> "RowsConfig":
+        if self.is_streaming and not self.steps:
+            raise ValueError(
+                "steps is required where data are streamed, as nothing counts them before; set steps to the tokens to "
+                "train on / (batch_size × sequence_length)"
+            )
+        return self
 
     @model_validator(mode="after")
     def adapters_have_no_new_words(self) -> "RowsConfig":

@@ -34,6 +34,8 @@ class Batch(NamedTuple):
 # Parts of documents, one a column: source, first token, end of its tokens, and the token that its loss counts from. A
 # piece of n + 1 tokens takes n slots of a row, as each slot holds a token and its successor.
 Pieces = Int[np.ndarray, "4 piece"]
+# The tokens of a piece, and which of them the loss counts where they are targets.
+Segment = tuple[np.ndarray, np.ndarray]
 
 
 def slots_of(pieces: Pieces) -> Int[np.ndarray, " piece"]:
@@ -238,27 +240,78 @@ class Dataset:
         """Where and why the first of the bad rows of each source could not be used."""
         return [example for documents in self.documents for example in documents.facts["bad_examples"]]
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """A hash of the content of each source."""
+        return tuple(documents.facts["digest"] for documents in self.documents)
+
+    @property
+    def description(self) -> str:
+        """What was counted and how full the rows are, in words."""
+        row_count = self.rows.row_count(1)
+        fill = f"{row_count:,} full rows an epoch"
+        if isinstance(self.rows, PackedRows):
+            share = self.rows.slot_count(0) / (row_count * self.rows.length)
+            fill = f"{row_count:,} rows an epoch, {share:.2%} of their slots filled"
+        return f"{describe(self.facts)}; {fill}"
+
+    def row_count(self, epochs: int) -> int:
+        """Rows of the first `epochs` epochs."""
+        return self.rows.row_count(epochs)
+
+    def epochs_before(self, row: int) -> float:
+        """Epochs that are over before a row of the run."""
+        return self.rows.epochs_before(row)
+
+    def place(self, row: int) -> dict[str, Any]:
+        """What is kept to continue at a row of the run: nothing, as rows are found by their numbers."""
+        return {}
+
     def batch(self, index: int, batch_size: int, row_limit: int | None = None) -> Batch:
         """Batch `index` of a run; rows from `row_limit` on are empty. Unpacked rows have the least of eight lengths."""
         first, end = index * batch_size, (index + 1) * batch_size
-        rows = [self.rows.pieces_of(row) for row in range(first, end if row_limit is None else min(end, row_limit))]
-        length = self.rows.length
-        if isinstance(self.rows, PackedRows) and not self.rows.is_packed:
-            longest = max((int(slots_of(pieces).max()) for pieces in rows), default=1)
-            bucket = math.ceil(length / BUCKETS)
-            length = min(length, math.ceil(longest / bucket) * bucket)
-        shape = batch_size, length
-        arrays: Any = [np.zeros(shape, np.float32 if name == "weight" else np.int32) for name in Batch._fields]
-        batch = Batch(*arrays)
-        for row, pieces in enumerate(rows):
-            slot = 0
-            for number, (source, start, stop, loss_start) in enumerate(pieces.T.tolist(), 1):
-                token, supervised = (column[start:stop] for column in self.documents[source][:2])
-                here = (row, slice(slot, slot := slot + stop - start - 1))
-                batch.token[here], batch.target[here] = token[:-1], token[1:]
-                batch.weight[here] = supervised[1:] & (np.arange(start + 1, stop) >= loss_start)
-                batch.segment[here], batch.position[here] = number, np.arange(stop - start - 1)
-        return batch
+        rows = [self.row(row) for row in range(first, end if row_limit is None else min(end, row_limit))]
+        is_unpacked = isinstance(self.rows, PackedRows) and not self.rows.is_packed
+        return batch_of(rows, batch_size, self.rows.length, is_unpacked)
+
+    def row(self, row: int) -> list[Segment]:
+        """What a row of the run holds."""
+        return segments_of(self.rows.pieces_of(row), self.documents)
+
+
+def segments_of(pieces: Pieces, documents: Sequence[Documents]) -> list[Segment]:
+    """The tokens of pieces, and which of them the loss counts."""
+    found = []
+    for source, start, stop, loss_start in pieces.T.tolist():
+        token, supervised = (column[start:stop] for column in documents[source][:2])
+        found.append((token, supervised & (np.arange(start, stop) >= loss_start)))
+    return found
+
+
+def batch_of(rows: Sequence[Sequence[Segment]], batch_size: int, length: int, is_unpacked: bool) -> Batch:
+    """A batch of `batch_size` rows, of which those that are not given are empty. Unpacked rows have the least of eight
+    lengths."""
+    if is_unpacked:
+        longest = max((len(token) - 1 for row in rows for token, _ in row), default=1)
+        bucket = math.ceil(length / BUCKETS)
+        length = min(length, math.ceil(longest / bucket) * bucket)
+    shape = batch_size, length
+    arrays: Any = [np.zeros(shape, np.float32 if name == "weight" else np.int32) for name in Batch._fields]
+    batch = Batch(*arrays)
+    for row, segments in enumerate(rows):
+        slot = 0
+        for number, (token, is_learned) in enumerate(segments, 1):
+            here = (row, slice(slot, slot := slot + len(token) - 1))
+            batch.token[here], batch.target[here], batch.weight[here] = token[:-1], token[1:], is_learned[1:]
+            batch.segment[here], batch.position[here] = number, np.arange(len(token) - 1)
+    return batch
+
+
+def batch_facts(batch: Batch) -> tuple[dict[str, Any], Int[np.ndarray, " document"]]:
+    """What is logged of a batch, and the lengths of its documents."""
+    lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment]).astype(np.int64)
+    tokens, targets = int(lengths.sum()), int(batch.weight.sum())
+    return {"tokens": tokens, "target_tokens": targets, "packing_efficiency": tokens / batch.token.size}, lengths
 
 
 def load_dataset(
@@ -276,7 +329,9 @@ def load_dataset(
     train_on, is_packed = (config.train_on, config.packing) if isinstance(config, ChatKeys) else ("all", True)
     documents, parts, facts = [], [], Counter[str]()
     for number, source in enumerate(sources):
-        loaded = load_documents(source, tokenizer, train_on, config.on_bad_data == "skip", config.cache_dir)
+        loaded = load_documents(
+            source, tokenizer, train_on, config.on_bad_data == "skip", config.cache_dir, config.verify_data
+        )
         if is_stream and loaded.is_prompted.any():
             raise UserError(f"{source.path} holds chats or prompts; pretrain reads plain text, sft trains on chats")
         pieces, counted = fit(loaded, number, sys.maxsize if is_stream else config.sequence_length)

@@ -440,3 +440,8 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree[Array]:
     """Host arrays [micro_batch, row, …], the same on every process, on the devices, rows split over the data axes."""
     sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
     return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch)
+
+
+def are_ready(figures: Mapping[str, Any]) -> bool:
+    """Whether the devices have computed all these arrays, of which there are some."""
+    return bool(figures) and all(figure.is_ready() for figure in figures.values())

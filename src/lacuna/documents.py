@@ -14,9 +14,11 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
@@ -52,6 +54,7 @@ MAX_LINE_BYTES = 16 * 2**20
 PART_CHARACTERS, SEAM_CHARACTERS = 2**15, 2**8
 BATCH_PARTS = 64  # to encode at once: enough to occupy the processors, and not more, as encodings take much memory
 SHOWN_BAD_ROWS = 5
+TICK_SECONDS = 2.0  # of the coarsest clock of files (FAT)
 TABLE_ROWS = 1000  # of an Arrow table that are read at once
 CACHED = {"token": np.int32, "supervised": np.bool_, "index": np.int64}
 
@@ -203,19 +206,31 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """The values of a file's lines; of a line that is too long, and so may not fit in memory, only the number."""
     with open_file(file) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
-            try:
-                if len(line) > MAX_LINE_BYTES:
-                    while line and not line.endswith(b"\n"):
-                        line = stream.readline(2**16)
-                    raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
-                if line.strip() in (b"[", b"{"):
-                    raise BadFile(
-                        "not JSON in UTF-8: a value of several lines; write it in one, or all in a list in .json"
-                    )
-                if line.strip():
-                    yield f"{file} line {number}", parsed(line)
-            except ValueError as error:
-                yield f"{file} line {number}", error
+            if len(line) > MAX_LINE_BYTES:
+                skip_line(stream, line)
+            if line.strip():
+                yield f"{file} line {number}", line_value(line)
+
+
+def skip_line(stream: io.BufferedIOBase, read: bytes = b"-") -> int:
+    """Read a line to its end, if what was `read` of it does not hold that; the number of bytes."""
+    count = 0
+    while read and not read.endswith(b"\n"):
+        read = stream.readline(2**16)
+        count += len(read)
+    return count
+
+
+def line_value(line: bytes) -> Any:
+    """The value of a line of jsonl, or a ValueError with the reason why it has none."""
+    try:
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB; split it")
+        if line.strip() in (b"[", b"{"):
+            raise BadFile("not JSON in UTF-8: a value of several lines; write it in one, or all in a list in .json")
+        return parsed(line)
+    except ValueError as error:
+        return error
 
 
 def csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -249,10 +264,14 @@ def table_of(file: Path) -> Iterator[dict[str, Any]]:
                 yield from undecoded(batches)
             return
         with pyarrow.parquet.ParquetFile(file) as table:
-            columns = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
-            yield from undecoded(table.iter_batches(TABLE_ROWS, columns=columns))
+            yield from undecoded(table.iter_batches(TABLE_ROWS, columns=text_columns(table)))
     except Exception as error:  # of Arrow or Python, depending on what is broken
         raise ValueError(f"not readable as {kind_of(file)[1:]}: {error}") from error
+
+
+def text_columns(table: Any) -> list[str]:
+    """The columns of a parquet table without those of bytes."""
+    return [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
 
 
 def undecoded(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -278,26 +297,41 @@ def parsed(content: bytes) -> Any:
 @lru_cache(maxsize=1)
 def hub_table(source: DataSource) -> Any:
     """A split of a data set on the hub, or a slice of it; `path:config` names one of several in a repository."""
-    import datasets.exceptions
+    import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are reported below
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    quieten_hub()
     path, _, config = source.path.partition(":")
     try:
         return datasets.load_dataset(path, config or None, split=source.split)
     except Exception as error:  # its HTTP and storage clients raise their own kinds
-        reason = str(error.__cause__ or error).partition("\nExample of usage")[0]
-        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-            fix = "if it is gated, accept its terms on its page; if it is not public, log in with `hf auth login`"
-        elif "Config name is missing" in reason:
-            fix = f"write it as {path}:CONFIG"
-        elif "Unknown split" in reason:
-            fix = "set split to one of them"
-        else:
-            fix = "fix that, and the same command fetches what is missing"
-        reason = " ".join(reason.split()).rstrip(".")
-        raise UserError(f"data path {source.path!r}: no such file, and on the hub: {reason}; {fix}") from error
+        raise hub_refusal(source, error) from error
+
+
+def quieten_hub() -> None:
+    """Silence what the hub's library prints: its errors are reported by us, and its progress at a terminal only."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def hub_refusal(source: DataSource, error: Exception) -> UserError:
+    """Why a data set on the hub can't be had, and what to do about it."""
+    import datasets.exceptions
+
+    path = source.path.partition(":")[0]
+    reason = str(error.__cause__ or error).partition("\nExample of usage")[0]
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        fix = "if it is gated, accept its terms on its page; if it is not public, log in with `hf auth login`"
+    elif "Config name is missing" in reason:
+        fix = f"write it as {path}:CONFIG"
+    elif "Unknown split" in reason:
+        fix = "set split to one of them"
+    else:
+        fix = "fix that, and the same command fetches what is missing"
+    reason = " ".join(reason.split()).rstrip(".")
+    return UserError(f"data path {source.path!r}: no such file, and on the hub: {reason}; {fix}")
 
 
 def split_range(source: DataSource, count: int) -> range:
@@ -537,16 +571,18 @@ def encode_parts(parts: Iterator[Prepared], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def load_documents(
-    source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, cache_dir: Path
+    source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, cache_dir: Path, verify: bool = False
 ) -> Documents:
-    """The documents of a source (its slice, if it names one), encoded now or found in the cache.
+    """The documents of a source (its slice, if it names one), encoded now or found in the cache. Files whose size and
+    time are those of before are taken for the same, unless `verify` asks to hash them again.
 
     Raises:
         UserError: what can't be read, or a bad row (unless `skip_bad`), with file and line.
     """
     split_range(source, 0)  # refused before the rows are read
-    directory = cache_dir / "documents" / source_fingerprint(source, tokenizer, train_on, skip_bad)
-    if not (cached := intact_facts(directory)):
+    hash_of = partial(remembered_hash, memory=cache_dir / "hashes", verify=verify)
+    directory = cache_dir / "documents" / source_fingerprint(source, tokenizer, train_on, skip_bad, hash_of)
+    if not (cached := intact_facts(directory, hash_of)):
         with writing_to(directory.parent, "make room, or set XDG_CACHE_HOME to a directory that has some"):
             directory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
@@ -556,7 +592,7 @@ def load_documents(
                 except OSError:
                     if not directory.exists():  # else another process was faster
                         raise
-    if not (facts := cached or intact_facts(directory)):
+    if not (facts := cached or intact_facts(directory, file_hash)):
         raise UserError(f"{directory}: what was written there can't be read again; is the disk sound?")
     token, supervised, index = (
         np.asarray(np.memmap(path, dtype, mode="r"))
@@ -572,14 +608,14 @@ def load_documents(
     return Documents(token, supervised, start, is_prompted[first:last].astype(bool), facts)
 
 
-def intact_facts(directory: Path) -> dict[str, Any] | None:
+def intact_facts(directory: Path, hash_of: Callable[[Path], str]) -> dict[str, Any] | None:
     """What was counted of encoded documents whose files are as they were written; a damaged directory is removed."""
     if not directory.exists():
         return None
     try:
         facts = json.loads((directory / "facts.json").read_text())
         damaged = [] if facts.pop("content_hash") == content_hash(facts) else ["facts.json"]
-        damaged += [name for name in CACHED if file_hash(directory / name) != facts["sha256"][name]]
+        damaged += [name for name in CACHED if hash_of(directory / name) != facts["sha256"][name]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         damaged = [f"{type(error).__name__}: {error}"]
     if not damaged:
@@ -589,10 +625,31 @@ def intact_facts(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool) -> str:
+def remembered_hash(file: Path, memory: Path, verify: bool) -> str:
+    """The hash of a file, kept in the directory `memory` for as long as path, size and times stay the same; `verify`
+    computes it again. A file that was changed just now may be so again within one tick of its clock, so isn't kept."""
+    facts, path = file.stat(), str(file.resolve())
+    now = [path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+    kept = memory / hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    if not verify and kept.exists():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(kept.read_text())
+            if known["file"] == now:
+                return str(known["sha256"])
+    found = file_hash(file)
+    if time.time() - max(facts.st_mtime, facts.st_ctime) > TICK_SECONDS:
+        with suppress(OSError):
+            memory.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, json.dumps({"file": now, "sha256": found}))
+    return found
+
+
+def source_fingerprint(
+    source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, hash_of: Callable[[Path], str]
+) -> str:
     """A hash of all that the encoded documents depend on."""
     files = local_files(source.path)
-    columns = source.model_dump(exclude={"path", "split", "weight"})
+    columns = source.model_dump(exclude={"path", "split", "weight", "streaming"})
     origin = [file.name for file in files] or [source.path, hub_table(source)._fingerprint]
     date = tokenizer.template.globals["strftime_now"]("%F") if tokenizer.template else ""
     sources = tokenizer.template_source, tokenizer.tool_source
@@ -601,7 +658,7 @@ def source_fingerprint(source: DataSource, tokenizer: Tokenizer, train_on: Train
     code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py", "sandbox.py")]
     with progress() as line:
         for file in line.track([*files, tokenizer.directory / "tokenizer.json", *code], description="Hashing files"):
-            digest.update(bytes.fromhex(file_hash(file)))
+            digest.update(bytes.fromhex(hash_of(file)))
     return digest.hexdigest()[:32]
 
 

@@ -198,7 +198,15 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What summary.json holds of the records alone: totals, medians, first and last."""
     known = {
         key: [record[key] for record in records if record.get(key) is not None]
-        for key in ("eval_loss", "tokens", "target_tokens", "step_seconds", "tokens_per_second", "mfu")
+        for key in (
+            "eval_loss",
+            "tokens",
+            "target_tokens",
+            "step_seconds",
+            "tokens_per_second",
+            "mfu",
+            "input_wait_seconds",
+        )
     }
     return {
         "steps": records[-1]["step"] if records else 0,
@@ -207,6 +215,8 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens": sum(known["tokens"]),
         "target_tokens": sum(known["target_tokens"]),
         "wall_seconds": sum(known["step_seconds"]),
+        "input_wait_share": known["input_wait_seconds"]
+        and sum(known["input_wait_seconds"]) / sum(known["step_seconds"]),
         **{key: statistics.median(known[key]) if known[key] else None for key in ("tokens_per_second", "mfu")},
     }
 

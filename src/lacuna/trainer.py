@@ -34,11 +34,12 @@ from lacuna.config import (
     accumulation_steps,
     to_toml,
 )
-from lacuna.data import Batch, Dataset, StreamRows, describe, load_dataset
+from lacuna.data import Batch, batch_facts
 from lacuna.distributed import (
     LOCK,
     Stop,
     Watchdog,
+    are_ready,
     check_same,
     enable_compilation_cache,
     from_first,
@@ -67,6 +68,7 @@ from lacuna.optimizer import (
     starting_state,
     train_step,
 )
+from lacuna.streaming import RowData, load_rows
 from lacuna.tokenizer import changed_files, decode, ends_in_words
 
 SKIPS_IN_A_ROW = 5
@@ -212,6 +214,7 @@ class Run:
         self.resumed = checkpoint_to_resume(config, self.lines.append)
         self.step = self.resumed[1].run.step if self.resumed else 0
         self.inputs = dict[str, str]()  # hashes of what else is read again when the run resumes
+        self.place = self.resumed[1].run.place if self.resumed else {}  # of streamed data, at `step`
         self.compile_seconds, self.save_seconds = 0.0, list[float]()
         self.first_step_seconds: float | None = None
 
@@ -404,6 +407,7 @@ class Run:
             model=model_facts(self.opened.model),
             data=self.digests,
             inputs=self.inputs,
+            place=self.place,
             versions=metrics.versions(),
         )
         shapes = saved_shapes(self.opened.model)
@@ -496,44 +500,43 @@ def run_training(
     with held_directory(config.run_directory):
         run = Run(config, write_report)
         needs_weights = bool(config.lora_rank) or not (run.resumed or config.from_scratch)
-        opened, dataset = read_inputs(config, needs_weights)
+        opened, dataset = read_inputs(config, needs_weights, run.place)
         run.inputs |= {path: metrics.file_hash(Path(path)) for path in [config.new_tokens] if path}
         evaluation = prepare_evaluation(config, opened) if config.has_evaluation else None
-        digests = tuple(documents.facts["digest"] for documents in dataset.documents)
-        first_rows = b"".join(leaf.tobytes() for leaf in dataset.batch(0, config.batch_size))
-        read = hashlib.sha256(first_rows).hexdigest() + (evaluation.digest if evaluation else "")
-        steps = config.steps or math.ceil(dataset.rows.row_count(config.epochs) / config.batch_size)
+        run.check_unchanged(opened, dataset.digests)  # before rows are read, at a place in what may have changed
+        rows = hashlib.sha256(b"".join(leaf.tobytes() for leaf in dataset.batch(run.step, config.batch_size)))
+        read = rows.hexdigest() + (evaluation.digest if evaluation else "")
+        steps = config.steps or math.ceil(dataset.row_count(config.epochs) / config.batch_size)
         lines = [*row_lines(config, opened.mesh, dataset, steps), *(evaluation.lines if evaluation else [])]
-        with run.begun(opened, digests, steps, lines, read) as state:
+        with run.begun(opened, dataset.digests, steps, lines, read) as state:
             rows = RowSteps(config, run, dataset)
             state = run.train(state, rows.take, evaluation, rows.describe)
             run.finish(rows.facts())
         return rows, state
 
 
-def read_inputs(config: RowsConfig, with_weights: bool) -> tuple[OpenedModel, Dataset]:
-    """The model and the data of a config, each checked against the other and the devices."""
+def read_inputs(config: RowsConfig, with_weights: bool, place: dict[str, Any]) -> tuple[OpenedModel, RowData]:
+    """The model and the data of a config, each checked against the other and the devices; streamed data go on at a
+    place, or begin where it is empty."""
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(mesh))
     opened = open_model(config, mesh, with_weights=with_weights)
     check_trainable(opened.model, config.sequence_length)
-    is_stream = isinstance(config, PretrainConfig)
-    return opened, load_dataset(config.data, opened.tokenizer, config, is_stream=is_stream, is_shuffled=True)
+    return opened, load_rows(config, opened.tokenizer, place)
 
 
 class RowSteps:
     """The steps of pretrain and sft: while one runs on the devices, the next batch is prepared."""
 
-    def __init__(self, config: RowsConfig, run: Run, dataset: Dataset) -> None:
+    def __init__(self, config: RowsConfig, run: Run, dataset: RowData) -> None:
         self.config, self.run, self.dataset = config, run, dataset
-        self.row_limit = None if config.steps else dataset.rows.row_count(config.epochs)
+        self.row_limit = None if config.steps else dataset.row_count(config.epochs)
         self.accumulation = accumulation_steps(config.batch_size, config.micro_batch_size, row_shards(run.opened.mesh))
         self.recipe = jax.device_put(recipe_of(config, run.steps), everywhere(run.opened.mesh))
         has_noise = isinstance(config, SftConfig) and config.neftune_alpha > 0
         self.loss = RowLoss(config.compute_dtype, config.rematerialisation, has_noise)
-        self.programs: dict[int, Any] = {}
         self.ready: tuple[Batch, dict[str, Any]] | None = None
-        self.running: dict[str, Array] = {}
+        self.programs, self.running, self.told = dict[int, Any](), dict[str, Array](), 0  # the last: bad rows
 
     def take(self, state: TrainState) -> Step:
         """Dispatch a step, and prepare the batch of the next one while it runs."""
@@ -545,20 +548,19 @@ class RowSteps:
             jax.block_until_ready(self.running)  # its seconds are its own, and those of compiling no step's
             self.programs[length] = self.run.compile(train_step, name, *arguments, **static, frozen=self.run.frozen)
         state, self.running = self.programs[length](*arguments, frozen=self.run.frozen)
+        self.run.place = self.dataset.place(record["step"] * self.config.batch_size)
         self.ready = self.prepare(record["step"]) if record["step"] < self.run.steps else None
         return state, record, self.running
 
     def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
         """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
-        batch, model = self.dataset.batch(index, self.config.batch_size, self.row_limit), self.run.opened.model
+        began, model = time.perf_counter(), self.run.opened.model
+        batch = self.dataset.batch(index, self.config.batch_size, self.row_limit)
         counts = parameter_counts(model)
-        lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment]).astype(np.int64)
-        record = {
+        facts, lengths = batch_facts(batch)
+        record = facts | {
             "step": index + 1,
-            "epoch": round(self.dataset.rows.epochs_before((index + 1) * self.config.batch_size), 4),
-            "tokens": int(lengths.sum()),
-            "target_tokens": int(batch.weight.sum()),
-            "packing_efficiency": float(lengths.sum() / batch.token.size),
+            "epoch": round(self.dataset.epochs_before((index + 1) * self.config.batch_size), 4),
             "flops": metrics.step_flops(
                 counts["matmul"],
                 counts["trained_matmul"],
@@ -568,7 +570,12 @@ class RowSteps:
             ),
         }
         split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)
-        return put_batch(split, self.run.opened.mesh), record
+        placed = put_batch(split, self.run.opened.mesh)
+        record["input_wait_seconds"] = (time.perf_counter() - began) * are_ready(self.running)  # at most
+        for example in self.dataset.bad_examples[self.told :]:
+            self.run.log.info(f"left out: {example}")
+        self.told = len(self.dataset.bad_examples)
+        return placed, record
 
     def describe(self, step: int) -> str:
         """The rows of a step, for a message."""
@@ -586,17 +593,12 @@ class RowSteps:
         }
 
 
-def row_lines(config: RowsConfig, mesh: Mesh, dataset: Dataset, steps: int) -> Iterator[str]:
+def row_lines(config: RowsConfig, mesh: Mesh, dataset: RowData, steps: int) -> Iterator[str]:
     """Start-up lines on batch arithmetic and data."""
-    shards, row_count = row_shards(mesh), dataset.rows.row_count(1)
+    shards = row_shards(mesh)
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size, shards)
     yield (
         f"batch: {config.batch_size} rows × {config.sequence_length} tokens = {config.micro_batch_size} a forward "
         f"pass × {shards} data-parallel devices × {accumulation} accumulated; {steps:,} steps"
     )
-    fill = f"{row_count:,} full rows an epoch"
-    if not isinstance(dataset.rows, StreamRows):
-        share = dataset.rows.slot_count(0) / (row_count * dataset.rows.length)
-        fill = f"{row_count:,} rows an epoch, {share:.2%} of their slots filled"
-    yield f"data: {describe(dataset.facts)}; {fill}"
-    yield from (f"left out: {example}" for example in dataset.bad_examples)
+    yield f"data: {dataset.description}"

@@ -17,8 +17,8 @@ def show_rows(config: SftConfig) -> None:
     """Print the first rows of a config's data; without colours ⟦ ⟧ are around what is learned."""
     console = Console(highlight=False)
     config = settled(config)
-    opened, dataset = read_inputs(config, with_weights=False)
-    for row in range(min(config.show, dataset.rows.row_count(1))):
+    opened, dataset = read_inputs(config, with_weights=False, place={})
+    for row in range(min(config.show, dataset.row_count(1))):
         console.rule(f"row {row + 1}")
         text = coloured(dataset.batch(row, 1), 0, opened.tokenizer, has_marks=not console.is_terminal)
         console.print(text, soft_wrap=True)
