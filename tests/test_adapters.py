@@ -10,17 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import openai
 import pytest
 from conftest import REFERENCE, assert_trees_close, chat_run, make_small, mesh_of, records
 from safetensors.numpy import load_file, save_file
 from test_peft import ADAPTERS, FAMILIES
+from test_serve import serving
 from test_trainer import ROW_LOSS, config, loss_and_gradient, random_batch, sized
 
 from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer, weights
 from lacuna.apps import evaluate, generator
-from lacuna.apps.configs import ConvertConfig, MergeConfig
+from lacuna.apps.configs import ConvertConfig, MergeConfig, ServeConfig
 from lacuna.apps.convert import merged_params
-from lacuna.config import LORA_TARGETS, EvalConfig, GrpoConfig, ModelKeys, SftConfig, UserError
+from lacuna.config import LORA_TARGETS, EvalConfig, GrpoConfig, ModelKeys, SamplingKeys, SftConfig, UserError
 from lacuna.distributed import put_batch
 from lacuna.linear import Frozen, linear
 from lacuna.metrics import step_flops
@@ -399,3 +401,74 @@ def test_a_sampler_that_reads_the_base_ends_the_run(
         cli.run(fault)
     first, second = records(fault)
     assert first["logprob_difference_max"] < 1e-5 < 1e-3 < second["logprob_difference_max"]
+
+
+# Several at once
+
+
+@pytest.fixture(scope="module")
+def two_adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters of the small model, of another rank and other targets, that change what it answers."""
+    directory, found = tmp_path_factory.mktemp("two"), {}
+    for number, lora in enumerate((Lora(4, 8.0, True, LORA_TARGETS), Lora(2, 3.0, False, ("q_proj", "down_proj")))):
+        model, place = replace(read_model_config(base), lora=lora), directory / str(number)
+        random = np.random.default_rng(number)
+        trained = initial_params(jax.random.key(number), model)
+        trained = jax.tree.map(lambda leaf, random=random: leaf + random.standard_normal(leaf.shape) / 2, trained)
+        config = json.loads(weights.lora_config(lora, str(base)))
+        (directory / f"source{number}").mkdir()
+        (directory / f"source{number}" / weights.ADAPTER).write_text(json.dumps(config))
+        checkpoint.save_model(place, trained, model, directory / f"source{number}", {}, base)
+        found[f"n{number}"] = place
+    return found
+
+
+def test_a_server_answers_for_several_adapters_in_one_batch_each_as_if_alone(
+    base: Path, two_adapters: dict[str, Path], one_device: None
+) -> None:
+    shared: dict[str, Any] = {"compute_dtype": "float32", "capacity": 128, "temperature": 0.0, "port": 0, "slots": 4}
+    named = tuple(f"{name}={directory}" for name, directory in two_adapters.items())
+    together = generator.load_generator(ServeConfig(model_name=str(base), adapters=named, **shared), 4)
+    rules, prompts = SamplingKeys(temperature=0.0, max_tokens=12), [(5, 9, 33, 7), (40, 2, 17)]
+    requests = [sampler.Request(prompt, rules, adapter=number) for prompt in prompts for number in range(3)]
+    found = together.sampler.generate(requests)
+    for number, name in enumerate((base, *two_adapters.values())):
+        alone = generator.load_generator(ServeConfig(model_name=str(name), **shared), 4).sampler
+        expected = alone.generate([sampler.Request(prompt, rules) for prompt in prompts])
+        ours = found[number::3]
+        assert [each.tokens for each in ours] == [each.tokens for each in expected]
+        for one, other in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-4)
+        scores = together.sampler.scores_of(prompts[0], 0, number)[0], alone.scores_of(prompts[0], 0)[0]
+        np.testing.assert_allclose(*scores, atol=1e-4)
+    assert len({found[number].log_probabilities for number in range(3)}) == 3
+    again = together.sampler.generate(requests[1:2])[0]
+    assert (again.tokens, again.log_probabilities) == (found[1].tokens, found[1].log_probabilities)
+
+    with serving(together, adapters=named, served_name="base") as server:
+        client = server.client()
+        assert [model.id for model in client.models.list().data] == ["base", "n0", "n1"]
+        for number, name in enumerate(("base", "n0", "n1")):
+            answer = client.completions.create(model=name, prompt=list(prompts[0]), max_tokens=12, temperature=0)
+            assert answer.model == name and answer.choices[0].text == found[number].text
+        with pytest.raises(openai.NotFoundError, match="this server has 'base', 'n0', 'n1'"):
+            client.completions.create(model="n2", prompt="x")
+
+
+def test_adapters_of_another_base_or_without_a_name_are_refused(
+    base: Path, two_adapters: dict[str, Path], tmp_path: Path, one_device: None
+) -> None:
+    other, adapter = Path(shutil.copytree(base, tmp_path / "other")), two_adapters["n0"]
+
+    def load(model_name: Path, *named: str) -> None:
+        generator.load_generator(ServeConfig(model_name=str(model_name), adapters=named, compute_dtype="float32"), 4)
+
+    with pytest.raises(UserError, match=f"whose base is {base}, and this server has {other}"):
+        load(other, f"a={adapter}")
+    with pytest.raises(UserError, match="which is no adapter"):
+        load(base, f"a={other}")
+    with pytest.raises(UserError, match="is an adapter itself"):
+        load(adapter, f"a={adapter}")
+    for named in (("runs/sql",), ("a=x", "a=y")):
+        with pytest.raises(ValueError, match="NAME=DIRECTORY"):
+            ServeConfig(model_name="x", adapters=named)

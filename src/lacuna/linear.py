@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PyTree
 
 from lacuna.distributed import platform
 from lacuna.quantised import Quantised, quantised_product
@@ -27,7 +27,8 @@ Matrix = Float[Array, "inputs outputs"]
 @dataclass(frozen=True)
 class Frozen:
     """A matrix that does not train, in the dtype in which it is stored, and the factors of its adapter, if it has one.
-    Factors with one more axis than a matrix, after that of layers, are of one adapter for each row of a batch."""
+    Factors with one more axis than those of a matrix, after that of layers, are of several adapters: to choose from, or
+    one for each row of a batch."""
 
     base: Any
     a: Any = None
@@ -38,6 +39,17 @@ class Frozen:
         """The same with its factors in a dtype."""
         a, b = jax.tree.map(lambda factor: factor.astype(dtype), (self.a, self.b))
         return replace(self, a=a, b=b)
+
+
+@jax.jit
+def for_rows(params: PyTree, adapter: Int[Array, " row"]) -> PyTree:
+    """Weights with a choice of adapters, of which each row of a batch gets that of its number; the rest as it was."""
+
+    def choose(weight: Any) -> Any:
+        is_choice = isinstance(weight, Frozen) and weight.a is not None
+        return replace(weight, a=weight.a[adapter], b=weight.b[adapter]) if is_choice else weight
+
+    return jax.tree.map(choose, params, is_leaf=lambda weight: isinstance(weight, Frozen))
 
 
 def linear(

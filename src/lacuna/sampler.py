@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
 from lacuna.distributed import ROW_AXES, row_shards, shard, shard_rows
+from lacuna.linear import for_rows
 from lacuna.metrics import byte_size, free_memory_bytes
 from lacuna.model import (
     PAGE,
@@ -403,7 +404,8 @@ def decode_block(
 @dataclass(frozen=True, eq=False)
 class Request:
     """A prompt and how to continue it; its `n` completions share one prefill, and each draws its own random numbers.
-    `root` is the node of the sampler's constraint that outputs start from; -1 allows everything."""
+    `root` is the node of the sampler's constraint that outputs start from; -1 allows everything. `adapter` is the
+    number of one of the sampler's adapters."""
 
     prompt: tuple[int, ...]
     rules: SamplingKeys = SamplingKeys()
@@ -413,6 +415,7 @@ class Request:
     n: int = 1
     top_logprobs: int = 0
     root: int = -1
+    adapter: int = 0
 
 
 @dataclass(frozen=True)
@@ -492,9 +495,11 @@ class Sampler:
         capacity: int,
         dtype: str = "bfloat16",
         constraint: Forest | None = None,
+        adapter_count: int = 0,
     ) -> None:
         """Raises UserError where slots, capacity or constraint do not suit the model and devices, or the cache does not
-        fit. `constraint` is what requests with a `root` may output."""
+        fit. `constraint` is what requests with a `root` may output, `adapter_count` how many adapters `params` have to
+        choose from, if they have more than one."""
         model, mesh = opened.model, opened.mesh
         check_sequence_length(model, capacity)
         if slots < 1 or slots % row_shards(mesh):
@@ -503,7 +508,7 @@ class Sampler:
             )
         check_memory(model, slots, capacity, dtype, mesh)
         self.opened, self.model, self.tokenizer, self.mesh = opened, model, opened.tokenizer, mesh
-        self.capacity, self.dtype = capacity, dtype
+        self.capacity, self.dtype, self.adapter_count = capacity, dtype, adapter_count
         self.constraint, self.roots = None, {-1}
         if constraint:
             forest = jax.device_get(constraint)
@@ -544,6 +549,8 @@ class Sampler:
                 n < 1 or not 0 <= top <= TOP_LOGPROBS,
             f"root = {request.root} is no node of the sampler's constraint with tokens to choose from; "
             "give the Sampler a constraint with it, or leave root at -1": request.root not in self.roots,
+            f"adapter = {request.adapter} is none of the sampler's {self.adapter_count}":
+                not 0 <= request.adapter < max(self.adapter_count, 1),
         }  # fmt: skip
         for problem, is_there in refusals.items():
             if is_there:
@@ -573,8 +580,15 @@ class Sampler:
             patience = max(1, len(self.running) // 8) if self.waiting else len(self.running)
             is_wanted = np.array([running is not None for running in self.running])
             limits = np.int32(min(steps, BLOCK)), np.int32(patience)
+            adapters = [running.request.adapter if running else 0 for running in self.running]
             self.slots, emitted = decode_block(
-                self.params, self.slots, stacked(self.rules), self.constraint, is_wanted, *limits, self.model
+                self.params_of(adapters),
+                self.slots,
+                stacked(self.rules),
+                self.constraint,
+                is_wanted,
+                *limits,
+                self.model,
             )
             if not any(running.request.top_logprobs for running in self.running if running):
                 nothing = np.zeros((BLOCK, len(self.running), 0))
@@ -599,13 +613,13 @@ class Sampler:
                     progress(joined_parts(parts[key]))
         return [joined_parts(parts[key]) for key in sorted(parts)]
 
-    def scores_of(self, prompt: tuple[int, ...], top: int) -> Scores:
+    def scores_of(self, prompt: tuple[int, ...], top: int, adapter: int = 0) -> Scores:
         """The log-probability in nats of each token of a prompt given those before it, nan for the first, and the
         likeliest `top` tokens in its place with theirs."""
         token = np.zeros((slots_for(1, self.mesh), page_count(len(prompt), self.capacity) * PAGE), np.int32)
         token[:, : len(prompt)] = prompt
         with jax.set_mesh(self.mesh):
-            found = jax.device_get(score_tokens(self.params, token, self.model))
+            found = jax.device_get(score_tokens(self.params_of([adapter] * len(token)), token, self.model))
         values, ids, tops = (part[: len(prompt) - 1].tolist() for part in found)
         likeliest = (tuple(zip(row[:top], value[:top], strict=True)) for row, value in zip(ids, tops, strict=True))
         return (math.nan, *values), ((), *likeliest)
@@ -647,7 +661,7 @@ class Sampler:
             while group:
                 most = max(min(len(group), PREFILL_PAGES // pages), 1)
                 size = next(size for size in PREFILL_ROWS if size <= most)
-                prompts = self._prefill([requests[number].prompt for number in group[:size]], pages)
+                prompts = self._prefill([requests[number] for number in group[:size]], pages)
                 self.prefilled |= {number: (prompts, row) for row, number in enumerate(group[:size])}
                 group = group[size:]
         source: list[Prompts | None] = [None] * len(self.running)
@@ -661,13 +675,17 @@ class Sampler:
             is_new = np.array([each is prompts for each in source])
             self.slots = insert(self.slots, prompts, is_new, row, root)
 
-    def _prefill(self, tokens: Sequence[Sequence[int]], pages: int) -> Prompts:
-        token = np.zeros((slots_for(len(tokens), self.mesh), pages * PAGE), np.int32)
-        length = np.ones(len(token), np.int32)
-        for row, prompt in enumerate(tokens):
-            length[row] = len(prompt)
-            token[row, : len(prompt)] = prompt
-        return Prompts(fill_cache(self.params, token, self.model), token, length)
+    def _prefill(self, requests: Sequence[Request], pages: int) -> Prompts:
+        token = np.zeros((slots_for(len(requests), self.mesh), pages * PAGE), np.int32)
+        length, adapters = np.ones(len(token), np.int32), [0] * len(token)
+        for row, request in enumerate(requests):
+            length[row], adapters[row] = len(request.prompt), request.adapter
+            token[row, : len(request.prompt)] = request.prompt
+        return Prompts(fill_cache(self.params_of(adapters), token, self.model), token, length)
+
+    def params_of(self, adapters: Sequence[int]) -> PyTree[Array]:
+        """The weights for a batch whose rows have the adapters of these numbers."""
+        return for_rows(self.params, np.array(adapters, np.int32)) if self.adapter_count else self.params
 
     def _part(self, slot: int, running: Running, emitted: Emitted) -> Completion:
         """The new tokens of one slot, which becomes free if they end the completion."""

@@ -158,9 +158,23 @@ class ServeConfig(GenerationConfig):
         (), description="Origins of web pages that may use this server, as in http://localhost:5173; *: all of them"
     )
     served_name: str = Field("", description="The model's name in requests; empty: the last part of model_name")
+    adapters: tuple[str, ...] = Field(
+        (), description="NAME=DIRECTORY of adapters of this model, each a model in requests by its name"
+    )
     slots: int = Field(16, ge=1, description="Completions generated at once")
     queue_size: int = Field(64, ge=0, description="Completions that may wait for a slot; more are rejected")
     drain_seconds: int = Field(60, ge=0, description="Time for running completions to end after SIGTERM or Ctrl-C")
+
+    @field_validator("adapters")
+    @classmethod
+    def adapters_have_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [each.partition("=")[0] for each in value]
+        for each, name in zip(value, names, strict=True):
+            if not re.fullmatch(r"[^=\s]+=.+", each) or names.count(name) > 1:
+                raise ValueError(
+                    f"has {each!r}, which should be NAME=DIRECTORY with a name of its own, as sql=runs/sql"
+                )
+        return value
 
     @model_validator(mode="after")
     def other_machines_need_a_key(self) -> "ServeConfig":

@@ -1,13 +1,22 @@
 """What chat and serve share: a model ready to generate, and the sampling rules in force."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from lacuna import checkpoint
-from lacuna.apps.configs import GenerationConfig
-from lacuna.config import SamplingKeys
+from lacuna.apps.configs import GenerationConfig, ServeConfig
+from lacuna.checkpoint import OpenedModel, opened_params
+from lacuna.config import ModelKeys, SamplingKeys, UserError
 from lacuna.distributed import enable_compilation_cache, make_mesh
+from lacuna.linear import Frozen
+from lacuna.model import MATRICES, Lora, shape_of
 from lacuna.sampler import Sampler, generation_defaults
+from lacuna.weights import read_lora
 
 
 class Generator(NamedTuple):
@@ -33,10 +42,48 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     source, model, tokenizer, *_ = opened
     enable_compilation_cache(config)
     capacity = model.capacity(config.capacity)
-    params = checkpoint.opened_params(opened)
-    sampler = Sampler(params, opened, slots, capacity, config.compute_dtype)
+    named = config.adapters if isinstance(config, ServeConfig) else ()
+    params, count = (adapters_to_choose(opened, named), len(named) + 1) if named else (opened_params(opened), 0)
+    sampler = Sampler(params, opened, slots, capacity, config.compute_dtype, adapter_count=count)
     rules = rules_in_force(config, generation_defaults(tokenizer.directory))
     return Generator(sampler, source, rules, tuple(tokenizer.ends))
+
+
+def adapters_to_choose(opened: OpenedModel, named: Sequence[str]) -> PyTree[Array]:
+    """A model whose matrices have a choice of adapters: number 0 is none, the others are those named NAME=DIRECTORY.
+
+    Raises:
+        UserError: one is no adapter, or is one of another base.
+    """
+    if opened.model.lora:
+        raise UserError(f"adapters needs model_name to be their base, and {opened.source} is an adapter itself")
+    pairs = [adapter_of(opened, name.partition("=")[2]) for name in named]
+    base: Any = checkpoint.frozen_params(opened._replace(model=replace(opened.model, lora=pairs[0][0])))
+    sizes = opened.model.sizes | {"rank": max(lora.rank for lora, _ in pairs)}
+    layers = dict(base["layers"])
+    for name, row in MATRICES.items():
+        none = {key: jnp.zeros(shape_of(factor, sizes)) for key, factor in row.adapter.items()}
+        a, b = [none["a"]], [none["b"]]
+        for lora, factors in pairs:
+            own = factors.get(name, none)
+            a.append(none["a"].at[..., : own["a"].shape[-1]].set(own["a"]))
+            b.append(none["b"].at[:, : own["b"].shape[1]].set(lora.scale * own["b"]))
+        layers[name] = Frozen(layers[name], jnp.stack(a, axis=1), jnp.stack(b, axis=1))
+    return base | {"layers": layers}
+
+
+def adapter_of(opened: OpenedModel, name: str) -> tuple[Lora, Mapping[str, dict[str, Array]]]:
+    """An adapter of a model, and its factors by matrix."""
+    base = opened.place.source
+    place = checkpoint.find_model(ModelKeys(model_name=name))
+    if not place.base:
+        raise UserError(f"adapters has {name}, which is no adapter; serve it by itself, as --model-name {name}")
+    if not place.base.samefile(base):
+        raise UserError(f"adapters has {name}, whose base is {place.base}, and this server has {base}; serve it apart")
+    checkpoint.check_base(place.source, base)
+    lora = read_lora(place.adapter)
+    one = opened._replace(source=place.source, place=place, model=replace(opened.model, lora=lora))
+    return lora, checkpoint.trained_params(one)["layers"]
 
 
 def rules_by_origin(config: SamplingKeys, defaults: SamplingKeys) -> str:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -123,7 +123,7 @@ class Driver:
             future.set_exception(ApiError(*FAILED))
 
     def score(self, future: Future[list[Scores]], requests: list[sampler.Request]) -> None:
-        found = [self.sampler.scores_of(each.prompt, each.top_logprobs) for each in requests]
+        found = [self.sampler.scores_of(each.prompt, each.top_logprobs, each.adapter) for each in requests]
         self.jobs.popleft()
         if future.set_running_or_notify_cancel():
             future.set_result(found)
@@ -188,7 +188,7 @@ class Service(NamedTuple):
     config: ServeConfig
     generator: Generator
     driver: Driver
-    name: str
+    names: tuple[str, ...]  # of the model, and of its adapters
     url: str
     created: int
 
@@ -216,8 +216,9 @@ async def generate(kind: type[ChatBody] | type[CompletionBody], request: Request
     service = service_of(request)
     driver = service.driver
     body = parse_body(kind, await read_body(request))
-    check_name(body.model, service)
-    requests = await run_in_threadpool(requests_of, body, service.generator)
+    adapter = number_of_model(body.model, service)
+    made = await run_in_threadpool(requests_of, body, service.generator)
+    requests = [replace(each, adapter=adapter) for each in made]
     has_scores = isinstance(body, CompletionBody) and body.echo and body.logprobs is not None
     answer = Answer(body, requests, service.generator.sampler.tokenizer)
     scores = await driver.scored(requests) if has_scores else []
@@ -276,28 +277,31 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def check_name(name: str, service: Service) -> None:
-    if name != service.name:
-        message = f"no model {name[:200]!r} here; this server has {service.name!r}"
+def number_of_model(name: str, service: Service) -> int:
+    """The number of its adapter, 0 for the model itself."""
+    if name not in service.names:
+        message = f"no model {name[:200]!r} here; this server has {', '.join(map(repr, service.names))}"
         raise ApiError(404, message, "model", "model_not_found")
+    return service.names.index(name)
 
 
-def model_card(service: Service) -> dict[str, Any]:
+def model_card(service: Service, name: str) -> dict[str, Any]:
     sampler = service.generator.sampler
     return {
-        "id": service.name, "object": "model", "created": service.created, "owned_by": "lacuna",
+        "id": name, "object": "model", "created": service.created, "owned_by": "lacuna",
         "max_model_len": sampler.capacity, "has_chat_template": sampler.tokenizer.template is not None,
     }  # fmt: skip
 
 
 async def models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [model_card(service_of(request))]})
+    service = service_of(request)
+    return JSONResponse({"object": "list", "data": [model_card(service, name) for name in service.names]})
 
 
 async def one_model(request: Request) -> Response:
     service = service_of(request)
-    check_name(request.path_params["name"], service)
-    return JSONResponse(model_card(service))
+    number_of_model(name := request.path_params["name"], service)
+    return JSONResponse(model_card(service, name))
 
 
 async def health(request: Request) -> Response:
@@ -367,7 +371,10 @@ def make_service(config: ServeConfig, generator: Generator, listener: socket.soc
     driver = Driver(generator.sampler, config.slots + config.queue_size)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return Service(config, generator, driver, served_name(config, generator.source), url, int(time.time()))
+    names = served_name(config, generator.source), *(each.partition("=")[0] for each in config.adapters)
+    if names[0] in names[1:]:
+        raise UserError(f"adapters has {names[0]}, the name of the model itself; give the model another --served-name")
+    return Service(config, generator, driver, names, url, int(time.time()))
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -377,7 +384,7 @@ def make_app(service: Service) -> ASGIApp:
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         service.driver.start()
         sampler = service.generator.sampler
-        print(f"{service.name} at {service.url}, API under /v1; Ctrl-C stops")
+        print(f"{', '.join(service.names)} at {service.url}, API under /v1; Ctrl-C stops")
         print(f"compute in {sampler.dtype}; {sampler.opened.attention_line}")
         print(ends_in_words(sampler.tokenizer))
         print(f"slots: {len(sampler.running)}, each of {sampler.capacity:,} tokens, prompt and answer together")
