@@ -152,6 +152,39 @@ def test_a_run_with_new_words_exports_them_and_resumes(
         cli.run(halved.model_copy(update={"resume": True}))
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_only_the_rows_of_new_words_train_where_asked(trained: Path, words: Path, is_tied: bool) -> None:
+    raw = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": is_tied}))
+    weights.write_weights(
+        trained, initial_params(jax.random.key(2), read_model_config(trained)), read_model_config(trained), {}
+    )
+    rows = "".join(json.dumps({"prompt": f"{n} <a_1>\n", "completion": "<a_2><c_0>\n"}) + "\n" for n in range(16))
+    (trained / "rows.jsonl").write_text(rows)
+    source = {"path": str(trained / "rows.jsonl"), "prompt_format": "text", "encode_apart": True}
+    changes: dict[str, Any] = {"data": (source,), "steps": 3, "batch_size": 8, "weight_decay": 0.5}
+    config = grown(trained, words, train_only="new_tokens", **changes)
+    cli.run(config)
+    before, after = (weights.model_tensors(each) for each in (trained, config.run_directory / "model"))
+    old = load_tokenizer(trained).vocabulary_size
+    for name, tensor in before.items():
+        now = np.asarray(after[name])
+        np.testing.assert_array_equal(now[: len(np.asarray(tensor))], np.asarray(tensor))
+    begun = starting_state(config, checkpoint.open_model(config, mesh_of(1, 1, 1))).params
+    for name in ("embedding", *([] if is_tied else ["head"])):
+        now = np.asarray(after["model.embed_tokens.weight" if name == "embedding" else "lm_head.weight"])[old:]
+        assert (now != np.asarray(begun[name])[old : old + 5]).any(axis=1).all()
+    figures = [json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines()]
+    assert figures[-1]["loss"] < figures[0]["loss"]
+    again = grown(config.run_directory / "model", words, train_only="new_tokens")
+    assert checkpoint.open_model(again, mesh_of(1, 1, 1)).model.trained_from == old  # they are its words by now
+    words.write_text("<a_1>\n")
+    with pytest.raises(UserError, match="not the model's last tokens"):
+        checkpoint.open_model(again, mesh_of(1, 1, 1))
+    with pytest.raises(ValueError, match="train_only = new_tokens needs new_tokens"):
+        chat_run(trained, train_only="new_tokens")
+
+
 # Prompts and completions apart
 
 

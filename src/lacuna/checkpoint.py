@@ -280,8 +280,10 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
             f"{next((path.name for path in files if last.encode() in path.read_bytes()), 'tokenizer.json')}, and "
             f"config.json's vocab_size is {model.vocabulary_size}; do they belong together?"
         )
-    if model.lora and tokenizer.new_words:
+    if model.is_frozen and tokenizer.new_words:
         raise UserError(f"{place.source}: an adapter trains no rows for new_tokens; merge it first, or leave them out")
+    if isinstance(config, VocabularyKeys) and config.train_only:
+        model = replace(model, trained_from=first_word(config.new_tokens, tokenizer))
     return OpenedModel(place.source, model, tokenizer, mesh, attention_line, place)
 
 
@@ -290,6 +292,16 @@ def tokenizer_of(place: Place, config: ModelKeys) -> Tokenizer:
     template: Any = config.template if isinstance(config, TemplateKeys) else ()
     words = read_words(Path(config.new_tokens)) if isinstance(config, VocabularyKeys) and config.new_tokens else ()
     return load_tokenizer(place.tokenizer, *template, words=words)
+
+
+def first_word(path: str, tokenizer: Tokenizer) -> int:
+    """The id of the first of a file's words. Raises UserError if they are not the last tokens, which train alone."""
+    ids = sorted(tokenizer.backend.token_to_id(word) for word in set(read_words(Path(path))))
+    if ids != list(range(ids[0], tokenizer.vocabulary_size)):
+        raise UserError(
+            f"{path}: its words are not the model's last tokens, so they can't train alone; leave train_only out"
+        )
+    return ids[0]
 
 
 def model_on(place: Place, config: ModelKeys, mesh: Mesh, tokens: int = 0) -> tuple[ModelConfig, str]:

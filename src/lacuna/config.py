@@ -400,6 +400,7 @@ class VocabularyKeys(Keys):
     new_token_init: Literal["mean", "normal"] = Field(
         "mean", description="Rows that new words begin with: around the mean of the old ones, or N(0, 0.02²)"
     )
+    train_only: Literal["", "new_tokens"] = Field("", description="What alone trains, as in new_tokens; empty: all")
 
 
 class RowsConfig(VocabularyKeys, TrainingConfig):
@@ -430,6 +431,8 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
             raise ValueError(
                 "lora_rank trains no rows of the vocabulary, so new_tokens would not learn; keep one of them"
             )
+        if self.train_only and (not self.new_tokens or self.from_scratch):
+            raise ValueError("train_only = new_tokens needs new_tokens = FILE, and weights, so no from_scratch")
         return self
 
     @model_validator(mode="after")

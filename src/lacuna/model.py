@@ -69,7 +69,8 @@ class ModelConfig:
     up to which it does not apply and from which in full, and what multiplies cosine and sine.
     `unrotated_layers` are those without rotary embedding (Yang et al. 2025). With `lora` only adapters train, and all
     that config.json describes is their frozen base. The layers' matrices are of `bits`, 8 or 4 where they are quantised
-    and all is frozen, else 0, and of `file_bits` in the files; `scale_bits` are those of a scale.
+    and all is frozen, else 0, and of `file_bits` in the files; `scale_bits` are those of a scale. If `trained_from` is
+    not 0, only the vocabulary's rows from there on train.
     """
 
     family: str
@@ -95,6 +96,7 @@ class ModelConfig:
     padded_vocabulary: int
     attention: str
     lora: Lora | None = None
+    trained_from: int = 0
     bits: int = 0
     file_bits: int = 0
     scale_bits: int = 8
@@ -255,13 +257,16 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     matmul = sum(count[row] for row in whole if row.role in ("matmul", "residual"))
     matmul += count[EMBEDDING] if model.is_tied else 0
     adapters = sum(count[row] for row in trained if row.role.startswith("adapter"))
-    return {
+    counts = {
         "all": sum(count[row] for row in whole),
         "trained": sum(count[row] for row in trained),
         "decayed": sum(count[row] for row in trained if row.decays),
         "matmul": matmul + adapters,
         "trained_matmul": adapters if model.lora else matmul,
     }
+    rows = (model.vocabulary_size - model.trained_from) * model.embed
+    part = {"trained": rows * (2 - model.is_tied), "decayed": rows * (2 - model.is_tied), "trained_matmul": rows}
+    return counts | (part if model.trained_from else {})
 
 
 def read_model_config(directory: Path) -> ModelConfig:

@@ -20,6 +20,7 @@ from lacuna.config import SftConfig, TrainingConfig, VocabularyKeys
 from lacuna.data import Batch
 from lacuna.model import (
     ModelConfig,
+    Parameter,
     begin_rows,
     cast,
     cross_entropy,
@@ -106,6 +107,7 @@ def train_step(
 
     def add_micro_batch(number: Int[Array, ""], total: tuple[PyTree, dict]) -> tuple[PyTree, dict]:
         (value, (sums, largest)), gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)(compute, number)
+        gradient = jax.tree.map(partial(trained_part, model), table, gradient, jax.tree.map(jnp.zeros_like, gradient))
         summed = jax.tree.map(jnp.add, total[0], (gradient, value, sums))
         return summed, jax.tree.map(jnp.maximum, total[1], largest)
 
@@ -132,12 +134,21 @@ def train_step(
     def descend(row: Any, param: Array, mean: Array, square: Array) -> Array:
         direction = mean / (jnp.sqrt(square) + ADAM_EPSILON)
         new = param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
-        return jnp.where(is_finite, new, param)
+        return trained_part(model, row, jnp.where(is_finite, new, param), param)
 
     params = jax.tree.map(descend, table, state.params, mean, square)
     skipped = jnp.where(is_finite, 0, state.skipped + 1)
     facts = {"loss": value, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
     return TrainState(params, moments, state.step + 1, skipped), facts | sums | largest
+
+
+def trained_part(model: ModelConfig, row: Parameter, weight: Array, other: Array) -> Array:
+    """A weight where it trains, the other one elsewhere: all of it, or only the vocabulary's last rows."""
+    if not model.trained_from:
+        return weight
+    if not row.axes.startswith("vocab"):
+        return other
+    return jnp.where(jnp.arange(len(weight))[:, None] >= model.trained_from, weight, other)
 
 
 def learning_rate(step: Int[Array, ""], recipe: Recipe) -> Float[Array, ""]:

@@ -476,6 +476,8 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
         last, rows = opened.tokenizer.vocabulary_size - 1, opened.model.vocabulary_size
         known = f"{words[0]} to {words[-1]}" if len(words) > 1 else words[0]
         yield f"new words: {len(words):,}, {known}, tokens {last + 1 - len(words):,} to {last:,} of {rows:,} rows"
+    if first := opened.model.trained_from:
+        yield f"only the rows of the vocabulary from {first:,} on train: {counts['trained']:,} parameters"
     yield ends_in_words(opened.tokenizer)
     if flags := os.environ.get("XLA_FLAGS"):
         yield f"XLA_FLAGS: {flags}"
