@@ -1,50 +1,29 @@
 """The command merge: an adapter folded into the weights under it, as a model that any runtime reads."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint, weights
 from lacuna.apps.configs import MergeConfig
-from lacuna.apps.convert import Merged, merged_params, stored_params
+from lacuna.apps.convert import merged_params
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import UserError
 from lacuna.distributed import make_mesh
 from lacuna.model import (
     ModelConfig,
-    Parameter,
     cast,
     embed,
     forward,
     head_of,
     logits_of,
     parameter_table,
-    shape_of,
 )
-from lacuna.quantised import Quantised, dequantised
 
 PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Dequantised:
-    """A quantised matrix of each layer in float32, one layer at a time."""
-
-    stack: Quantised
-    row: Parameter
-    model: ModelConfig
-
-    def __getitem__(self, layer: int) -> np.ndarray:
-        matrix = np.asarray(dequantised(jax.tree.map(lambda leaf: leaf[layer], self.stack), jnp.float32))
-        sizes = dict(zip(self.row.axes.split(), shape_of(self.row, self.model.sizes), strict=True))
-        spans = {axis: (0, size) for axis, size in sizes.items() if axis != "layer"}
-        piece = weights.StoredTensor(np.dtype(np.float32), [(weights.whole(matrix.shape), matrix)])
-        return weights.from_file(piece, self.row, spans)
 
 
 def run_merge(config: MergeConfig) -> None:
@@ -64,28 +43,14 @@ def run_merge(config: MergeConfig) -> None:
         raise UserError(f"onto = original, but {opened.base} holds the quantised weights alone; leave it out")
     model = replace(opened.model, lora=None, bits=0, file_bits=0, file_dtype=config.dtype or opened.model.file_dtype)
     is_onto_trained = opened.model.bits and config.onto == "trained"
-    params = (
-        dequantised_params(opened) if is_onto_trained else merged_params(opened.place, replace(opened.model, bits=0))
-    )
+    as_stored = replace(opened.model, bits=opened.model.file_bits)
+    params = merged_params(opened.place, as_stored, opened.model.bits - as_stored.bits if is_onto_trained else 0)
     problems = checkpoint.save_model(output, params, model, opened.place.tokenizer, None, opened.place.described)
     kind = f"its base of {opened.model.bits} bits" if is_onto_trained else str(opened.base)
     print("; WARNING: ".join([f"{output}: merged into {kind}, {model.file_dtype} in Hugging Face layout", *problems]))
     if opened.model.bits and not opened.model.file_bits:
         for what, difference in distances(opened, output, model).items():
             print(f"largest difference from the logits that were trained, {what}: {difference:.3g}")
-
-
-def dequantised_params(opened: OpenedModel) -> PyTree:
-    """The weights that an adapter was trained on, with it in them, each layer made when it is asked for."""
-    frozen: Any = checkpoint.frozen_params(opened)
-    factors, layers = stored_params(opened.source, opened.model)["layers"], dict(frozen["layers"])
-    assert opened.model.lora
-    for name, row in parameter_table(opened.model)["layers"].items():
-        if isinstance(layers[name], Quantised):
-            layers[name] = Dequantised(layers[name], row, opened.model)
-        if name in factors:
-            layers[name] = Merged(layers[name], factors[name], opened.model.lora.scale)
-    return frozen | {"layers": layers}
 
 
 def distances(opened: OpenedModel, output: Path, model: ModelConfig) -> dict[str, float]:
