@@ -8,63 +8,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint, weights
-from lacuna.apps.configs import MergeConfig
-from lacuna.apps.convert import merged_params
-from lacuna.checkpoint import OpenedModel
+from lacuna.apps.configs import ConvertConfig, MergeConfig
+from lacuna.apps.convert import DTYPES, KINDS, run_convert
 from lacuna.config import UserError
 from lacuna.distributed import make_mesh
-from lacuna.model import (
-    ModelConfig,
-    cast,
-    embed,
-    forward,
-    head_of,
-    logits_of,
-    parameter_table,
-)
+from lacuna.model import ModelConfig, cast, embed, forward, head_of, logits_of, parameter_table
 
 PROBE_TOKENS = 64
 
 
 def run_merge(config: MergeConfig) -> None:
-    """Write the model that an adapter makes of its base, one layer of a matrix at a time.
+    """Write the model that an adapter makes of its base, one layer of a matrix at a time; of a quantised base, say how
+    far the logits of both ways to merge are from those of the adapter as it was trained.
 
     Raises:
         UserError: it is no adapter, its base has changed, or there is something where the model should go.
     """
-    output = Path(config.output)
-    if output.exists():
-        raise UserError(f"output {config.output!r} is there already; name another")
-    config = checkpoint.settled(config)
-    opened = checkpoint.open_model(config, make_mesh(1, 1, 1, jax.devices()[:1]))
+    config, mesh = checkpoint.settled(config), make_mesh(1, 1, 1, jax.devices()[:1])
+    opened = checkpoint.open_model(config, mesh)
     if not opened.model.lora:
         raise UserError(f"model_name {config.model_name!r} is no adapter, so there is nothing to merge")
     if config.onto == "original" and opened.model.file_bits:
         raise UserError(f"onto = original, but {opened.base} holds the quantised weights alone; leave it out")
-    model = replace(opened.model, lora=None, bits=0, file_bits=0, file_dtype=config.dtype or opened.model.file_dtype)
-    is_onto_trained = opened.model.bits and config.onto == "trained"
-    as_stored = replace(opened.model, bits=opened.model.file_bits)
-    params = merged_params(opened.place, as_stored, opened.model.bits - as_stored.bits if is_onto_trained else 0)
-    problems = checkpoint.save_model(output, params, model, opened.place.tokenizer, None, opened.place.described)
-    kind = f"its base of {opened.model.bits} bits" if is_onto_trained else str(opened.base)
-    print("; WARNING: ".join([f"{output}: merged into {kind}, {model.file_dtype} in Hugging Face layout", *problems]))
+    kind = KINDS[config.dtype or opened.model.file_dtype]
+    named = {"model_name": config.model_name, "base_name": config.base_name}
+    run_convert(ConvertConfig(**named, type=kind, output=config.output, onto=config.onto))
     if opened.model.bits and not opened.model.file_bits:
-        for what, difference in distances(opened, output, model).items():
-            print(f"largest difference from the logits that were trained, {what}: {difference:.3g}")
-
-
-def distances(opened: OpenedModel, output: Path, model: ModelConfig) -> dict[str, float]:
-    """How far the logits of a model that was written are from those of the adapter on its quantised base, and how far
-    those of the adapter on the original base are, over the same random tokens."""
-    ids = jax.random.randint(jax.random.key(0), (1, PROBE_TOKENS), 0, model.vocabulary_size)
-    trained = logits(checkpoint.opened_params(opened), opened.model, ids)
-    dense = opened._replace(model=replace(opened.model, bits=0))
-    original = logits(checkpoint.opened_params(dense), dense.model, ids)
-    written = logits(weights.load_params(output, model, opened.mesh), model, ids)
-    return {
-        "of what was written": float(jnp.max(jnp.abs(written - trained))),
-        "of the adapter on the original weights": float(jnp.max(jnp.abs(original - trained))),
-    }
+        ids = jax.random.randint(jax.random.key(0), (1, PROBE_TOKENS), 0, opened.model.vocabulary_size)
+        trained = logits(checkpoint.opened_params(opened), opened.model, ids)
+        dense = opened._replace(model=replace(opened.model, bits=0))
+        plain = replace(dense.model, lora=None, file_dtype=DTYPES[kind])
+        found = {
+            f"of {config.output}": logits(weights.load_params(Path(config.output), plain, mesh), plain, ids),
+            "of the adapter on the original weights": logits(checkpoint.opened_params(dense), dense.model, ids),
+        }
+        for what, others in found.items():
+            difference = float(jnp.max(jnp.abs(others - trained)))
+            print(f"largest difference of logits {what} from those that were trained: {difference:.3g}")
 
 
 def logits(params: PyTree, model: ModelConfig, ids: Array) -> Float[Array, "batch token vocab"]:
