@@ -282,8 +282,9 @@ class PolicyLoss(NamedTuple):
         self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, noise: Any
     ) -> tuple[Float[Array, ""], Facts]:
         hidden, head = self.hidden_states(params, batch, model), head_of(params, model)
+        sizes = model.vocabulary_size, model.is_frozen
         loss, found = summed_token_loss(
-            hidden, head, batch.target, batch, lambda *part: self.objective(*part)[0], model.vocabulary_size
+            hidden, head, batch.target, batch, lambda *part: self.objective(*part)[0], *sizes
         )
         sums, largest = self.objective(-found.loss, batch)[1]
         return loss, (sums | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}, largest)

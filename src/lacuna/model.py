@@ -23,7 +23,7 @@ from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
 from lacuna.linear import PRODUCT, Frozen, linear, product_over_tokens
-from lacuna.quantised import Quantised
+from lacuna.quantised import Quantised, stored_bits
 from lacuna.tokenizer import read_json
 
 PAGE = 64  # tokens of the cache
@@ -431,32 +431,6 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     )
 
 
-def stored_bits(raw: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """The bits of the layers' matrices in the files, 0 where they are not quantised, and those of a scale.
-
-    Raises:
-        UserError: they are quantised otherwise than by bitsandbytes to NF4 or int8.
-    """
-    fields = raw.get("quantization_config") or {}
-    if not fields:
-        return 0, 8
-    method, kind = fields.get("quant_method"), fields.get("bnb_4bit_quant_type", "fp4")
-    storage = fields.get("bnb_4bit_quant_storage", "uint8")
-    problem = ""
-    if method != "bitsandbytes":
-        problem = f"quant_method = {method!r}"
-    elif not fields.get("load_in_8bit") and (kind, storage) != ("nf4", "uint8"):
-        problem = f"bnb_4bit_quant_type = {kind!r} in bnb_4bit_quant_storage = {storage!r}"
-    if problem:
-        raise UserError(
-            f"{where}: weights quantised with {problem} are not supported; those of bitsandbytes in nf4 or 8 bits are, "
-            "and those that are not quantised"
-        )
-    if fields.get("load_in_8bit"):
-        return 8, 32
-    return 4, 8 if fields.get("bnb_4bit_use_double_quant") else 32
-
-
 def check_sequence_length(model: ModelConfig, sequence_length: int) -> None:
     """Refuse rows longer than the model's positions or its sliding window, which is not implemented."""
     limit = model.capacity(sequence_length)
@@ -767,19 +741,21 @@ def logits_of(hidden: Hidden, head: Head, vocabulary_size: int) -> Logits:
     return jnp.where(jnp.arange(head.shape[0]) < vocabulary_size, logits, -jnp.inf)
 
 
-LOSS_CHUNK = {"cpu": 512}  # tokens on a device, elsewhere 2048
+LOSS_CHUNK = 512  # tokens on a device, but off CPUs
+TRAINED_HEAD_CHUNK = 2048  # where the head trains, whose gradient is read and written for each chunk
 LossOf = Callable[[PerToken, Any], Float[Array, ""]]
 
 
-def _scan_tokens(step: Callable[[Any, Any], tuple[Any, Any]], start: Any, rows: PyTree) -> tuple[Any, Any]:
+def _scan_tokens(
+    step: Callable[[Any, Any], tuple[Any, Any]], start: Any, rows: PyTree, most: int = LOSS_CHUNK
+) -> tuple[Any, Any]:
     """`jax.lax.scan` over chunks of every row's tokens, zero-padded at the end; what it stacks becomes rows again.
 
-    A device has no more than LOSS_CHUNK tokens of a chunk in its part of the rows.
+    A device has at `most` so many tokens of a chunk in its part of the rows.
     """
     batch, length = jax.tree.leaves(rows)[0].shape[:2]
     rows_of_a_device = max(batch // row_shards(jax.sharding.get_abstract_mesh()), 1)
-    most = max(1, LOSS_CHUNK.get(platform(), 2048) // rows_of_a_device)
-    chunk = math.ceil(length / math.ceil(length / most))
+    chunk = math.ceil(length / math.ceil(length / max(1, most // rows_of_a_device)))
     count = math.ceil(length / chunk)
 
     def split(x: Array) -> Shaped[Array, "chunk batch chunk_token *more"]:
@@ -834,11 +810,18 @@ def cross_entropy(log_probability: PerToken, weight: PerToken) -> Float[Array, "
     return -jnp.sum(log_probability * weight)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def summed_token_loss(
-    hidden: Hidden, head: Head, target: Tokens, fields: PyTree[Array], loss_of: LossOf, vocabulary_size: int
+    hidden: Hidden,
+    head: Head,
+    target: Tokens,
+    fields: PyTree[Array],
+    loss_of: LossOf,
+    vocabulary_size: int,
+    is_frozen: bool = False,
 ) -> tuple[Float[Array, ""], TokenStatistics]:
-    """The sum over targets of `loss_of` their log-probabilities and `fields`, and the targets' statistics.
+    """The sum over targets of `loss_of` their log-probabilities and `fields`, and the targets' statistics; of a head
+    that `is_frozen` there is no gradient.
 
     It works in chunks of tokens, and the forward pass already computes each chunk's gradient from its logits: they are
     computed once, and the array [batch, token, vocab] never exists. Each device sums the head's gradient over its own
@@ -849,7 +832,13 @@ def summed_token_loss(
 
 
 def _token_loss_forward(
-    hidden: Hidden, head: Head, target: Tokens, fields: PyTree[Array], loss_of: LossOf, vocabulary_size: int
+    hidden: Hidden,
+    head: Head,
+    target: Tokens,
+    fields: PyTree[Array],
+    loss_of: LossOf,
+    vocabulary_size: int,
+    is_frozen: bool,
 ) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
     parts = row_shards(jax.sharding.get_abstract_mesh())
     compute_head = whole_head(head, hidden.dtype)
@@ -867,13 +856,18 @@ def _token_loss_forward(
         return (total[0] + loss, total[1] + head_gradients), (hidden_gradient.astype(hidden.dtype), statistics)
 
     zeros = shard(jnp.zeros((parts, *head.shape), jnp.float32), ROW_AXES, AXIS_RULES["vocab"])
-    (loss, head_gradients), per_token = _scan_tokens(step, (jnp.zeros(()), zeros), (hidden, target, fields))
+    most = LOSS_CHUNK if is_frozen or platform() == "cpu" else TRAINED_HEAD_CHUNK
+    (loss, head_gradients), per_token = _scan_tokens(step, (jnp.zeros(()), zeros), (hidden, target, fields), most)
     hidden_gradient, statistics = per_token
     return (loss, statistics), (hidden_gradient, jnp.sum(head_gradients, axis=0).astype(head.dtype))
 
 
 def _token_loss_backward(
-    loss_of: Callable, vocabulary_size: int, residual: tuple[Array, Array], gradient: tuple[Array, TokenStatistics]
+    loss_of: Callable,
+    vocabulary_size: int,
+    is_frozen: bool,
+    residual: tuple[Array, Array],
+    gradient: tuple[Array, TokenStatistics],
 ) -> tuple[Array, Array, None, None]:
     hidden_gradient, head_gradient = ((part * gradient[0]).astype(part.dtype) for part in residual)
     return hidden_gradient, head_gradient, None, None

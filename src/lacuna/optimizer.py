@@ -188,7 +188,7 @@ class RowLoss(NamedTuple):
         if self.has_noise:
             x = x + noise(batch.segment, x)
         hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation)
-        weighted = batch.target, batch.weight, cross_entropy, model.vocabulary_size
+        weighted = batch.target, batch.weight, cross_entropy, model.vocabulary_size, model.is_frozen
         return summed_token_loss(hidden, head_of(params, model), *weighted)[0], ({}, {})
 
 

@@ -4,6 +4,7 @@ Codes and scales are those of bitsandbytes: int8 with the largest magnitude of e
 scales are themselves of 8 bits (Dettmers et al. 2023), 4.127 bits a parameter.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -64,6 +65,32 @@ class Quantised:
     offset: Any = None
     bits: int = field(default=4, kw_only=True)
     outputs: tuple[int, ...] = field(kw_only=True)
+
+
+def stored_bits(raw: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """The bits of the layers' matrices in the files, 0 where they are not quantised, and those of a scale.
+
+    Raises:
+        UserError: they are quantised otherwise than by bitsandbytes to NF4 or int8.
+    """
+    fields = raw.get("quantization_config") or {}
+    if not fields:
+        return 0, 8
+    method, kind = fields.get("quant_method"), fields.get("bnb_4bit_quant_type", "fp4")
+    storage = fields.get("bnb_4bit_quant_storage", "uint8")
+    problem = ""
+    if method != "bitsandbytes":
+        problem = f"quant_method = {method!r}"
+    elif not fields.get("load_in_8bit") and (kind, storage) != ("nf4", "uint8"):
+        problem = f"bnb_4bit_quant_type = {kind!r} in bnb_4bit_quant_storage = {storage!r}"
+    if problem:
+        raise UserError(
+            f"{where}: weights quantised with {problem} are not supported; those of bitsandbytes in nf4 or 8 bits are, "
+            "and those that are not quantised"
+        )
+    if fields.get("load_in_8bit"):
+        return 8, 32
+    return 4, 8 if fields.get("bnb_4bit_use_double_quant") else 32
 
 
 def check_blocks(name: str, width: int, parts: int) -> None:
