@@ -686,6 +686,32 @@ def test_a_damaged_cache_is_named_and_made_anew(
     assert load(source, tokenizer, tmp_path).facts["from_cache"] == 4 and capsys.readouterr().err == ""
 
 
+def test_a_file_is_hashed_again_only_if_it_may_have_changed_or_that_is_asked(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, hashed, usual = write(tmp_path, "rows.jsonl", json_lines(CHATS)), list[str](), documents.file_hash
+    monkeypatch.setattr(documents, "file_hash", lambda path: hashed.append(path.name) or usual(path))
+
+    def hashed_now(verify: bool = False) -> set[str]:
+        hashed.clear()
+        documents.load_documents(source, tokenizer, "assistant", False, tmp_path / "cache", verify)
+        return set(hashed)
+
+    code, kept = {"tokenizer.json", "documents.py", "tokenizer.py", "sandbox.py"}, {"token", "supervised", "index"}
+    assert hashed_now() >= {"rows.jsonl", *kept}
+    assert hashed_now() >= {"rows.jsonl", *kept}  # written just now, so another change might have the same time
+    monkeypatch.setattr(documents, "TICK_SECONDS", -1.0)
+    assert hashed_now() >= {"rows.jsonl", *kept}
+    assert hashed_now() == set()
+    assert hashed_now(verify=True) == {"rows.jsonl", *code, *kept}
+    path = Path(source.path)
+    os.utime(path, (10**9, 10**9))
+    assert hashed_now() == {"rows.jsonl"} and hashed_now() == set()
+    path.write_bytes(path.read_bytes().replace(b"7", b"8"))
+    os.utime(path, (10**9, 10**9))  # as the change was hidden
+    assert hashed_now() >= {"rows.jsonl"}
+
+
 def test_everything_the_tokens_depend_on_has_its_own_place_in_the_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cache = tmp_path / "cache"
     source = write(tmp_path, "rows.jsonl", json_lines(CHATS))

@@ -234,6 +234,18 @@ def test_each_epoch_of_chats_has_each_once_and_whole(tmp_path: Path, tokenizer: 
     assert seen[:45] != seen[45:90] and seen[:45] != sorted(seen[:45], key=int)
 
 
+@pytest.mark.reference
+def test_real_chats_fill_their_rows_in_windows(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "PACKING_DOCUMENTS", 4096)
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 2**26)
+    config = chat_config(str(shelf / "chat" / "gpteacher_codegen.jsonl"), sequence_length=2048)
+    stream, row, filled = stream_of(config, load_tokenizer(shelf / "tokenizers" / "qwen2.5")), 0, list[float]()
+    while stream.epochs_before(row) < 0.9:  # one window of 4,096 documents
+        filled.append(float((stream.batch(row, 1).segment > 0).mean()))
+        row += 1
+    assert stream.facts["documents"] == 4096 and np.mean(filled) > 0.98
+
+
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
 
