@@ -613,6 +613,21 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(tokenizers: list[Tokenizer]
     assert np.concatenate(made).tolist() == encode(tokenizers[which], text, add_special_tokens=False).tolist()
 
 
+def test_long_texts_without_seams_are_encoded_few_at_a_time(tokenizer: Tokenizer) -> None:
+    taken = list[int]()
+
+    def parts() -> Iterator[documents.Prepared]:
+        for size in (10**6, 10**6, 10**6, *[10] * 200):
+            taken.append(size)
+            yield documents.Prepared("x " * (size // 2), [])
+
+    batches = [[len(part.text) for part in batch] for batch in documents.part_batches(parts())]
+    assert batches == [[10**6] * 3, [10] * 64, [10] * 64, [10] * 64, [10] * 8]
+    taken.clear()
+    next(documents.part_batches(parts()))
+    assert len(taken) == 3
+
+
 def test_a_long_text_is_one_document_although_it_is_encoded_in_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = (TINY / "pretrain.jsonl").read_text().replace("\\n", "\n")
     assert len(list(seams(text, tokenizer))) > 4

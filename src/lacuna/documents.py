@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
@@ -551,9 +551,22 @@ def seams(text: str, tokenizer: Tokenizer) -> Iterator[int]:
                 yield cut
 
 
+def part_batches(parts: Iterator[Prepared]) -> Iterator[list[Prepared]]:
+    """Parts that are encoded at once: fewer where they are long, as texts of tokenizers that see no seams are."""
+    batch, size = list[Prepared](), 0
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
+        if len(batch) == BATCH_PARTS or size >= BATCH_PARTS * PART_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def encode_parts(parts: Iterator[Prepared], tokenizer: Tokenizer) -> Iterator[tuple[Prepared, EncodedText]]:
     """Each part with its tokens; those of an answer to a prompt up to the last that is supervised."""
-    for batch in iter(lambda: list(islice(parts, BATCH_PARTS)), []):
+    for batch in part_batches(parts):
         for part, encoded in zip(batch, encode_spans(tokenizer, [part[:2] for part in batch]), strict=True):
             if part.edge and (encoded.straddling_count or part.is_apart):
                 encoded = encode_apart(tokenizer, part.text[: part.edge], part.text[part.edge :])
