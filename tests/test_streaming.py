@@ -1,5 +1,6 @@
 """Streamed rows against the same order worked out by hand from what is encoded whole; places, shares and refusals."""
 
+import errno
 import gzip
 import json
 import os
@@ -146,6 +147,24 @@ def test_streamed_texts_are_those_of_the_cache_in_the_same_order(
                 place for a, b in zip(starts, ends, strict=True) for place in range(b - a)
             ]
     assert 2.5 < stream.epochs_before((index + 1) * size) <= 3
+
+
+def test_the_first_document_and_that_after_a_resume_come_after_reading_one_window(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 2**14)
+    path, read, usual = write_lines(tmp_path / "a.jsonl", range(1500)), list[int](), shards.rows_of_block
+    monkeypatch.setattr(shards, "rows_of_block", lambda shard, number: read.append(number) or usual(shard, number))
+    (source,) = stream_of(text_config(str(path)), tokenizer).sources
+    assert not read and path.stat().st_size > 8 * 2**14
+    documents = source.documents(streaming.SourcePlace())
+    places = [next(documents).place]
+    assert 0 < len(read) <= 2**14 // BLOCK + 1
+    places += [next(documents).place for _ in range(400)]
+    read.clear()
+    again = source.documents(places[-1])
+    assert (first := next(again).place) == places[-1] and first.block > 2 * (2**14 // BLOCK) and first.row > 0
+    assert 0 < len(read) <= 2**14 // BLOCK + 1
 
 
 def chats(path: Path, count: int) -> str:
@@ -454,6 +473,10 @@ def test_files_of_an_address_are_fetched_one_ahead_and_few_are_kept(
     epochs = int(stream.epochs_before(700))
     assert epochs >= 2 and set(seen) == set(range(160)) and set(seen.values()) <= {epochs, epochs + 1}
     assert 2 <= largest <= 3 and max(fails.values()) > 2
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="make room in .*shards, or lower shard_cache"):
+        patch.setattr(shards, "fetch", lambda _: (_ for _ in ()).throw(full))
+        stream_of(config, tokenizer).batch(2000, 1)
     memory.rm("/corpus", recursive=True)
     with pytest.raises(UserError, match="memory:///corpus/.*can't be fetched"):
         stream.batch(2000, 1)

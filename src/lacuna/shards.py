@@ -302,7 +302,7 @@ def permuted(place: int, count: int, *key: int) -> int:
             return place
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)
 def block_sizes(shards: tuple[Shard, ...]) -> list[list[int]]:
     """Bytes of the blocks of each of these files, which is known without reading them."""
 
