@@ -12,7 +12,8 @@
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory with everything
 on: reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is
 measured in the same process right after it, and so is the compiled step alone, repeated on one batch. `input_seconds`
-is the time to prepare a batch, which happens while the step before runs; `input_wait_share` is an upper bound on the
+is the time to prepare a batch, which happens while the step before runs; `step_cpu_seconds` is the median of what the
+processor spent on a step, which hardly depends on what else runs; `input_wait_share` is an upper bound on the
 share of time that steps waited for it: all of the preparation if that step had already ended. `optimizer_seconds` is
 the update alone, from gradient norm to weights. `step` is `train` without the files written at the end, for models
 whose state would fill the disk. `save` runs the same, saves every fifth step, and reports how long each save held up
@@ -140,7 +141,8 @@ def train(config: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
         began = time.perf_counter()
         prepared = prepare(rows, index)
         running: list[Any] = list(rows.running.values())
-        inputs.append((time.perf_counter() - began, all(figure.is_ready() for figure in running)))
+        is_late = all(figure.is_ready() for figure in running)
+        inputs.append((time.perf_counter() - began, is_late, time.process_time()))
         return prepared
 
     with patch.object(trainer.RowSteps, "prepare", watched), nullcontext() if is_saved else unsaved():
@@ -155,7 +157,7 @@ def train(config: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
     states, divisor = [state], np.float32(record["target_tokens"])
 
     def alone() -> None:
-        states[0], facts = program(states[0], batch, divisor, rows.recipe)
+        states[0], facts = program(states[0], batch, divisor, rows.recipe, frozen=run.frozen)
         jax.block_until_ready(facts)
 
     step_seconds = statistics.median(record["step_seconds"] for record in timed)
@@ -185,11 +187,12 @@ def train(config: RowsConfig, started: float, is_saved: bool) -> dict[str, Any]:
         "steps_timed": len(timed),
         "step_seconds": step_seconds,
         "step_seconds_range": [min(r["step_seconds"] for r in timed), max(r["step_seconds"] for r in timed)],
+        "step_cpu_seconds": statistics.median(np.diff([clock for *_, clock in inputs])[-len(timed) :]),
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed),
         "target_tokens_per_second": statistics.median(record["target_tokens_per_second"] for record in timed),
         "tok_s": sum(r["tokens"] for r in timed) / sum(r["step_seconds"] for r in timed),
-        "input_seconds": statistics.median(seconds for seconds, _ in inputs),
-        "input_wait_share": sum(seconds for seconds, is_late in inputs[1:] if is_late)
+        "input_seconds": statistics.median(seconds for seconds, *_ in inputs),
+        "input_wait_share": sum(seconds for seconds, is_late, _ in inputs[1:] if is_late)
         / sum(record["step_seconds"] for record in records),
         "packing_efficiency": statistics.mean(record["packing_efficiency"] for record in timed),
         "model_flops_per_second": flops / step_seconds,

@@ -50,16 +50,18 @@ def rate_of(step: int, steps: int, warmup_steps: int) -> float:
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step, from its batch's forward pass to the new weights."""
+    """Seconds of each step, from its batch's forward pass to the new weights, and what the processor spent on it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
+        self.seconds.append(time.perf_counter() - self.began[0])
+        self.cpu_seconds.append(time.process_time() - self.began[1])
 
 
 def train(options: argparse.Namespace) -> None:
@@ -104,6 +106,7 @@ def train(options: argparse.Namespace) -> None:
     found = {
         "label": "trl",
         "step_seconds": statistics.median(seconds),
+        "step_cpu_seconds": statistics.median(clock.cpu_seconds[WARM_STEPS:]),
         "tok_s": sum(tokens) / sum(seconds),
         "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "first_loss": losses[0],
