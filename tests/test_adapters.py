@@ -141,10 +141,11 @@ def test_flops_of_a_frozen_base_are_two_thirds() -> None:
     assert products == tokens * (4 * plain["matmul"] + 6 * sum(sizes))
 
 
-def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient_and_its_moments() -> None:
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient_and_its_moments(stored: str) -> None:
     """With layers recomputed: what else the backward pass keeps are the inputs of each matrix with an adapter."""
     plain = sized(hidden_size=128, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4, head_dim=32)
-    model, mesh = replace(plain, lora=Lora(8, 16.0, True, LORA_TARGETS)), mesh_of(1, 1, 1)
+    model, mesh = replace(plain, file_dtype=stored, lora=Lora(4, 16.0, True, LORA_TARGETS)), mesh_of(1, 1, 1)
     batch = random_batch(0, 1, 1, 8, model.vocabulary_size)
     loss = ROW_LOSS._replace(rematerialisation="layer")
 
@@ -169,7 +170,7 @@ def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient
         noise = jax.ShapeDtypeStruct((1, 8, model.embed), jnp.float32)
         reference = jax.jit(over_the_base).lower(frozen, noise, one)
         with_adapters, without = held_bytes(step), held_bytes(reference)
-    adapter, base = (sum(leaf.size * 4 for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen))
+    adapter, base = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (state.params, frozen))
     assert base > 10 * adapter  # so that a copy of the base, or of a layer's part for each adapter, would be seen
     assert with_adapters - without < 4 * adapter + 0.01 * without
     assert without < 1.5 * base

@@ -18,12 +18,14 @@ def frozen(bits: int) -> Frozen:
         for seed, shape in enumerate([(WIDTH, WIDTH), (WIDTH, RANK), (RANK, WIDTH)])
     )
     base: Any = jax.jit(lambda matrix: quantise(matrix, 4, (WIDTH,)))(matrix) if bits == 4 else matrix
+    base = matrix.astype(jnp.bfloat16) if bits == 16 else base
     return Frozen(base, a, b, scale=2.0)
 
 
-@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("bits", [32, 16, 4])
 def test_of_a_product_with_an_adapter_rematerialisation_keeps_the_sum_alone(bits: int) -> None:
-    """Each layer more takes the input of one layer and one product: not what base and adapter add to it apart."""
+    """Each layer more takes the input of one layer and one product: not what base and adapter add to it apart, and no
+    copy of the base."""
     policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
     def body(x: jax.Array, weight: Frozen) -> tuple[jax.Array, None]:
@@ -31,7 +33,7 @@ def test_of_a_product_with_an_adapter_rematerialisation_keeps_the_sum_alone(bits
 
     def loss(factors: Any, x: jax.Array, base: Any) -> jax.Array:
         layer: Any = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jnp.sum(jax.lax.scan(layer, x, Frozen(base, *factors, scale=2.0))[0])
+        return jnp.sum(jax.lax.scan(layer, x, Frozen(base, *factors, scale=2.0).stack)[0])
 
     def temporaries(layers: int) -> int:
         one = frozen(bits)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from lacuna.distributed import platform
 from lacuna.quantised import Quantised, quantised_product
@@ -39,6 +39,12 @@ class Frozen:
         """The same with its factors in a dtype."""
         a, b = jax.tree.map(lambda factor: factor.astype(dtype), (self.a, self.b))
         return replace(self, a=a, b=b)
+
+    @property
+    def stack(self) -> "Frozen":
+        """The same for a scan over layers: XLA slices bfloat16 on a CPU as float32, and would copy all of it so."""
+        is_copied = platform() == "cpu" and getattr(self.base, "dtype", None) == jnp.bfloat16
+        return replace(self, base=jax.lax.bitcast_convert_type(self.base, jnp.uint16)) if is_copied else self
 
 
 @jax.jit
@@ -79,10 +85,11 @@ def plain_product(
 
 
 def base_product(
-    x: Float[Array, "batch token *inputs"], base: Float[Array, "*inputs_outputs"] | Quantised
+    x: Float[Array, "batch token *inputs"], base: Shaped[Array, "*inputs_outputs"] | Quantised
 ) -> Float[Array, "batch token *outputs"]:
     """The product with a frozen matrix, whatever it is stored as."""
     if not isinstance(base, Quantised):
+        base = jax.lax.bitcast_convert_type(base, jnp.bfloat16) if base.dtype == jnp.uint16 else base
         return multiplied(x, base, frozen_product)
     tokens = x.shape[0] * x.shape[1]
     return quantised_product(x.reshape(tokens, -1), base).reshape(*x.shape[:2], *base.outputs)

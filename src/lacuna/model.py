@@ -630,7 +630,8 @@ def forward(
         policy = policies.nothing_saveable if rematerialisation == "layer" else matmuls
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged
     numbers = jnp.arange(model.layers) if model.unrotated_layers else None
-    x, _ = jax.lax.scan(body, x, (params["layers"], numbers))
+    layers = {name: weight.stack if isinstance(weight, Frozen) else weight for name, weight in params["layers"].items()}
+    x, _ = jax.lax.scan(body, x, (layers, numbers))
     return rms_norm(x, params["final_norm"], model.norm_epsilon)
 
 
