@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacuna import checkpoint, cli, shards, streaming
-from lacuna.config import DataSource, PretrainConfig, RowsConfig, SftConfig, UserError
+from lacuna.config import DataSource, EvalConfig, PretrainConfig, RowsConfig, SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.documents import load_documents
 from lacuna.shards import permuted
@@ -338,6 +338,26 @@ def test_a_streamed_run_that_is_resumed_is_the_uninterrupted_one(small: Path, ma
     with pytest.raises(UserError, match=re.escape(f"{held}: its content has changed")):
         cli.run(again.model_copy(update={"resume_from": chosen, "run_name": "changed"}))
     assert all(record["packing_efficiency"] > 0.3 for record in records(whole))
+
+
+def test_the_steps_of_an_epoch_are_counted_and_required(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = text_run(small, count=True, batch_size=8)
+    said = []
+    for is_streaming in (False, True):
+        data = [{"path": str(small / "pretrain.jsonl"), "streaming": is_streaming}]
+        cli.run(config.model_copy(update={"data": tuple(map(DataSource.model_validate, data))}))
+        said.append(
+            re.search(r"([\d,]+) rows of 128 tokens an epoch of .*: set steps to (\d+)", capsys.readouterr().out)
+        )
+    assert said[0] and said[1]
+    assert int(said[0][1]) + 1 == int(said[1][1]) > 40  # only whole rows, or with the one that the epoch ends in
+    assert int(said[1][2]) == -(-int(said[1][1]) // 8)
+    assert not (small.parent / "runs").exists()
+    for wrong in ({"steps": 0}, {"eval_data": [{"path": "a", "streaming": True}]}):
+        with pytest.raises(ValueError, match="steps is required where data are streamed|eval_data can't be streamed"):
+            text_run(small, data=data, **wrong)
+    with pytest.raises(ValueError, match="can be streamed by pretrain and sft alone"):
+        EvalConfig(model_name="m", data=tuple(map(DataSource.model_validate, data)))
 
 
 # What can be wrong

@@ -387,6 +387,10 @@ def run(config: Keys) -> Any:
         from lacuna.apps.replay import replay
 
         return replay(config, parse(GrpoConfig, run_config(config.replay), "grpo"))
+    if isinstance(config, RowsConfig) and config.count:
+        from lacuna.apps.count import count_rows
+
+        return count_rows(config)
     if isinstance(config, SftConfig) and config.show:
         from lacuna.apps.show import show_rows
 

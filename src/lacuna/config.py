@@ -369,7 +369,9 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, AdapterKeys, OptimizationK
 
     @model_validator(mode="after")
     def keys_agree(self) -> "TrainingConfig":
-        if not any(getattr(self, key, None) for key in ("run_name", "show", "replay")):  # the last two write no run
+        if not any(
+            getattr(self, key, None) for key in ("run_name", "show", "count", "replay")
+        ):  # the last three write no run
             raise ValueError("run_name is required: name the run, as in --run-name first_try")
         if not self.steps and not self.epochs:
             raise ValueError("steps = 0 and epochs = 0 leave nothing to do; set one of them")
@@ -407,6 +409,7 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
     """Batch and samples"""
 
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
+    count: bool = Field(False, description="Count the rows and steps of an epoch of streamed data, and exit")
     shard_cache: float = Field(20.0, ge=0, description="Gigabytes of the fetched files of streamed data that are kept")
     sample_prompts: tuple[str, ...] = Field((), description="Prompts to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
@@ -418,10 +421,10 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
 
     @model_validator(mode="after")
     def length_is_known(self) -> "RowsConfig":
-        if self.is_streaming and not self.steps:
+        if self.is_streaming and not (self.steps or self.count):
             raise ValueError(
                 "steps is required where data are streamed, as nothing counts them before; set steps to the tokens to "
-                "train on / (batch_size × sequence_length)"
+                "train on / (batch_size × sequence_length), or let --count tell how many an epoch has"
             )
         return self
 
