@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer
+from lacuna.apps.programs import collectives, read_program
 from lacuna.config import LORA_TARGETS, GrpoConfig, ModelKeys, SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.model import (
@@ -224,6 +225,26 @@ def test_an_adapter_s_gradient_is_that_over_the_dequantised_matrices(wide: Path,
         assert float(jnp.linalg.norm(leaf - expected)) <= 1e-5 * float(jnp.linalg.norm(expected))
 
 
+def compiled_step(model: ModelConfig, mesh: Mesh) -> Any:
+    state, frozen = optimizer.abstract_state(model, mesh), checkpoint.abstract_frozen(model, mesh)
+    batch = jax.tree.map(lambda leaf: leaf[None], batch_of(mesh.shape["fsdp"], 16, 160))
+    recipe = optimizer.recipe_of(SftConfig(model_name="x", run_name="x", data=({"path": "x"},), learning_rate=1.0), 2)
+    loss = optimizer.RowLoss("bfloat16", "layer")
+    return optimizer.train_step.lower(state, batch, np.float32(1), recipe, model, loss, None, frozen).compile()
+
+
+def test_devices_send_each_other_codes_and_not_the_matrices(wide: Path) -> None:
+    """In a step that gathers every matrix three times: forward, recomputed, and backward."""
+    mesh, bits = mesh_of(1, 8, 1), (4, 0)
+    models = (replace(read_model_config(wide), embed=512, feedforward=1536, bits=each, lora=LORA) for each in bits)
+    with jax.set_mesh(mesh):
+        programs = [read_program(compiled_step(model, mesh).as_text()) for model in models]
+    quantised, dense = (
+        sum(talk.bytes for talk in collectives(program, 8) if talk.kind == "all-gather") for program in programs
+    )
+    assert quantised < dense / 2
+
+
 def test_neither_a_step_nor_decoding_holds_more_than_a_layer_s_matrices_dequantised(wide: Path) -> None:
     """With more layers the temporaries grow by less than an eighth of what a layer's matrices take in 16 bits."""
     mesh = mesh_of(1, 1, 1)
@@ -234,14 +255,7 @@ def test_neither_a_step_nor_decoding_holds_more_than_a_layer_s_matrices_dequanti
         return (many - few) / 8
 
     def of_step(model: ModelConfig) -> int:
-        state, frozen = optimizer.abstract_state(model, mesh), checkpoint.abstract_frozen(model, mesh)
-        batch = jax.tree.map(lambda leaf: leaf[None], batch_of(1, 16, 160))
-        recipe = optimizer.recipe_of(
-            SftConfig(model_name="x", run_name="x", data=({"path": "x"},), learning_rate=1.0), 2
-        )
-        loss = optimizer.RowLoss("bfloat16", "layer")
-        step: Any = optimizer.train_step.lower(state, batch, np.float32(1), recipe, model, loss, None, frozen).compile()
-        return step.memory_analysis().temp_size_in_bytes
+        return compiled_step(model, mesh).memory_analysis().temp_size_in_bytes
 
     def of_decoding(model: ModelConfig) -> int:
         params = joined(checkpoint.abstract_frozen(model, mesh), checkpoint.abstract_params(model, mesh), model)

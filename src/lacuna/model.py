@@ -816,7 +816,7 @@ def summed_token_loss(
     hidden: Hidden,
     head: Head,
     target: Tokens,
-    fields: PyTree[Array],
+    fields: PyTree,
     loss_of: LossOf,
     vocabulary_size: int,
     is_frozen: bool = False,
@@ -833,13 +833,7 @@ def summed_token_loss(
 
 
 def _token_loss_forward(
-    hidden: Hidden,
-    head: Head,
-    target: Tokens,
-    fields: PyTree[Array],
-    loss_of: LossOf,
-    vocabulary_size: int,
-    is_frozen: bool,
+    hidden: Hidden, head: Head, target: Tokens, fields: PyTree, loss_of: LossOf, vocabulary_size: int, is_frozen: bool
 ) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
     parts = row_shards(jax.sharding.get_abstract_mesh())
     compute_head = whole_head(head, hidden.dtype)
@@ -864,11 +858,7 @@ def _token_loss_forward(
 
 
 def _token_loss_backward(
-    loss_of: Callable,
-    vocabulary_size: int,
-    is_frozen: bool,
-    residual: tuple[Array, Array],
-    gradient: tuple[Array, TokenStatistics],
+    loss_of: Callable, vocabulary_size: int, is_frozen: bool, residual: tuple[Array, Array], gradient: tuple[Array, Any]
 ) -> tuple[Array, Array, None, None]:
     hidden_gradient, head_gradient = ((part * gradient[0]).astype(part.dtype) for part in residual)
     return hidden_gradient, head_gradient, None, None

@@ -5,7 +5,7 @@ scales are themselves of 8 bits (Dettmers et al. 2023), 4.127 bits a parameter.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ DYNAMIC_MAP = dynamic_map()
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scale", "outer_scale", "offset"],
-    meta_fields=["bits", "outputs"],
+    meta_fields=["bits", "outputs", "over"],
 )
 @dataclass(frozen=True)
 class Quantised:
@@ -56,7 +56,8 @@ class Quantised:
     `codes` are int8 [out, in], or NF4, two in a byte, the first in its high half: uint8 [out, in / 2]. `scale` is
     float32 [out] with the largest magnitude of each row of int8, and of NF4 [out, in / 64] with that of each block, in
     float32, or in 8 bits where `outer_scale`, float32 [ceil(out × in / 64 / 256)], and `offset`, float32 [], stretch
-    it. `outputs` are the axes that `out` merges.
+    it. `outputs` are the axes that `out` merges, `over` the mesh axes over which out and in stay split
+    in a product.
     """
 
     codes: Any
@@ -65,6 +66,7 @@ class Quantised:
     offset: Any = None
     bits: int = field(default=4, kw_only=True)
     outputs: tuple[int, ...] = field(kw_only=True)
+    over: tuple[str | None, str | None] = field(default=(None, None), kw_only=True)
 
 
 def stored_bits(raw: Mapping[str, Any], where: str) -> tuple[int, int]:
@@ -186,8 +188,10 @@ def quantised_product(x: Float[Array, "token in"], weight: Quantised) -> Float[A
 def _multiplied(axes: str, x: Float[Array, "token _"], weight: Quantised) -> Float[Array, "token _"]:
     """The matrix depends on `x` by a zero: in a loop over tokens XLA would dequantise those of all layers once, before
     it, and hold them."""
+    codes, scale = (shard(leaf, *weight.over[: leaf.ndim]) for leaf in (weight.codes, weight.scale))
     zero = jnp.isnan(x[0, 0]).astype(jnp.float32) * 0
-    matrix = dequantised(jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), weight), x.dtype)
+    gathered = replace(weight, codes=codes, scale=scale)  # in few bits
+    matrix = dequantised(jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), gathered), x.dtype)
     if platform() != "cpu":
         return jnp.einsum(axes, x, matrix)
     return jnp.einsum(axes, x, matrix, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 
 from lacuna.config import UserError
-from lacuna.distributed import AXIS_RULES
+from lacuna.distributed import AXIS_RULES, ROW_AXES
 from lacuna.model import (
     EMBEDDING,
     HEAD,
@@ -470,14 +470,14 @@ def abstract_quantised(row: Parameter, model: ModelConfig, mesh: Mesh) -> Quanti
     outputs = tuple(model.sizes[axis] for axis in axes[0])
     made = partial(quantise, bits=model.bits, outputs=outputs, nested=model.scale_bits == 8)
     one = jax.eval_shape(made, jax.ShapeDtypeStruct(shape, np.float32))
+    first, second = (None if axis in ROW_AXES else axis for axis in over)
 
-    def placed(leaf: jax.ShapeDtypeStruct, is_sharded: bool) -> jax.ShapeDtypeStruct:
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_sharded = leaf is one.codes or leaf is one.scale
         spec = PartitionSpec(None, *over[: leaf.ndim]) if is_sharded else PartitionSpec()
         return jax.ShapeDtypeStruct((model.layers, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    by_matrix = [leaf is one.codes or leaf is one.scale for leaf in jax.tree.leaves(one)]
-    leaves = map(placed, jax.tree.leaves(one), by_matrix)
-    return jax.tree.unflatten(jax.tree.structure(one), leaves)
+    return replace(jax.tree.map(placed, one), over=(first, second))
 
 
 def load_quantised(
@@ -490,12 +490,12 @@ def load_quantised(
     def put(stack: Quantised, layer: Quantised | Array, at: Array) -> Quantised:
         if not isinstance(layer, Quantised):
             layer = quantise(layer, model.bits, wanted.outputs)
+        layer = replace(layer, over=wanted.over)
         return jax.tree.map(lambda whole, part: whole.at[at].set(part), stack, layer)
 
     def placed(layer: Any) -> Quantised | Array:
-        if not isinstance(layer, np.ndarray):
-            return layer
-        return jax.make_array_from_callback(layer.shape, over, layer.__getitem__)
+        is_read = isinstance(layer, np.ndarray)
+        return jax.make_array_from_callback(layer.shape, over, layer.__getitem__) if is_read else layer
 
     with jax.set_mesh(mesh):
         put_layer = jax.jit(put, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
