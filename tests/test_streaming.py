@@ -39,6 +39,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(streaming, "WINDOW_BYTES", WINDOW)
     monkeypatch.setattr(streaming, "PACKING_DOCUMENTS", 20)
+    monkeypatch.setattr(streaming, "PACKING_TOKENS", 700)
     monkeypatch.setattr(streaming, "CHUNK_TOKENS", 500)
     monkeypatch.setattr(streaming, "CHUNKS_AHEAD", 2)
     monkeypatch.setattr(shards, "RETRY_SECONDS", (0, 0))
@@ -256,6 +257,7 @@ def test_each_epoch_of_chats_has_each_once_and_whole(tmp_path: Path, tokenizer: 
 @pytest.mark.reference
 def test_real_chats_fill_their_rows_in_windows(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "PACKING_DOCUMENTS", 4096)
+    monkeypatch.setattr(streaming, "PACKING_TOKENS", 2**25)
     monkeypatch.setattr(streaming, "WINDOW_BYTES", 2**26)
     config = chat_config(str(shelf / "chat" / "gpteacher_codegen.jsonl"), sequence_length=2048)
     stream, row, filled = stream_of(config, load_tokenizer(shelf / "tokenizers" / "qwen2.5")), 0, list[float]()

@@ -190,7 +190,8 @@ def hub_files(source: DataSource, directory: Path, revision: str) -> tuple[str, 
     listed = {"revision": found[1] if found else "unknown", "addresses": addresses}
     directory.mkdir(parents=True, exist_ok=True)
     for each in ("", listed["revision"]):
-        write_atomically(kept(each), json.dumps(listed))
+        with suppress(FileNotFoundError):  # another process wrote the same meanwhile
+            write_atomically(kept(each), json.dumps(listed))
     return listed["revision"], addresses
 
 

@@ -26,7 +26,7 @@ from lacuna.shards import Rows, block_count, blocks, fetch_ahead, find_shards, p
 from lacuna.tokenizer import EncodedText, Tokenizer
 
 WINDOW_BYTES = 2**26  # of the blocks whose documents are shuffled together
-PACKING_DOCUMENTS = 4096  # chats that are packed together
+PACKING_DOCUMENTS, PACKING_TOKENS = 4096, 2**25  # chats that are packed together, fewer where they are long
 SHUFFLE_BLOCKS, SHUFFLE_GROUPS, SHUFFLE_WINDOW, SHUFFLE_WHOLE = 11, 12, 13, 14
 CHUNK_TOKENS, CHUNKS_AHEAD = 2**16, 8  # encoded while the step runs
 KEPT_PLACES = 4  # of the last batches, as one is read ahead of the step
@@ -423,14 +423,12 @@ class StreamedData:
         self.facts = counted
         with Line(self.sources, self.weights, start.places) as line:
             while True:
-                begin, epochs, held = (
-                    Start(row, tuple(line.places), packings, Counter(counted)),
-                    line.heads[0].epochs,
-                    [],
-                )
+                begin = Start(row, tuple(line.places), packings, Counter(counted))
+                epochs, held, room = line.heads[0].epochs, list[Document](), PACKING_TOKENS
                 epoch = [head.epoch for head in line.heads]
-                while len(held) < PACKING_DOCUMENTS and epoch == [head.epoch for head in line.heads]:
+                while room > 0 and len(held) < PACKING_DOCUMENTS and epoch == [head.epoch for head in line.heads]:
                     held.append(line.take(self.length, is_whole=True)[0])
+                    room -= len(held[-1].token)
                     self.count(held[-1], counted)
                 token, supervised = (
                     np.concatenate([getattr(each, name) for each in held]) for name in Documents._fields[:2]
