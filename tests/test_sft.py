@@ -436,3 +436,24 @@ def test_a_sample_prompt_that_does_not_fit_is_refused_before_the_run(small: Path
     with pytest.raises(UserError, match="max_position_embeddings"):
         cli.run(chat_run(small, sample_prompts=("word " * 3000,)))
     assert not (small.parent / "runs" / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_ends_when_its_patience_does_and_exports_the_best(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.0, 2.2, 1.0])  # the third in a row that is no better comes at step 10
+    monkeypatch.setattr("lacuna.eval.held_out_loss", lambda *_: {"eval_loss": next(losses), "eval_accuracy": 0.0})
+    config = chat_run(small, steps=20, eval_every=2, patience=3, keep=9)
+    cli.run(config)
+    figures = [each["eval_loss"] for each in records(config) if "eval_loss" in each]
+    assert figures == [3.0, 2.0, 2.5, 2.0, 2.2] and records(config)[-1]["step"] == 10
+    best = config.run_directory / "checkpoints" / "step_00000004"
+    assert (config.run_directory / "best").resolve() == best
+    exported = weights.model_tensors(config.run_directory / "model")["model.embed_tokens.weight"]
+    saved = weights.open_tensors(sorted(best.glob("*.safetensors")))["params/embedding"]
+    np.testing.assert_array_equal(np.asarray(exported), np.asarray(saved))
+    cli.run(config.model_copy(update={"resume": True}))  # it has ended, and a second start finds that
+    assert records(config)[-1]["step"] == 10
+    losses = iter([2.5, 2.4, 1.0, *[0.5] * 5])
+    cli.run(config.model_copy(update={"resume": True, "patience": 7}))
+    assert records(config)[-1]["step"] == 20
+    with pytest.raises(ValueError, match="has nothing to watch"):
+        chat_run(small, patience=3, eval_data=(), eval_every=2)

@@ -296,11 +296,9 @@ def tokenizer_of(place: Place, config: ModelKeys) -> Tokenizer:
 
 def first_word(path: str, tokenizer: Tokenizer) -> int:
     """The id of the first of a file's words. Raises UserError if they are not the last tokens, which train alone."""
-    ids = sorted(tokenizer.backend.token_to_id(word) for word in set(read_words(Path(path))))
+    ids = sorted(tokenizer.backend.token_to_id(word) or 0 for word in set(read_words(Path(path))))
     if ids != list(range(ids[0], tokenizer.vocabulary_size)):
-        raise UserError(
-            f"{path}: its words are not the model's last tokens, so they can't train alone; leave train_only out"
-        )
+        raise UserError(f"{path}: its words are not the model's last tokens; leave train_only out")
     return ids[0]
 
 
@@ -536,7 +534,7 @@ class RunFacts(BaseModel, extra="forbid", frozen=True):
     """What a run needs besides its state to resume, and what must not have changed by then.
 
     `best` is the best held-out loss of pretrain and sft so far, or grpo's best held-out reward, `place` where streamed
-    data go on.
+    data go on, `worse` how many evaluations in a row were not better than the best.
     """
 
     step: int
@@ -547,6 +545,7 @@ class RunFacts(BaseModel, extra="forbid", frozen=True):
     data: tuple[str, ...]
     inputs: dict[str, str] = {}  # of older runs not known
     place: dict[str, Any] = {}
+    worse: int = 0
     versions: dict[str, str]
 
 

@@ -318,6 +318,9 @@ class RecordKeys(Keys):
     log_every: int = Field(1, ge=1, description="Steps between log lines")
     eval_config: str = Field("", description="TOML file of eval, whose tasks run at every evaluation")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: only at the end")
+    patience: int = Field(
+        0, ge=0, description="Evaluations in a row without a better held-out loss or reward that end a run; 0: none do"
+    )
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="Newest checkpoints to keep, besides the best")
     resume: bool = Field(False, description="Continue the run of this name from its newest checkpoint")
@@ -388,6 +391,8 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, AdapterKeys, OptimizationK
             raise ValueError(
                 "eval_data can't be streamed, as each evaluation is of all of it; leave out streaming there"
             )
+        if self.patience and not (self.eval_every and self.eval_data):
+            raise ValueError(f"patience = {self.patience} has nothing to watch; set eval_every, and add [[eval_data]]")
         if self.eval_every and not self.has_evaluation:
             raise ValueError(
                 f"eval_every = {self.eval_every} has nothing to do; add [[eval_data]] or eval_config, or remove it"
@@ -429,11 +434,9 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
         return self
 
     @model_validator(mode="after")
-    def adapters_have_no_new_words(self) -> "RowsConfig":
+    def new_words_can_train(self) -> "RowsConfig":
         if self.new_tokens and self.lora_rank:
-            raise ValueError(
-                "lora_rank trains no rows of the vocabulary, so new_tokens would not learn; keep one of them"
-            )
+            raise ValueError("lora_rank trains no rows for new_tokens; keep one of them")
         if self.train_only and (not self.new_tokens or self.from_scratch):
             raise ValueError("train_only = new_tokens needs new_tokens = FILE, and weights, so no from_scratch")
         return self

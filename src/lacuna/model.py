@@ -265,7 +265,7 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
         "trained_matmul": adapters if model.lora else matmul,
     }
     rows = (model.vocabulary_size - model.trained_from) * model.embed
-    part = {"trained": rows * (2 - model.is_tied), "decayed": rows * (2 - model.is_tied), "trained_matmul": rows}
+    part = dict.fromkeys(("trained", "decayed"), rows * (2 - model.is_tied)) | {"trained_matmul": rows}
     return counts | (part if model.trained_from else {})
 
 

@@ -212,7 +212,7 @@ class Run:
         self.began = self.clock = time.perf_counter()
         self.lines = list[str]()
         self.resumed = checkpoint_to_resume(config, self.lines.append)
-        self.step = self.resumed[1].run.step if self.resumed else 0
+        self.step, self.worse = (self.resumed[1].run.step, self.resumed[1].run.worse) if self.resumed else (0, 0)
         self.inputs = dict[str, str]()  # hashes of what else is read again when the run resumes
         self.place = self.resumed[1].run.place if self.resumed else {}  # of streamed data, at `step`
         self.compile_seconds, self.save_seconds = 0.0, list[float]()
@@ -253,7 +253,7 @@ class Run:
             self.inputs |= {checkpoint.BASE: checkpoint.base_digest(opened)}
         self.check_unchanged(opened, digests)
         enable_compilation_cache(config)
-        self.opened, self.digests, self.steps = opened, digests, steps
+        self.opened, self.digests, self.steps = opened, digests, self.step if self.is_out_of_patience else steps
         self.watchdog = Watchdog(directory / "run.log")
         newest, manifest = self.resumed or (None, None)
         best = manifest.run.best if manifest and checkpoint.best_checkpoint(directory).is_dir() else None
@@ -299,6 +299,10 @@ class Run:
                     with self.off_the_clock():
                         record |= evaluation.measure(self.whole(state.params), self.watchdog)
                         best = self.better_figure(record)
+                    self.worse = self.worse + 1 if best is None else 0
+                    if self.is_out_of_patience:
+                        self.steps = self.step
+                        self.log.info(f"nothing better in {self.worse} evaluations in a row, so this step is the last")
                 is_stop = stop.is_due(self.step)
                 is_save = is_stop or best is not None or self.is_due(config.save_every, self.step)
                 if is_save or is_evaluation or not figures:  # without figures the step has ended
@@ -320,6 +324,11 @@ class Run:
     def whole(self, params: PyTree[Array]) -> PyTree[Array]:
         """All weights to compute with: those that train, on those that do not."""
         return joined(self.frozen, params, self.opened.model)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many evaluations in a row were not better that the run ends."""
+        return 0 < self.config.patience <= self.worse
 
     def is_due(self, every: int, step: int) -> bool:
         """Whether what comes `every` so many steps, 0 only at the end, comes after this step."""
@@ -402,6 +411,7 @@ class Run:
         facts = RunFacts(
             step=self.step,
             best=best,
+            worse=self.worse,
             wall_seconds=self.seconds,
             config=masked_config(self.config),
             model=model_facts(self.opened.model),
@@ -424,7 +434,9 @@ class Run:
         directory, command, opened = self.config.run_directory, COMMAND_OF[type(self.config)], self.opened
         if is_ended := self.step == self.steps:
             assert self.saver.newest
-            params = checkpoint.saved_params(self.saver.newest, opened.model)
+            best = checkpoint.best_checkpoint(directory)
+            chosen = best if self.is_out_of_patience and best.is_dir() else self.saver.newest
+            params = checkpoint.saved_params(chosen, opened.model)
             facts_of_base = {name: digest for name, digest in self.inputs.items() if name == checkpoint.BASE}
             facts_of_base |= {checkpoint.BITS: str(opened.model.bits)} if opened.base else {}
             target, source = directory / "model", directory / checkpoint.SOURCE
@@ -474,8 +486,7 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     yield opened.attention_line
     if words := opened.tokenizer.new_words:
         last, rows = opened.tokenizer.vocabulary_size - 1, opened.model.vocabulary_size
-        known = f"{words[0]} to {words[-1]}" if len(words) > 1 else words[0]
-        yield f"new words: {len(words):,}, {known}, tokens {last + 1 - len(words):,} to {last:,} of {rows:,} rows"
+        yield f"new words: {len(words):,}, {words[0]} first, the last of them token {last:,} of {rows:,} rows"
     if first := opened.model.trained_from:
         yield f"only the rows of the vocabulary from {first:,} on train: {counts['trained']:,} parameters"
     yield ends_in_words(opened.tokenizer)
