@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lacuna.answers import final_answer, has_one_answer, is_right, is_same_answer, meaning, number_of
+from lacuna.answers import final_answer, is_right, is_same_answer, meaning, number_of
+from lacuna.apps.rewards import has_one_answer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 AWKWARD = [

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,18 +21,22 @@ from lacuna import checkpoint, cli, grpo, optimizer, trainer
 from lacuna.apps.replay import samples_by_step
 from lacuna.apps.rewards import load_rewards
 from lacuna.checkpoint import OpenedModel, at, open_model
-from lacuna.config import GrpoConfig, UserError
+from lacuna.config import GrpoConfig, RewardKeys, UserError
 from lacuna.distributed import make_mesh
 from lacuna.eval import Problem, Problems
-from lacuna.grpo import Inputs, Sample, rewards_of
+from lacuna.grpo import Answered, Inputs, Reward, Sample, rewards_of
 from lacuna.metrics import LineFile, read_json_lines
 from lacuna.model import embed, forward, head_of, read_model_config
-from lacuna.sampler import Sampler
+from lacuna.sampler import Completion, Sampler
 from lacuna.tokenizer import load_tokenizer
 
 REWARDS = '''
+from pathlib import Path
+
 def letters(prompt, completion, row):
     """The share of letters that are vowels, and so different for most completions."""
+    if Path(__file__).with_name("down").exists():
+        raise ConnectionError("the judge is down")
     return sum(letter in "aeiou" for letter in completion) / (1 + len(completion))
 
 def broken(prompt, completion, row):
@@ -300,11 +306,15 @@ def problem(answer: str) -> Problem:
     return Problem("data.jsonl line 7", "How many?", (1,), answer, {"answer": answer, "question": "How many?"})
 
 
+def asked(rewards: Sequence[Reward], answered: Sequence[Answered], step: int = 1, **keys: Any) -> Any:
+    return rewards_of(rewards, answered, "step 0", step, RewardKeys(**keys), lambda: None)
+
+
 def test_rewards_of_ours_judge_answer_and_format() -> None:
     rewards = load_rewards(["gsm8k_correct:1.0", "format:0.2"])
     texts = ("#### 1200", "It is 1200.", "#### 7", "none", "#### none", "1200 ####", "the answer is 1200")
-    pairs = [(problem("so #### 1,200"), text) for text in texts]
-    values, seconds = rewards_of(rewards, pairs, "step 0")
+    answered = [Answered(problem("so #### 1,200"), text) for text in texts]
+    values, seconds, _ = asked(rewards, answered)
     assert values == {"gsm8k_correct": [1, 1, 0, 0, 0, 1, 1], "format": [1, 0, 1, 0, 0, 0, 0]}
     assert [reward.weight for reward in rewards] == [1.0, 0.2] and seconds.keys() == values.keys()
 
@@ -316,7 +326,7 @@ def test_rewards_of_ours_judge_answer_and_format() -> None:
 def test_a_reward_that_fails_names_itself_and_the_row(rewards_file: Path, name: str, why: str) -> None:
     (reward,) = load_rewards([f"{rewards_file}:{name}:1"])
     with pytest.raises(UserError, match=rf"reward {name} on data.jsonl line 7: {why}; the completion begins 'text'"):
-        rewards_of([reward], [(problem("1"), "text")], "step 0")
+        asked([reward], [Answered(problem("1"), "text")])
 
 
 @pytest.mark.parametrize(
@@ -332,6 +342,153 @@ def test_a_reward_that_fails_names_itself_and_the_row(rewards_file: Path, name: 
 def test_a_reward_that_is_not_there_is_refused(rewards_file: Path, spec: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
         load_rewards([spec.replace("{file}", str(rewards_file))])
+
+
+JUDGES = """
+import asyncio, threading, time
+from beside import half
+barrier, calls, loops = threading.Barrier(4, timeout=60), [], set()
+
+def by_name(prompt, completion, row, messages, step, truncated, tokens):
+    row.clear()
+    return len(messages) + 10 * step + 100 * truncated + 1000 * len(tokens)
+
+def of_all(completions, rows, **others):
+    assert sorted(others) == ["messages", "prompts", "step", "tokens", "truncated"]
+    return [half(text) if row else None for text, row in zip(completions, rows)]
+
+def short(completions):
+    return [1.0]
+
+async def slowly(prompt, completion, row):
+    loops.add(asyncio.get_running_loop())
+    await asyncio.sleep(1000 * (completion == "hangs"))
+    return len(completion)
+
+def together(prompt, completion, row):
+    return barrier.wait() * 0.0
+
+def hangs(prompt, completion, row):
+    time.sleep(1000 * (completion == "hangs"))
+    return 1.0
+
+def flaky(prompt, completion, row):
+    calls.append(completion)
+    if calls.count(completion) < 3:
+        raise ConnectionError("no answer")
+    return 1.0
+
+def asks_too_much(prompt, completion, row, weather):
+    return 0.0
+"""
+
+
+@pytest.fixture
+def judges(tmp_path: Path) -> Callable[[str], Reward]:
+    (tmp_path / "math.py").write_text(JUDGES)  # of the name of a module of Python
+    (tmp_path / "beside.py").write_text("def half(text):\n    return len(text) / 2\n")
+    return lambda name: load_rewards([f"{tmp_path / 'math.py'}:{name}"])[0]
+
+
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def of(reward: Reward, texts: Sequence[str], **keys: Any) -> Any:
+    values, _, failures = asked([reward], [Answered(problem("1"), text, (1, 2), True) for text in texts], **keys)
+    return (values[reward.name], failures) if failures else values[reward.name]
+
+
+def test_a_reward_gets_what_it_asks_for_and_a_row_of_its_own(judges: Callable[[str], Reward]) -> None:
+    here = replace(problem("1"), messages=[{"role": "user", "content": "?"}])
+    values, *_ = asked([judges("by_name")], [Answered(here, "a", (1, 2, 3), True)] * 2, step=7)
+    assert values == {"by_name": [3171, 3171]} and here.row["answer"] == "1"
+    with pytest.raises(UserError, match="asks for weather; a reward gets prompt, completion and row, or prompts"):
+        judges("asks_too_much")
+
+
+def test_a_reward_may_take_all_completions_at_once_or_be_async(judges: Callable[[str], Reward]) -> None:
+    assert of(judges("of_all"), ["a", "bcd"]) == [0.5, 1.5]
+    with pytest.raises(UserError, match="reward short on data.jsonl line 7: it gave 1 values for 2 completions"):
+        of(judges("short"), ["a", "b"])
+    assert of(judges("slowly"), ["a", "bcd", "ef"], reward_workers=2) == [1, 3, 2]
+
+
+def test_calls_are_made_side_by_side_and_again_where_they_fail(judges: Callable[[str], Reward]) -> None:
+    assert of(judges("together"), ["a"] * 8, reward_workers=4) == [0.0] * 8  # each waits for three others
+    assert of(judges("flaky"), ["a", "b"], reward_retries=2) == [1, 1]
+    with pytest.raises(UserError, match="ConnectionError: no answer"):
+        of(judges("flaky"), ["c"], reward_retries=1)
+
+
+@pytest.mark.parametrize("name", ["hangs", "slowly"])
+def test_a_call_that_hangs_ends_at_its_limit(judges: Callable[[str], Reward], name: str) -> None:
+    values, failures = of(judges(name), ["hangs", "a"], reward_seconds=0.3, on_reward_error="drop")
+    assert values == [None, 1] and len(failures) == 1 and "it took more than 0.3 s" in failures[0]
+    with pytest.raises(UserError, match="on data.jsonl line 7: it took more than 0.3 s .*; .* begins 'hangs'"):
+        of(judges(name), ["hangs", "a"], reward_seconds=0.3)
+
+
+def test_a_completion_without_a_reward_is_in_no_mean_and_in_no_loss() -> None:
+    rewards = [Reward("one", 1.0, lambda *_: []), Reward("two", 2.0, lambda *_: [])]
+    values: dict[str, list[float | None]] = {"one": [1.0, None, None, 0.0], "two": [None, 0.5, None, 1.0]}
+    total = grpo.total_reward(rewards, values)
+    np.testing.assert_array_equal(total, [1.0, 1.0, np.nan, 2.0])
+    found = grpo.advantages(total[None], False)[0]
+    np.testing.assert_allclose(found, [-1 / 3, -1 / 3, 0, 2 / 3])
+    np.testing.assert_allclose(grpo.advantages(total[None], True)[0, 3], 2 / 3 / (np.std([1, 1, 2], ddof=1) + 1e-4))
+    group = [
+        replace(random_samples(150)[0], rewards={"one": one, "two": two}, reward=float(np.nan_to_num(worth)))
+        for one, two, worth in zip(values["one"], values["two"], total, strict=True)
+    ]
+    assert [sample.is_judged for sample in group] == [True, True, False, True]
+    assert grpo.kept_samples([group], grpo_config()) == [group[0], group[1], group[3]]
+    assert not grpo.has_variance(group[:3])
+    facts = grpo.rollout_facts([group])
+    assert facts["reward"] == 4 / 3 and facts["reward/one"] == 0.5 and facts["reward/two"] == 0.75
+
+
+def test_special_tokens_but_for_the_one_that_ends_it_reach_a_reward() -> None:
+    tokenizer = load_tokenizer(TINY)
+    steps: Any = SimpleNamespace(
+        inputs=SimpleNamespace(opened=SimpleNamespace(tokenizer=tokenizer)), stop_ids=(2,), special_ids={0, 1, 2}
+    )
+    ids = tuple(tokenizer.backend.encode("a<|im_start|>b").ids)
+    completion = Completion(0, 0, (*ids, 2), "ab", (), (), (), "stop")
+    assert grpo.RolloutSteps.answered(steps, problem("1"), completion) == Answered(
+        problem("1"), "a<|im_start|>b", (*ids, 2), False
+    )
+    plain = Completion(0, 0, (ids[0], 2), "a", (), (), (), "stop")
+    assert grpo.RolloutSteps.answered(steps, problem("1"), plain).text == "a"
+
+
+def test_a_module_in_the_working_directory_can_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_judge.py").write_text("def score(prompt, completion, row):\n    return 2\n")
+    monkeypatch.chdir(tmp_path)
+    assert of(load_rewards(["my_judge:score"])[0], ["a"]) == [2]
+
+
+def test_a_run_whose_judge_fails_saves_its_last_step_and_resumes_as_if_it_had_not(
+    finished: GrpoConfig, one_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finished.model_copy(update={"run_name": "judge_down", "save_every": 0})
+    down, usual, updates = Path(finished.reward[0].partition(":")[0]).with_name("down"), grpo.update, iter(range(9))
+
+    def update(*given: Any) -> Any:
+        if next(updates) == 2:
+            down.touch()
+        return usual(*given)
+
+    monkeypatch.setattr(grpo, "update", update)
+    try:
+        with pytest.raises(UserError, match="ConnectionError: the judge is down; .*; step 3 is saved: .* --resume"):
+            cli.run(config)
+    finally:
+        down.unlink()
+    assert checkpoint.saved_steps(config.run_directory)[-1] == 3
+    cli.run(config.model_copy(update={"resume": True}))
+    assert logged(config) == logged(finished)
 
 
 def test_a_reward_file_that_leaves_on_import_is_refused(tmp_path: Path) -> None:
@@ -406,16 +563,16 @@ def test_a_run_logs_saves_resumes_and_replays(
     assert "Reward" in (directory / "report.html").read_text()
 
     resumed = finished.model_copy(update={"run_name": "again"})
-    values, usual = iter(range(100)), grpo.value_of
+    rollouts, usual = iter(range(9)), grpo.rewards_of
 
-    def value_of(*given: Any) -> float:
-        assert next(values) < 99, "power cut"
+    def rewards_of(*given: Any) -> Any:
+        assert next(rollouts) < 3, "power cut"
         return usual(*given)
 
-    monkeypatch.setattr(grpo, "value_of", value_of)
+    monkeypatch.setattr(grpo, "rewards_of", rewards_of)
     with pytest.raises(AssertionError, match="power cut"):
         cli.run(resumed)
-    monkeypatch.setattr(grpo, "value_of", usual)
+    monkeypatch.setattr(grpo, "rewards_of", usual)
     assert len(records(resumed)) < 5
     cli.run(resumed.model_copy(update={"resume": True}))
     assert logged(resumed) == logged(finished)

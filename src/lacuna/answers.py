@@ -40,6 +40,7 @@ SPELLINGS = [
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|fbox)(?![a-zA-Z])", ""),
         (r"\\(?:text|mbox|mathrm|textbf|mathbf|mathit|textit|operatorname\*?)\s{0,4}\{([^{}]*)\}", r" \1 "),
         (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\?[$%]|[€£¥]|\*\*|(?<!\\)\\[()\[\]]", ""),
+        (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s?(\d)\s?\{", r"\\frac{\1}{"),
         (r"\^?\\circ(?![a-z])|\^\{\\circ\}|°|\\degree(?![a-z])", ""),
         (r"\\[{]", "⟨"), (r"\\[}]", "⟩"), (r"[−–]", "-"), (r"\\(?:cdot|times|ast)(?![a-z])|[×·⋅]", "*"),
         (r"\\div(?![a-z])|÷", "/"), (r"π", r"\\pi "), (r"√", r"\\sqrt "), (r"∞", r"\\infty "), (r"∪", r"\\cup "),
@@ -59,7 +60,6 @@ SIGNS = ("\\pm", "\\mp")
 FUNCTION = re.compile(rf"(?<![\\a-zA-Z])({'|'.join((*FUNCTIONS, 'sqrt', 'pi'))})(?![a-zA-Z])")
 REPEATING = re.compile(r"(\d{0,30})\.(\d{0,30})\\overline\s?\{(\d{1,30})\}")
 SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,2})(?!\w)")
-MATRIX = re.compile(r"\\begin\s?\{([pbvBV]?matrix)\}(.*)\\end\s?\{\1\}", re.DOTALL)
 CONSTANTS = {"pi", "infty", "alpha", "beta", "gamma", "theta", "phi", "lambda", "mu", "omega", "sigma"}
 BRACKETS = {"(": ")", "[": "]", "⟨": "⟩", "{": "}"}
 
@@ -101,19 +101,6 @@ def inside_braces(text: str) -> tuple[str, bool]:
         if not depth:
             return text[: match.start()], True
     return text, False
-
-
-def has_one_answer(text: str) -> bool:
-    """Whether a text has just one of the marks `####`, `\\boxed{}` and `<answer>`, closed, with one answer in it that
-    is read as mathematics."""
-    marks = list(FORMAL_MARK.finditer(text[-SEARCHED:]))
-    if len(text) > SEARCHED or len(marks) != 1 or not (answer := marked_answer(text, FORMAL_MARK)):
-        return False
-    rest = text[marks[0].end() :]
-    is_closed = marks[0][0].startswith("#") or "</answer>" in rest.lower()
-    is_closed |= marks[0][0].endswith("{") and inside_braces(rest)[1]
-    value = meaning(answer)
-    return is_closed and value is not None and value[0] != "list"
 
 
 def expected_answers(reference: str | Sequence[str]) -> list[str]:
@@ -210,9 +197,6 @@ def structure(text: str, depth: int) -> Value:
     text = text.strip()
     if depth > DEEPEST:
         raise Unreadable
-    if matrix := MATRIX.fullmatch(text):
-        rows = (row.split("&") for row in matrix[2].split("\\\\") if row.strip())
-        return "matrix", tuple(tuple(structure(cell, depth + 1) for cell in row) for row in rows)
     parts = [part for each in re.split(r"\s(?:and|or)\s", text) for part in split_apart(each.strip(" ,"), ",", ";")]
     if len(parts) > 1:
         items = [structure(part, depth + 1) for part in parts]
@@ -360,12 +344,8 @@ class Expression:
             terms = self.sum()
             self.need(BRACKETS[token])
         elif token == "\\frac":
-            top = self.fraction_part()
-            terms = self.times(top, self.power(self.fraction_part(), Fraction(-1)))
-        elif token == "\\sqrt" and self.next("["):
-            degree = self.sum()
-            self.need("]")
-            terms = opaque("root", degree, self.group())
+            top = self.group()
+            terms = self.times(top, self.power(self.group(), Fraction(-1)))
         elif token == "\\sqrt":
             terms = self.root(self.group())
         elif token[1:] in FUNCTIONS:
@@ -385,13 +365,6 @@ class Expression:
         while self.place < len(self.tokens) and self.tokens[self.place].isalpha():
             argument = self.times(argument, self.factor())
         return opaque(name, base, exponent, argument)
-
-    def fraction_part(self) -> Terms:
-        """A part of a fraction: without braces it is one digit, so that the rest of a number is left."""
-        token = self.tokens[self.place] if self.place < len(self.tokens) else ""
-        if token.isdigit() and len(token) > 1:
-            self.tokens[self.place : self.place + 1] = [token[0], token[1:]]
-        return self.group()
 
     def number(self, token: str) -> Terms:
         """A number, which a fraction after it makes a mixed one."""
@@ -429,14 +402,8 @@ class Expression:
                 inverse = opaque("1 /", {key: factor / leading for key, factor in terms.items()})
                 return self.power(self.times(inverse, number(1 / leading)), -exponent)
             ((key, factor),) = terms.items() or [((), Fraction(0))]
-            roots = [int(name[1:]) for name, _ in key if name.startswith("√")]
-            turns = [each for name, each in key if name == "i"]
-            inverse = {tuple((name, -each) for name, each in key if name != "i" and name[0] != "√"): 1 / factor}
-            for radicand in roots:
-                inverse = times_root(self.times(inverse, number(Fraction(1, radicand))), radicand)
-            for turn in turns:
-                inverse = self.times(inverse, {(("i", 4 - turn),): Fraction(1)})
-            return self.power(inverse, -exponent)
+            inverse = {tuple((name, -each) for name, each in key): 1 / factor}
+            return self.power(self.times(inverse, number(1)), -exponent)
         result = number(1)
         for _ in range(int(exponent) if any(terms) else 0):
             result = self.times(result, terms)
@@ -488,7 +455,7 @@ def product_of(one: tuple[Atom, ...], other: tuple[Atom, ...]) -> Terms:
     exponents, radicand, factor = dict[str, Fraction](), 1, Fraction(1)
     for name, exponent in (*one, *other):
         if name.startswith("√"):
-            radicand *= int(name[1:])
+            radicand, factor = radicand * int(name[1:]), factor / (int(name[1:]) if exponent < 0 else 1)
         else:
             exponents[name] = exponents.get(name, Fraction(0)) + exponent
     turns = exponents.pop("i", Fraction(0)) % 4

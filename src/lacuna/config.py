@@ -491,12 +491,23 @@ class RolloutKeys(ChoiceKeys):
         return SamplingKeys(max_tokens=self.max_completion_tokens, **chosen)
 
 
-class ObjectiveKeys(Keys):
-    """Objective"""
+class RewardKeys(Keys):
+    """Rewards"""
 
     reward: tuple[str, ...] = Field(
         ("correct:1.0",), description="NAME:WEIGHT of each reward, where NAME is correct, format or FILE.py:FUNCTION"
     )
+    reward_workers: int = Field(1, ge=1, le=1024, description="Calls of a reward at once, each in a thread")
+    reward_seconds: float = Field(60.0, gt=0, description="Longest that one call of a reward may take, in seconds")
+    reward_retries: int = Field(0, ge=0, description="Times that a call of a reward which failed is made again")
+    on_reward_error: Literal["stop", "drop"] = Field(
+        "stop", description="When a call is given up, save and stop, or do without that reward for that completion"
+    )
+
+
+class ObjectiveKeys(Keys):
+    """Objective"""
+
     scale_by_std: bool = Field(False, description="Divide advantages by the standard deviation of their group")
     loss_normalisation: Literal["token", "sequence", "constant"] = Field(
         "token", description="What counts the same: each token, each completion, or each max_completion_tokens"
@@ -508,7 +519,7 @@ class ObjectiveKeys(Keys):
     mask_truncated: bool = Field(True, description="Leave completions cut off at max_completion_tokens out of the loss")
 
 
-class GrpoConfig(ObjectiveKeys, RolloutKeys, ProblemKeys, TrainingConfig):
+class GrpoConfig(ObjectiveKeys, RewardKeys, RolloutKeys, ProblemKeys, TrainingConfig):
     """Improve a model by reinforcement learning with verifiable rewards."""
 
     learning_rate: LearningRate = 1e-6

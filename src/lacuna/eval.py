@@ -122,7 +122,7 @@ def log_likelihoods(
 class Problem:
     """A row to ask: its origin, the text and tokens of its prompt, its reference answer or several of which any is
     right, the row itself, the texts to choose from with the place of the right one, where there is a choice, and
-    whether the chat template wrote the prompt."""
+    whether the chat template wrote the prompt; and the messages that it was made of."""
 
     origin: str
     prompt: str
@@ -132,6 +132,7 @@ class Problem:
     choices: tuple[str, ...] = ()
     right: int = -1
     is_chat: bool = True
+    messages: list[Message] = field(default_factory=list, repr=False)
 
 
 class Problems(NamedTuple):
@@ -174,7 +175,7 @@ def read_problems(
         has_choices = isinstance(config, EvalConfig) and "choices" in config.tasks
         choices = choices_of(row, example.reference, config) if has_choices else ()
         reference = {"answer": answer} if answer else {}
-        return Problem(origin, text, token, answer or "", row | reference, *choices, is_chat=is_chat)
+        return Problem(origin, text, token, answer or "", row | reference, *choices, is_chat=is_chat, messages=messages)
 
     problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:

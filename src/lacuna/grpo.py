@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from lacuna import checkpoint, metrics, optimizer, weights
 from lacuna.answers import expected_answers
 from lacuna.checkpoint import OpenedModel, open_model
-from lacuna.config import GrpoConfig, SamplingKeys, UserError
+from lacuna.config import GrpoConfig, RewardKeys, SamplingKeys, UserError
 from lacuna.data import Mixture, first_fit, locate
 from lacuna.distributed import from_first, held_directory, is_first, make_mesh, put_batch, row_shards
 from lacuna.eval import Problem, Problems, Tasks, measure_in_training, read_problems
@@ -43,6 +43,7 @@ from lacuna.model import (
 )
 from lacuna.optimizer import Facts, Recipe, TrainState
 from lacuna.sampler import Completion, Request, Sampler, slots_for
+from lacuna.tokenizer import decode
 from lacuna.trainer import Evaluation, Run, Step
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
@@ -54,57 +55,65 @@ STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 
 # Rewards
 
-RewardFunction = Callable[[str, str, dict[str, Any]], float]
+Value = float | None  # None: it does not apply to this completion
+
+
+class Answered(NamedTuple):
+    """A completion of a problem: its text, its tokens, and whether it was cut off."""
+
+    problem: Problem
+    text: str
+    tokens: tuple[int, ...] = ()
+    is_truncated: bool = False
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A function, its weight in the sum, and its name in logs.
-
-    A function takes the prompt as the model was asked, the completion, and the data row, in which "answer" is the
-    reference answer, and returns a finite number.
-    """
+    """Its name in logs, its weight in the sum, and what judges completions: given them, the step, the keys, a list for
+    why calls were given up and what reports progress, it has a value for each."""
 
     name: str
     weight: float
-    function: RewardFunction
+    judge: Callable[[Sequence[Answered], int, RewardKeys, list[str], Callable[[], None]], list[Value]]
     needs_answer: bool = False
     file: Path | None = None
 
 
 def rewards_of(
-    rewards: Sequence[Reward], pairs: Sequence[tuple[Problem, str]], name: str
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """What each reward gives each completion, and the seconds that each took.
+    rewards: Sequence[Reward],
+    answered: Sequence[Answered],
+    name: str,
+    step: int,
+    keys: RewardKeys,
+    report: Callable[[], None],
+) -> tuple[dict[str, list[Value]], dict[str, float], list[str]]:
+    """What each reward gives each completion, the seconds that each took, and why calls were given up, whose values are
+    None.
 
-    Only the first process asks, under this name, as a user's function need not give the same everywhere.
+    Only the first process asks, under this name, as a user's function need not give the same everywhere; `report` is
+    called while calls are made.
 
     Raises:
-        UserError: a function fails or gives no finite number; names it, the row and the completion.
+        UserError: a call was given up, and `on_reward_error` is stop.
     """
-    values, seconds = {}, {}
+    values, seconds, failures = dict[str, list[Value]](), dict[str, float](), list[str]()
     for reward in rewards if is_first() else ():
         began = time.perf_counter()
-        values[reward.name] = [value_of(reward, problem, completion) for problem, completion in pairs]
+        values[reward.name] = reward.judge(answered, step, keys, failures, report)
         seconds[reward.name] = time.perf_counter() - began
-    values, seconds = json.loads(from_first(f"rewards of {name}", json.dumps([values, seconds])))
-    return values, seconds
+        if failures and keys.on_reward_error == "stop":
+            break
+    values, seconds, failures = json.loads(from_first(f"rewards of {name}", json.dumps([values, seconds, failures])))
+    if failures and keys.on_reward_error == "stop":
+        raise UserError(failures[0])
+    return values, seconds, failures
 
 
-def value_of(reward: Reward, problem: Problem, completion: str) -> float:
-    try:
-        value = float(reward.function(problem.prompt, completion, problem.row))
-        wrong = "" if math.isfinite(value) else f"it gave {value}"
-    except (Exception, SystemExit) as error:
-        value, wrong = 0.0, f"{type(error).__name__}: {error}"
-    if wrong:
-        raise UserError(f"reward {reward.name} on {problem.origin}: {wrong}; the completion begins {completion[:80]!r}")
-    return value
-
-
-def total_reward(rewards: Sequence[Reward], values: dict[str, list[float]]) -> Float[np.ndarray, " completion"]:
-    """The weighted sum of the rewards."""
-    return np.sum([reward.weight * np.array(values[reward.name]) for reward in rewards], axis=0)
+def total_reward(rewards: Sequence[Reward], values: dict[str, list[Value]]) -> Float[np.ndarray, " completion"]:
+    """The weighted sum of the rewards that apply; nan where none does."""
+    weighted = [reward.weight * np.array(values[reward.name], np.float64) for reward in rewards]
+    is_judged = np.any(np.isfinite(weighted), axis=0)
+    return np.where(is_judged, np.nansum(weighted, axis=0), np.nan)
 
 
 # Samples and their rows
@@ -125,9 +134,14 @@ class Sample:
     log_probabilities: tuple[float, ...]
     sampled_log_probabilities: tuple[float, ...]
     is_truncated: bool
-    rewards: dict[str, float]
+    rewards: dict[str, float | None]
     reward: float
     advantage: float
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether any reward applies to it."""
+        return not self.rewards or any(value is not None for value in self.rewards.values())
 
 
 Group = Sequence[Sample]
@@ -140,26 +154,33 @@ def group_by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
 
 def advantages(rewards: Float[np.ndarray, "group member"], scale_by_std: bool) -> Float[np.ndarray, "group member"]:
     """Rewards less the mean of their group (Shao et al. 2024), over its standard deviation where that is asked for,
-    which Dr. GRPO (Liu et al. 2025) advises against. A group whose rewards are equal has advantages of exactly 0."""
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    if scale_by_std:
-        centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + STD_EPSILON)
-    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, centred, 0.0)
+    which Dr. GRPO (Liu et al. 2025) advises against. A group whose rewards are equal has advantages of exactly 0, and a
+    member without a reward, nan, is left out."""
+    found = np.zeros(rewards.shape)
+    for group, advantage in zip(rewards, found, strict=True):
+        is_judged = ~np.isnan(group)
+        judged = group[is_judged]
+        if len(judged) and np.ptp(judged) > 0:
+            scale = np.std(judged, ddof=1) + STD_EPSILON if scale_by_std else 1.0
+            advantage[is_judged] = (judged - np.mean(judged)) / scale
+    return found
 
 
 def kept_samples(groups: Sequence[Group], config: GrpoConfig) -> list[Sample]:
-    """Those that the loss counts: not of a group without variance, nor truncated if these are masked (DAPO, Yu et al.
-    2025). With a divergence to keep small, groups without variance count too."""
+    """Those that the loss counts: not of a group without variance, nor without a reward, nor truncated if these are
+    masked (DAPO, Yu et al. 2025). With a divergence to keep small, groups without variance count too."""
     return [
         sample
         for group in groups
         for sample in group
-        if (config.kl_weight > 0 or has_variance(group)) and not (config.mask_truncated and sample.is_truncated)
+        if (config.kl_weight > 0 or has_variance(group))
+        and sample.is_judged
+        and not (config.mask_truncated and sample.is_truncated)
     ]
 
 
 def has_variance(group: Group) -> bool:
-    return any(sample.reward != group[0].reward for sample in group)
+    return len({sample.reward for sample in group if sample.is_judged}) > 1
 
 
 def token_weights(kept: Sequence[Sample], config: GrpoConfig) -> Callable[[Sample], float]:
@@ -479,9 +500,9 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
     samples = [sample for group in groups for sample in group]
     names = samples[0].rewards
     return {
-        "reward": float(np.mean([sample.reward for sample in samples])),
+        "reward": mean_value(sample.reward for sample in samples if sample.is_judged),
         "reward_std": float(np.mean([np.std([sample.reward for sample in group]) for group in groups])),
-        **{f"reward/{name}": float(np.mean([sample.rewards[name] for sample in samples])) for name in names},
+        **{f"reward/{name}": mean_value(sample.rewards[name] for sample in samples) for name in names},
         "completion_length": float(np.mean([len(sample.tokens) for sample in samples])),
         "completion_tokens": sum(len(sample.tokens) for sample in samples),
         "truncated_fraction": float(np.mean([sample.is_truncated for sample in samples])),
@@ -578,6 +599,8 @@ class RolloutSteps:
         slots = slot_count(config, opened.mesh)
         self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype)
         self.stop_ids = tuple(opened.tokenizer.ends)
+        added = opened.tokenizer.backend.get_added_tokens_decoder()
+        self.special_ids = {id for id, token in added.items() if token.special}
 
     def take(self, state: TrainState) -> Step:
         """One rollout, its rewards and its updates."""
@@ -586,7 +609,10 @@ class RolloutSteps:
             run.watchdog.pause()  # the first step may take its time to compile
         self.sampler.load(run.whole(state.params))
         asked = problems_of_step(self.inputs, config, run.step)
-        groups, reward_seconds = self.rollout(asked)
+        try:
+            groups, reward_seconds = self.rollout(asked)
+        except UserError as error:
+            raise UserError(f"{error}{self.saved(state)}") from error
         middle = time.perf_counter()
         state, facts = update(state, groups, self.reference, self.recipe, self.inputs.opened, config, run.frozen)
         ended = time.perf_counter()
@@ -605,6 +631,17 @@ class RolloutSteps:
             raise UserError(f"step {run.step + 1}: {problem}")
         return state, record, {}
 
+    def saved(self, state: TrainState) -> str:
+        """Save the last whole step, unless it is saved or there is none; says how to continue from it."""
+        run = self.run
+        if not run.step:
+            return ""
+        if run.step not in checkpoint.saved_steps(self.config.run_directory):
+            run.save(state, None)
+            run.saver.wait()
+            run.saver.report(run.log.info)
+        return f"; step {run.step} is saved: fix the reward and continue with --resume"
+
     def rollout(self, asked: list[tuple[int, Problem]]) -> tuple[list[list[Sample]], dict[str, float]]:
         """The groups of a step, each completion with its rewards and advantage, and the seconds of each reward."""
         config, rewards, size = self.config, self.inputs.rewards, self.config.completions_per_prompt
@@ -613,8 +650,8 @@ class RolloutSteps:
             seed = int(np.random.default_rng([config.seed, ROLLOUT, place]).integers(2**32))
             requests.append(Request(problem.token, config.rules, self.stop_ids, seed=seed, n=size))
         completions = self.sampler.generate(requests, self.report_completion)
-        pairs = [(asked[completion.request][1], completion.text) for completion in completions]
-        values, seconds = rewards_of(rewards, pairs, f"step {self.run.step}")
+        answered = [self.answered(asked[completion.request][1], completion) for completion in completions]
+        values, seconds = self.values(answered, f"step {self.run.step}")
         total = total_reward(rewards, values)
         advantage = advantages(total.reshape(-1, size), config.scale_by_std).ravel()
         samples = [
@@ -625,19 +662,42 @@ class RolloutSteps:
                 origin=problem.origin,
                 prompt_tokens=problem.token,
                 tokens=completion.tokens,
-                text=completion.text,
+                text=text,
                 log_probabilities=completion.log_probabilities,
                 sampled_log_probabilities=completion.sampled_log_probabilities,
                 is_truncated=completion.finish_reason == "length",
                 rewards={name: value[number] for name, value in values.items()},
-                reward=float(total[number]),
+                reward=float(np.nan_to_num(total[number])),
                 advantage=float(advantage[number]),
             )
-            for number, (completion, (problem, _)) in enumerate(zip(completions, pairs, strict=True))
+            for number, (completion, (problem, text, *_)) in enumerate(zip(completions, answered, strict=True))
         ]
         return group_by_prompt(samples), seconds
 
+    def answered(self, problem: Problem, completion: Completion) -> Answered:
+        """A completion as rewards see it: all its text but the token that ended it, special tokens too."""
+        tokenizer, shown, text = self.inputs.opened.tokenizer, completion.tokens, completion.text
+        if completion.finish_reason == "stop" and shown and shown[-1] in self.stop_ids:
+            shown = shown[:-1]
+        if self.special_ids.intersection(shown):
+            text = decode(tokenizer, shown)
+        return Answered(problem, text, completion.tokens, completion.finish_reason == "length")
+
+    def values(self, answered: Sequence[Answered], name: str) -> tuple[dict[str, list[Value]], dict[str, float]]:
+        """What each reward gives each completion, and the seconds of each; says so where calls were given up."""
+        run = self.run
+        if not is_first():
+            run.watchdog.pause()
+        given = rewards_of(self.inputs.rewards, answered, name, run.step + 1, self.config, self.report_progress)
+        values, seconds, failures = given
+        if failures:
+            run.log.info(f"WARNING: {len(failures)} calls of rewards were given up, as {failures[0]}")
+        return values, seconds
+
     def report_completion(self, completion: Completion) -> None:
+        self.report_progress()
+
+    def report_progress(self) -> None:
         """Report progress to the watchdog; the first step may take its time to compile."""
         if self.run.first_step_seconds is not None:
             self.run.watchdog.report_progress()
@@ -645,20 +705,30 @@ class RolloutSteps:
     def measure(self, params: PyTree[Array], watchdog: Any) -> dict[str, Any]:
         """Figures of the tasks, and mean rewards of greedy completions of the held-out problems."""
         figures = measure_in_training(self.tasks, params) if self.tasks else {}
-        return figures | (self.held_out_rewards(params) if self.inputs.held_out else {})
+        try:
+            return figures | (self.held_out_rewards(params) if self.inputs.held_out else {})
+        except UserError as error:  # a step that fails so saves and stops
+            self.run.log.info(f"WARNING: nothing was measured: {error}")
+            return figures
 
-    def held_out_rewards(self, params: PyTree[Array]) -> dict[str, float]:
+    def held_out_rewards(self, params: PyTree[Array]) -> dict[str, float | None]:
         """Mean rewards of greedy completions of the held-out problems."""
         assert self.inputs.held_out
         self.sampler.load(params)
         problems = self.inputs.held_out.problems
         rules = SamplingKeys(temperature=0.0, max_tokens=self.config.max_completion_tokens)
         requests = [Request(problem.token, rules, self.stop_ids) for problem in problems]
-        texts = [completion.text for completion in self.sampler.generate(requests, self.report_completion)]
-        pairs = list(zip(problems, texts, strict=True))
-        values, _ = rewards_of(self.inputs.rewards, pairs, f"evaluation {self.run.step}")
-        means = {f"eval_reward/{name}": float(np.mean(value)) for name, value in values.items()}
-        return {"eval_reward": float(np.mean(total_reward(self.inputs.rewards, values)))} | means
+        completions = self.sampler.generate(requests, self.report_completion)
+        answered = [self.answered(*each) for each in zip(problems, completions, strict=True)]
+        values, _ = self.values(answered, f"evaluation {self.run.step}")
+        means = {f"eval_reward/{name}": mean_value(value) for name, value in values.items()}
+        return {"eval_reward": mean_value(total_reward(self.inputs.rewards, values))} | means
+
+
+def mean_value(values: Iterable[Value]) -> float | None:
+    """The mean of the rewards that apply, None if none does."""
+    found = [value for value in values if value is not None and not math.isnan(value)]
+    return float(np.mean(found)) if found else None
 
 
 def shown_samples(groups: Sequence[Group], asked: dict[int, Problem]) -> dict[str, str]:
@@ -666,7 +736,7 @@ def shown_samples(groups: Sequence[Group], asked: dict[int, Problem]) -> dict[st
     found = {}
     for sample in (group[0] for group in groups[:SHOWN_COMPLETIONS]):
         problem = asked[sample.place]
-        worth = [f"{name} {value:g}" for name, value in sample.rewards.items()]
+        worth = [f"{name} {'none' if value is None else f'{value:g}'}" for name, value in sample.rewards.items()]
         expected = [f"expected {' or '.join(expected_answers(problem.answer))}"] if problem.answer else []
         facts = ", ".join((*expected, *worth, f"advantage {sample.advantage:.2f}"))
         found[f"{problem.prompt} ({problem.origin})"] = f"{sample.text} ({facts})"

@@ -1,16 +1,176 @@
-"""Rewards: what a completion is worth, by functions of ours or by the user's own."""
+"""Rewards: what a completion is worth, by functions of ours or of the user's own, called side by side in bounded time.
 
+Calls are made in threads that nothing has to wait for, so one that hangs is left behind at its limit.
+"""
+
+import asyncio
+import copy
 import importlib
 import importlib.util
+import inspect
 import math
+import queue
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lacuna.answers import has_one_answer, is_right
-from lacuna.config import UserError
-from lacuna.grpo import Reward, RewardFunction
+from lacuna.answers import FORMAL_MARK, SEARCHED, inside_braces, is_right, marked_answer, meaning
+from lacuna.config import RewardKeys, UserError
+from lacuna.grpo import Answered, Reward, Value
+
+LOOK_SECONDS = 0.2  # between two looks for calls that hang
+BY_NAME = ("tokens", "truncated", "step", "messages")  # what a function gets that has such a parameter
+STARRED, DOUBLE_STARRED = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+OF_ALL = ("prompts", "completions", "rows", *BY_NAME)  # and one that takes all completions at once
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A function and what it takes by name.
+
+    A function takes the prompt as the model was asked, the completion, and a copy of the data row, in which "answer" is
+    the reference answer. It returns a finite number, or None where it does not apply. One with a parameter
+    `completions` takes lists of all of them, by name, and returns a list.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    asked: tuple[str, ...]
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether one call is for all completions."""
+        return "completions" in self.asked
+
+    def __call__(
+        self,
+        answered: Sequence[Answered],
+        step: int,
+        keys: RewardKeys,
+        failures: list[str],
+        report: Callable[[], None],
+    ) -> list[Value]:
+        """The value of each completion; `failures` gets a line for each call that is given up."""
+        return Calls(self, answered, step, keys, failures).made(report)
+
+
+# Calls
+
+
+class Calls:
+    """The calls of one reward for the completions of a step; `failures` gets a line for each that is given up."""
+
+    def __init__(
+        self, reward: Judge, answered: Sequence[Answered], step: int, keys: RewardKeys, failures: list[str]
+    ) -> None:
+        self.reward, self.answered, self.step, self.keys, self.failures = reward, answered, step, keys, failures
+        places = [list(range(len(answered)))] if reward.takes_all else [[place] for place in range(len(answered))]
+        self.open, self.began = dict(enumerate(places)), dict[int, float]()
+        self.waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue[tuple[int, list[Value], str]] = queue.SimpleQueue()
+        for call in self.open:
+            self.waiting.put(call)
+
+    def made(self, report: Callable[[], None]) -> list[Value]:
+        """The value of each completion, once all calls have ended or are given up, or one is if that is to stop."""
+        values: list[Value] = [None] * len(self.answered)
+        for _ in range(min(self.keys.reward_workers, len(self.open))):
+            threading.Thread(target=self.work, daemon=True).start()
+        while self.open:
+            try:
+                call, found, problem = self.outcomes.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                self.give_up_hung()
+                continue
+            finally:
+                report()
+            places = self.open.pop(call, [])  # none if it was given up before
+            for place, value in zip(places, found, strict=False):
+                values[place] = value
+            if places and problem:
+                problem_asked, text, *_ = self.answered[places[0]]
+                where = f"reward {self.reward.name} on {problem_asked.origin}"
+                self.failures.append(f"{where}: {problem}; the completion begins {text[:80]!r}")
+                if self.keys.on_reward_error == "stop":
+                    break
+        while not self.waiting.empty():  # those that were not begun when one failed
+            self.waiting.get()
+        return values
+
+    def give_up_hung(self) -> None:
+        """Give up the calls that are over their limit, each with its thread, in place of which another starts."""
+        now, limit = time.monotonic(), self.keys.reward_seconds
+        for call in self.open:
+            if now - self.began.get(call, now) > limit:
+                del self.began[call]
+                self.outcomes.put((call, [], f"it took more than {limit:g} s (reward_seconds)"))
+                threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self) -> None:
+        """Make calls, one after the other, until none waits."""
+        while True:
+            try:
+                call = self.waiting.get_nowait()
+            except queue.Empty:
+                return
+            found, problem = list[Value](), ""
+            for _ in range(self.keys.reward_retries + 1):
+                self.began[call] = time.monotonic()
+                try:
+                    found, problem = self.value(self.open[call]), ""
+                except (Exception, SystemExit) as error:
+                    problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                if not problem:
+                    break
+            self.outcomes.put((call, found, problem))
+
+    def value(self, places: Sequence[int]) -> list[Value]:
+        """What the function gives these completions. Raises whatever it raises, or UserError if that is no value."""
+        chosen = [self.answered[place] for place in places]
+        given: dict[str, list[Any]] = {
+            "prompts": [each.problem.prompt for each in chosen],
+            "completions": [each.text for each in chosen],
+            "rows": [copy.deepcopy(each.problem.row) for each in chosen],
+            "tokens": [each.tokens for each in chosen],
+            "truncated": [each.is_truncated for each in chosen],
+            "messages": [copy.deepcopy(each.problem.messages) for each in chosen],
+        }
+        named: dict[str, Any] = {name: given[name] for name in self.reward.asked if name != "step"}
+        positional = [] if self.reward.takes_all else [given[name][0] for name in OF_ALL[:3]]
+        if not self.reward.takes_all:
+            named = {name: values[0] for name, values in named.items()}
+        if "step" in self.reward.asked:
+            named["step"] = self.step
+        found = self.reward.function(*positional, **named)
+        if inspect.isawaitable(found):
+            found = asyncio.run_coroutine_threadsafe(awaited(found), event_loop()).result()
+        values = list(found) if self.reward.takes_all else [found]
+        if len(values) != len(places):
+            raise UserError(f"it gave {len(values)} values for {len(places)} completions")
+        numbers = [None if value is None else float(value) for value in values]
+        if wrong := [number for number in numbers if number is not None and not math.isfinite(number)]:
+            raise UserError(f"it gave {wrong[0]}")
+        return numbers
+
+
+async def awaited(value: Any) -> Any:
+    return await value
+
+
+@cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all async rewards, so that a client of theirs may be used again, in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+# Ours
 
 
 def correct(prompt: str, completion: str, row: dict[str, Any]) -> float:
@@ -25,14 +185,30 @@ def answer_format(prompt: str, completion: str, row: dict[str, Any]) -> float:
     return float(has_one_answer(completion))
 
 
-BUILT_IN: dict[str, RewardFunction] = {"correct": correct, "gsm8k_correct": correct, "format": answer_format}
+BUILT_IN: dict[str, Callable[..., Any]] = {"correct": correct, "gsm8k_correct": correct, "format": answer_format}
+
+
+def has_one_answer(text: str) -> bool:
+    """Whether a text has just one of the marks `####`, `\\boxed{}` and `<answer>`, closed, with one answer in it that
+    is read as mathematics."""
+    marks = list(FORMAL_MARK.finditer(text[-SEARCHED:]))
+    if len(text) > SEARCHED or len(marks) != 1 or not (answer := marked_answer(text, FORMAL_MARK)):
+        return False
+    rest = text[marks[0].end() :]
+    is_closed = marks[0][0].startswith("#") or "</answer>" in rest.lower()
+    is_closed |= marks[0][0].endswith("{") and inside_braces(rest)[1]
+    value = meaning(answer)
+    return is_closed and value is not None and value[0] != "list"
+
+
+# Those of a config
 
 
 def load_rewards(specs: Sequence[str]) -> list[Reward]:
     """The rewards of a config, each `NAME:WEIGHT`; NAME is one of ours, or `FILE.py:FUNCTION`, or `module:FUNCTION`.
 
     Raises:
-        UserError: a spec that can't be read, or a function that can't be found.
+        UserError: a spec that can't be read, or a function that can't be found or asks for what there is not.
     """
     rewards = []
     for spec in specs:
@@ -44,23 +220,49 @@ def load_rewards(specs: Sequence[str]) -> list[Reward]:
         if not math.isfinite(number):
             raise UserError(f"reward {spec!r}: its weight is {weight}; write a finite number")
         function, file = (BUILT_IN[name], None) if name in BUILT_IN else users_function(name, spec)
-        rewards.append(Reward(name.rpartition(":")[2], number, function, function is correct, file))
+        short = name.rpartition(":")[2]
+        judge = Judge(short, function, asked_by_name(function, spec))
+        rewards.append(Reward(short, number, judge, function is correct, file))
     names = [reward.name for reward in rewards]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"reward: {twice.pop()} is named twice; keep one, with its weight")
     return rewards
 
 
-def users_function(name: str, spec: str) -> tuple[RewardFunction, Path | None]:
-    """A function of a Python file or an importable module, and its file."""
+def asked_by_name(function: Callable[..., Any], spec: str) -> tuple[str, ...]:
+    """What a function takes by name. Raises UserError if it asks for what there is not."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of some functions written in C
+        return ()
+    kinds = {name: each.kind for name, each in parameters.items()}
+    known, first = (OF_ALL, 0) if "completions" in kinds else (BY_NAME, 3)
+    asked = [name for name in list(kinds)[first:] if kinds[name] not in (STARRED, DOUBLE_STARRED)]
+    if unknown := [name for name in asked if name not in known and parameters[name].default is inspect.Parameter.empty]:
+        raise UserError(
+            f"reward {spec!r} asks for {unknown[0]}; a reward gets prompt, completion and row, or prompts, completions "
+            f"and rows, and by name {', '.join(BY_NAME)}"
+        )
+    return tuple(name for name in known if name in asked or DOUBLE_STARRED in kinds.values())
+
+
+def users_function(name: str, spec: str) -> tuple[Callable[..., Any], Path | None]:
+    """A function of a Python file or an importable module, and its file. What lies beside the file, or in the working
+    directory, can be imported."""
     place, _, function_name = name.rpartition(":")
     if not place:
         raise UserError(f"reward {spec!r}: no such reward; ours are {', '.join(BUILT_IN)}, yours FILE.py:FUNCTION")
+    file = Path(place)
+    folder = str(file.parent.resolve() if place.endswith(".py") else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         if place.endswith(".py"):
-            if not Path(place).is_file():
+            if not file.is_file():
                 raise UserError(f"reward {spec!r}: {place}: no such file; paths start from {Path.cwd()}")
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            known = importlib.util.find_spec(file.stem) if file.stem.isidentifier() else None
+            is_free = known is not None and known.origin is not None and Path(known.origin) == file.resolve()
+            found = importlib.util.spec_from_file_location(file.stem if is_free else f"reward {place}", place)
             assert found and found.loader
             module = importlib.util.module_from_spec(found)
             sys.modules[found.name] = module  # where dataclasses of the user look for themselves
