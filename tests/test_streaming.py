@@ -465,6 +465,24 @@ def test_any_change_of_a_file_changes_the_digest_of_its_source(tmp_path: Path, t
 # Files from elsewhere
 
 
+def test_the_revision_of_the_first_start_is_asked_for_when_a_run_is_resumed(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, usual = list[str](), streaming.find_shards
+
+    def found(source: DataSource, directory: Path, revision: str) -> tuple[list[shards.Shard], str]:
+        asked.append(revision)
+        return usual(source, directory, "")[0], revision or f"newest of {len(asked)}"
+
+    monkeypatch.setattr(streaming, "find_shards", found)
+    config = text_config(str(write_lines(tmp_path / "a.jsonl", range(40))))
+    stream = stream_of(config, tokenizer)
+    stream.batch(0, 1)
+    again = stream_of(config, tokenizer, json.loads(json.dumps(stream.place(1))))
+    again.batch(1, 1)
+    assert asked == ["", "newest of 1"] and again.place(2)["revisions"] == ["newest of 1"]
+
+
 def test_files_of_an_address_are_fetched_one_ahead_and_few_are_kept(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
