@@ -173,11 +173,12 @@ def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient
     adapter, base = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (state.params, frozen))
     assert base > 10 * adapter  # so that a copy of the base, or of a layer's part for each adapter, would be seen
     assert with_adapters - without < 4 * adapter + 0.01 * without
-    assert without < 1.5 * base
+    assert without < (1.5 if stored == "float32" else 2.5) * base  # a CPU copies bfloat16 once, as integers
 
 
 def held_bytes(lowered: Any) -> int:
-    memory = lowered.compile().memory_analysis()
+    as_users_have_it = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    memory = lowered.compile(as_users_have_it).memory_analysis()
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 

@@ -124,8 +124,7 @@ def train_step(
     clip, rate = jnp.minimum(1.0, recipe.clip_norm / norm), learning_rate(state.step, recipe)
     _, moments = adam.update(jax.tree.map(lambda leaf: leaf * clip, gradient), state.moments)
     moments: Any = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moments, state.moments)
-    # The weights read the new moments from memory: XLA would copy the old ones to compute them again
-    moments = jax.lax.optimization_barrier(moments)
+    # From the moments as they are kept: with those of before in the weights' formula XLA copies both
     mean, square = (
         optax.tree.bias_correction(moment, decay, moments.count)
         for moment, decay in ((moments.mu, ADAM_BETA1), (moments.nu, ADAM_BETA2))
