@@ -525,14 +525,15 @@ def test_files_of_an_address_are_fetched_one_ahead_and_few_are_kept(
 READ_THREE_WINDOWS = """
 import resource, sys
 from pathlib import Path
+from lacuna import streaming
 from lacuna.config import PretrainConfig
-from lacuna.streaming import StreamedData
 from lacuna.tokenizer import load_tokenizer
 
+streaming.WINDOW_BYTES = 2**24
 data = [{"path": sys.argv[1], "streaming": True}]
 config = PretrainConfig(model_name="m", run_name="r", steps=1, sequence_length=2048, data=data)
-stream, index = StreamedData(config, load_tokenizer(Path(sys.argv[2])), True, {}), 0
-while stream.place(index)["places"][0][2] < 512:
+stream, index = streaming.StreamedData(config, load_tokenizer(Path(sys.argv[2])), True, {}), 0
+while stream.place(index)["places"][0][2] < 128:
     stream.batch(index, 1)
     index += 1
 print(index, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -553,7 +554,6 @@ def test_memory_is_the_same_for_ten_times_the_corpus(tmp_path: Path) -> None:
                 path.write_bytes((tmp_path / "000.jsonl").read_bytes())
         command = [sys.executable, "-c", READ_THREE_WINDOWS, str(tmp_path / "*.jsonl"), str(TINY)]
         read, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        assert int(read) > 10_000
+        assert int(read) > 2000
         peaks.append(int(peak))
-    print(peaks)
     assert abs(peaks[1] - peaks[0]) < 0.1 * peaks[0]
