@@ -169,7 +169,7 @@ class DataKeys(Keys):
     sequence_length: int = Field(
         2048, ge=2, description="Tokens per packed row, by default no more than the model allows"
     )
-    verify_data: bool = Field(False, description="Hash all files again, even those whose size and time are as before")
+    verify_data: bool = Field(False, description="Hash files again whose size and time are as before; of streamed ones none")
     on_bad_data: Literal["error", "skip"] = Field("error", description="Stop at a bad sample, or count and skip it")
 
     @field_validator("data")
