@@ -323,6 +323,15 @@ def test_training_goes_on_from_an_adapter_of_its_own_shape(adapted: SftConfig) -
     assert all(pair["b"].any() for pair in state.params["layers"].values())
     with pytest.raises(UserError, match="lora_rank = 8, but .* is an adapter with 4"):
         checkpoint.settled(SftConfig(**keys, lora_rank=8))
+    with pytest.raises(UserError, match="from_scratch = true, but .* is an adapter"):
+        checkpoint.settled(SftConfig(**keys | {"from_scratch": True}))
+
+
+@pytest.mark.parametrize("key", [{"lora_alpha": 32.0}, {"lora_targets": ("q_proj",)}, {"lora_scaling": "plain"}])
+def test_a_key_of_adapters_where_none_trains_is_refused(base: Path, key: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(key))} = .* none trains while lora_rank is 0"):
+        checkpoint.settled(adapter_run(base, lora_rank=0, **key))
+    checkpoint.settled(adapter_run(base, lora_rank=2, **key))
 
 
 def test_what_names_no_base_or_an_adapter_as_base_is_refused(adapted: SftConfig, base: Path, tmp_path: Path) -> None:
@@ -459,19 +468,24 @@ def test_a_server_answers_for_several_adapters_in_one_batch_each_as_if_alone(
 
 
 def test_adapters_of_another_base_or_without_a_name_are_refused(
-    base: Path, two_adapters: dict[str, Path], tmp_path: Path, one_device: None
+    base: Path, two_adapters: dict[str, Path], adapted: SftConfig, tmp_path: Path, one_device: None
 ) -> None:
     other, adapter = Path(shutil.copytree(base, tmp_path / "other")), two_adapters["n0"]
 
     def load(model_name: Path, *named: str) -> None:
         generator.load_generator(ServeConfig(model_name=str(model_name), adapters=named, compute_dtype="float32"), 4)
 
-    with pytest.raises(UserError, match=f"whose base is {base}, and this server has {other}"):
-        load(other, f"a={adapter}")
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved")) / weights.ADAPTER
+    moved.write_text(json.dumps(json.loads(moved.read_text()) | {"base_model_name_or_path": str(other)}))
+    with pytest.raises(UserError, match=f"whose base is {other}, and this server has {base}"):
+        load(base, f"a={moved.parent}")
     with pytest.raises(UserError, match="which is no adapter"):
         load(base, f"a={other}")
     with pytest.raises(UserError, match="is an adapter itself"):
         load(adapter, f"a={adapter}")
+    opened = checkpoint.open_model(ModelKeys(model_name=str(other)), mesh_of(1, 1, 1))
+    lora, _ = generator.adapter_of(opened, str(adapted.run_directory), 0)  # its base by content, wherever that lies
+    assert lora.rank == adapted.lora_rank
     for named in (("runs/sql",), ("a=x", "a=y")):
         with pytest.raises(ValueError, match="NAME=DIRECTORY"):
             ServeConfig(model_name="x", adapters=named)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer
+from lacuna.apps import generator
 from lacuna.apps.programs import collectives, read_program
 from lacuna.config import LORA_TARGETS, GrpoConfig, ModelKeys, SftConfig, UserError
 from lacuna.data import Batch
@@ -318,6 +319,10 @@ def test_a_run_on_a_quantised_base_resumes_bit_for_bit_and_its_adapter_knows_the
         assert opened(ModelKeys(model_name=str(name))).model.bits == 4
         assert opened(ModelKeys(model_name=str(name), base_bits=16)).model.bits == 0
     assert_equal(params_of(ModelKeys(model_name=str(adapter))), params_of(ModelKeys(model_name=str(name))))
+    with pytest.raises(UserError, match="trained on a base of 4 bits, and this server's has 16"):
+        generator.adapter_of(opened(ModelKeys(model_name=str(wide))), str(adapter), 0)
+    for bits in (4, 16):
+        generator.adapter_of(opened(ModelKeys(model_name=str(wide), base_bits=bits)), str(adapter), bits)
 
 
 def outcome_of_adapter(config: SftConfig) -> tuple[list[Any], bytes]:

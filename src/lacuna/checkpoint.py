@@ -133,8 +133,8 @@ def settled(config: Config, platform: str = "") -> Config:
     if not Path(name).exists() and name != known:
         name = f"{name.partition('@')[0]}@{place.source.name}"
     changes["model_name"] = name
-    if place.base and isinstance(config, TrainingConfig):
-        changes |= keys_of_lora(weights.read_lora(place.adapter), config)
+    if isinstance(config, TrainingConfig):
+        changes |= keys_of_lora(weights.read_lora(place.adapter) if place.base else None, config)
     if config.compute_dtype == "auto":
         changes["compute_dtype"] = before.get("compute_dtype", fast_dtype(config, platform or jax.default_backend()))
     if isinstance(config, DataKeys) and "sequence_length" not in config.model_fields_set:
@@ -195,8 +195,20 @@ def find_model(config: ModelKeys, with_weights: bool = True) -> Place:
     return Place(source, own, other, described, base, str(base.resolve()) if Path(name).exists() else name)
 
 
-def keys_of_lora(lora: Lora, config: TrainingConfig) -> dict[str, Any]:
-    """The keys of a run that goes on training this adapter. Raises UserError if the config asks for another one."""
+def keys_of_lora(lora: Lora | None, config: TrainingConfig) -> dict[str, Any]:
+    """The keys of a run that goes on training this adapter, if it is given one. Raises UserError if the config asks for
+    another one, or says of none what it should be like."""
+    if not lora:
+        if key := config.idle_key:
+            raise UserError(
+                f"{key} = {getattr(config, key)!r} is of adapters, and none trains while lora_rank is 0; set lora_rank "
+                f"to train them, say to 16, or leave {key} out"
+            )
+        return {}
+    if config.from_scratch:
+        raise UserError(
+            f"from_scratch = true, but {config.model_name} is an adapter, which needs a trained base; leave it out"
+        )
     keys = {
         "lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": lora.targets,
         "lora_scaling": "stabilised" if lora.is_stabilised else "plain",

@@ -169,7 +169,9 @@ class DataKeys(Keys):
     sequence_length: int = Field(
         2048, ge=2, description="Tokens per packed row, by default no more than the model allows"
     )
-    verify_data: bool = Field(False, description="Hash files again whose size and time are as before; of streamed ones none")
+    verify_data: bool = Field(
+        False, description="Hash files again whose size and time are as before; of streamed ones none"
+    )
     on_bad_data: Literal["error", "skip"] = Field("error", description="Stop at a bad sample, or count and skip it")
 
     @field_validator("data")
@@ -280,6 +282,12 @@ class AdapterKeys(Keys):
         if not value:
             raise ValueError("is empty; name at least one matrix")
         return tuple(name for name in LORA_TARGETS if name in value)
+
+    @property
+    def idle_key(self) -> str:
+        """A key that says what adapters are like, although the config asks for none; empty if there is no such key."""
+        keys = [key for key, field in AdapterKeys.model_fields.items() if getattr(self, key) != field.default]
+        return "" if self.lora_rank or not keys else keys[0]
 
 
 class DeviceKeys(Keys):

@@ -43,21 +43,23 @@ def load_generator(config: GenerationConfig, slots: int) -> Generator:
     enable_compilation_cache(config)
     capacity = model.capacity(config.capacity)
     named = config.adapters if isinstance(config, ServeConfig) else ()
-    params, count = (adapters_to_choose(opened, named), len(named) + 1) if named else (opened_params(opened), 0)
+    bits = config.base_bits
+    params, count = (adapters_to_choose(opened, named, bits), len(named) + 1) if named else (opened_params(opened), 0)
     sampler = Sampler(params, opened, slots, capacity, config.compute_dtype, adapter_count=count)
     rules = rules_in_force(config, generation_defaults(tokenizer.directory))
     return Generator(sampler, source, rules, tuple(tokenizer.ends))
 
 
-def adapters_to_choose(opened: OpenedModel, named: Sequence[str]) -> PyTree[Array]:
-    """A model whose matrices have a choice of adapters: number 0 is none, the others are those named NAME=DIRECTORY.
+def adapters_to_choose(opened: OpenedModel, named: Sequence[str], bits: int) -> PyTree[Array]:
+    """A model whose matrices have a choice of adapters: number 0 is none, the others are those named NAME=DIRECTORY;
+    `bits` are those that the user wants of the base, 0 if none were named.
 
     Raises:
         UserError: one is no adapter, or is one of another base.
     """
     if opened.model.lora:
         raise UserError(f"adapters needs model_name to be their base, and {opened.source} is an adapter itself")
-    pairs = [adapter_of(opened, name.partition("=")[2]) for name in named]
+    pairs = [adapter_of(opened, name.partition("=")[2], bits) for name in named]
     base: Any = checkpoint.frozen_params(opened._replace(model=replace(opened.model, lora=pairs[0][0])))
     sizes = opened.model.sizes | {"rank": max(lora.rank for lora, _ in pairs)}
     layers = dict(base["layers"])
@@ -72,15 +74,22 @@ def adapters_to_choose(opened: OpenedModel, named: Sequence[str]) -> PyTree[Arra
     return base | {"layers": layers}
 
 
-def adapter_of(opened: OpenedModel, name: str) -> tuple[Lora, Mapping[str, dict[str, Array]]]:
+def adapter_of(opened: OpenedModel, name: str, bits: int) -> tuple[Lora, Mapping[str, dict[str, Array]]]:
     """An adapter of a model, and its factors by matrix."""
-    base = opened.place.source
-    place = checkpoint.find_model(ModelKeys(model_name=name))
+    base, source = opened.place.source, checkpoint.resolve_model(name)
+    is_hashed = bool(checkpoint.stated_base(source))  # then its base may lie anywhere
+    place = checkpoint.find_model(ModelKeys(model_name=name, base_name=str(base) if is_hashed else ""))
     if not place.base:
         raise UserError(f"adapters has {name}, which is no adapter; serve it by itself, as --model-name {name}")
     if not place.base.samefile(base):
         raise UserError(f"adapters has {name}, whose base is {place.base}, and this server has {base}; serve it apart")
     checkpoint.check_base(place.source, base)
+    trained, here = checkpoint.stated_bits(place.source), opened.model.bits or 16
+    if trained not in (0, here) and not bits:
+        raise UserError(
+            f"adapters has {name}, which was trained on a base of {trained} bits, and this server's has {here}; add "
+            f"--base-bits {trained}, or --base-bits {here} to serve it on that all the same"
+        )
     lora = read_lora(place.adapter)
     one = opened._replace(source=place.source, place=place, model=replace(opened.model, lora=lora))
     return lora, checkpoint.trained_params(one)["layers"]
