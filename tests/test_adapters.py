@@ -347,6 +347,10 @@ def test_what_names_no_base_or_an_adapter_as_base_is_refused(adapted: SftConfig,
             checkpoint.find_model(ModelKeys(model_name=str(directory)), with_weights=False)
     with pytest.raises(UserError, match="is an adapter, and so is its base"):
         checkpoint.find_model(ModelKeys(model_name=str(directory), base_name=str(adapted.run_directory)))
+    (directory / weights.ADAPTER).write_text(json.dumps(stated))
+    (directory / weights.ADAPTER_WEIGHTS).write_bytes((directory / weights.ADAPTER_WEIGHTS).read_bytes()[:1000])
+    with pytest.raises(UserError, match="adapter_model.safetensors: damaged"):
+        checkpoint.opened_params(checkpoint.open_model(ModelKeys(model_name=str(directory)), mesh_of(1, 1, 1)))
     with pytest.raises(UserError, match="base_name = 'x', but .* is no adapter"):
         checkpoint.find_model(ModelKeys(model_name=str(base), base_name="x"))
     with pytest.raises(UserError, match="is no adapter, so there is nothing to merge"):

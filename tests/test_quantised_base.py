@@ -316,7 +316,9 @@ def test_a_run_on_a_quantised_base_resumes_bit_for_bit_and_its_adapter_knows_the
     adapter = whole.run_directory / "model"
     assert header_facts(adapter / "adapter_model.safetensors")[checkpoint.BITS] == "4"
     for name in (adapter, whole.run_directory / "checkpoints" / "step_00000004"):
-        assert opened(ModelKeys(model_name=str(name))).model.bits == 4
+        assert (
+            opened(ModelKeys(model_name=str(name))).model.held == ", its matrices in 4 bits, with an adapter of rank 4"
+        )
         assert opened(ModelKeys(model_name=str(name), base_bits=16)).model.bits == 0
     assert_equal(params_of(ModelKeys(model_name=str(adapter))), params_of(ModelKeys(model_name=str(name))))
     with pytest.raises(UserError, match="trained on a base of 4 bits, and this server's has 16"):

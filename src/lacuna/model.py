@@ -107,6 +107,12 @@ class ModelConfig:
         return bool(self.lora or self.bits)
 
     @property
+    def held(self) -> str:
+        """What is not as config.json has it, in words that go on; nothing if all is."""
+        adapter = f", with an adapter of rank {self.lora.rank}" if self.lora else ""
+        return f", its matrices in {self.bits} bits" * bool(self.bits) + adapter
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Length of every logical axis."""
         return {

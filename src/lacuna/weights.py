@@ -172,11 +172,14 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def header_facts(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says besides its tensors; nothing if there is no such file."""
+    """What a safetensors file says besides its tensors; nothing if there is no such file, or a damaged one."""
     if not path.is_file():
         return {}
-    with safe_open(path, "numpy") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):  # it is raised again when its tensors are read
+        return {}
 
 
 def copied_pieces(arrays: PyTree[Array], shapes: PyTree) -> dict[str, np.ndarray]:

@@ -89,7 +89,7 @@ class Local:
         newest = "" if config.model_name else f", the newest run in {config.output_dir}"
         mode = "answers by its chat template" if self.is_chat else "continues plain text, without a chat template"
         self.introduction = (
-            f"model: {self.generator.source}{newest}; {mode}\n"
+            f"model: {self.generator.source}{newest}{self.generator.sampler.model.held}; {mode}\n"
             f"capacity: {self.generator.sampler.capacity:,} tokens, conversation and answer together\n"
             f"compute in {self.generator.sampler.dtype}; {ends_in_words(self.tokenizer)}"
         )

@@ -99,7 +99,7 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
 def print_inputs(tasks: Tasks, dataset: Dataset | None) -> None:
     """Print what is measured, and on what."""
     config, model, problems = tasks.config, tasks.opened.model, tasks.problems
-    print(f"model: {config.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters")
+    print(f"model: {config.model_name} ({model.family}), {parameter_counts(model)['all']:,} parameters{model.held}")
     print(f"compute in {config.compute_dtype}; {tasks.opened.attention_line}")
     if problems.problems:
         print(ends_in_words(tasks.opened.tokenizer))

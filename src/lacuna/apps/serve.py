@@ -385,7 +385,7 @@ def make_app(service: Service) -> ASGIApp:
         service.driver.start()
         sampler = service.generator.sampler
         print(f"{', '.join(service.names)} at {service.url}, API under /v1; Ctrl-C stops")
-        print(f"compute in {sampler.dtype}; {sampler.opened.attention_line}")
+        print(f"compute in {sampler.dtype}{sampler.model.held}; {sampler.opened.attention_line}")
         print(ends_in_words(sampler.tokenizer))
         print(f"slots: {len(sampler.running)}, each of {sampler.capacity:,} tokens, prompt and answer together")
         rules = rules_by_origin(service.config, service.generator.rules)
