@@ -345,6 +345,8 @@ def test_what_would_be_lost_or_overwritten_is_refused(tmp_path: Path) -> None:
         ConvertConfig(model_name=str(source), output="x", type="q8_0")
     with pytest.raises(UserError, match="is no adapter, so there is nothing for --to peft"):
         convert(source, tmp_path / "adapter", to="peft")
+    with pytest.raises(UserError, match="onto = original, but no adapter is merged"):
+        convert(source, tmp_path / "plain", onto="original")
     with pytest.raises(ValueError, match="name is only for GGUF"):
         ConvertConfig(model_name=str(source), output="x", name="mine")
     values = weights.model_tensors(source)

@@ -145,6 +145,10 @@ def run_convert(config: ConvertConfig) -> None:
     model = replace(
         model, is_tied=model.is_tied and not own_head, lora=weights.read_lora(place.adapter) if place.base else None
     )
+    if config.onto == "original" and (not place.base or config.to == "peft"):
+        raise UserError("onto = original, but no adapter is merged into a base; leave it out")
+    if config.onto == "original" and model.file_bits:
+        raise UserError(f"onto = original, but {place.base} holds the quantised weights alone; leave it out")
     kind = KINDS[model.file_dtype] if config.type == "auto" else config.type
     bits = 0 if not place.base or model.file_bits or config.onto == "original" else checkpoint.stated_bits(place.source)
     whole = replace(model, lora=None, bits=0, file_bits=0, file_dtype=DTYPES.get(kind, model.file_dtype))

@@ -28,8 +28,6 @@ def run_merge(config: MergeConfig) -> None:
     opened = checkpoint.open_model(config, mesh)
     if not opened.model.lora:
         raise UserError(f"model_name {config.model_name!r} is no adapter, so there is nothing to merge")
-    if config.onto == "original" and opened.model.file_bits:
-        raise UserError(f"onto = original, but {opened.base} holds the quantised weights alone; leave it out")
     kind = KINDS[config.dtype or opened.model.file_dtype]
     named = {"model_name": config.model_name, "base_name": config.base_name}
     run_convert(ConvertConfig(**named, type=kind, output=config.output, onto=config.onto))
