@@ -351,6 +351,9 @@ def test_what_names_no_base_or_an_adapter_as_base_is_refused(adapted: SftConfig,
     (directory / weights.ADAPTER_WEIGHTS).write_bytes((directory / weights.ADAPTER_WEIGHTS).read_bytes()[:1000])
     with pytest.raises(UserError, match="adapter_model.safetensors: damaged"):
         checkpoint.opened_params(checkpoint.open_model(ModelKeys(model_name=str(directory)), mesh_of(1, 1, 1)))
+    other = replace(read_model_config(base), feedforward=32, lora=LORA)
+    with pytest.raises(UserError, match=f"{base}: the weights do not fit config.json"):  # that of the base
+        weights.checked_tensors(base, other)
     with pytest.raises(UserError, match="base_name = 'x', but .* is no adapter"):
         checkpoint.find_model(ModelKeys(model_name=str(base), base_name="x"))
     with pytest.raises(UserError, match="is no adapter, so there is nothing to merge"):

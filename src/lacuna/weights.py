@@ -307,7 +307,7 @@ def checked_tensors(directory: Path, model: ModelConfig) -> dict[str, StoredTens
     if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
         tensors.pop(HEAD.file_name, None)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    check_tensors(directory, parameter_table(model), model, tensors)
+    check_tensors(directory, parameter_table(model), model, tensors, "config.json")
     return tensors
 
 
@@ -317,14 +317,14 @@ def adapter_tensors(directory: Path, model: ModelConfig) -> dict[str, StoredTens
     if not path.is_file():
         raise UserError(f"{directory}: {without_weights(directory, os.listdir(directory))}")
     tensors = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in open_tensors([path]).items()}
-    check_tensors(directory, trained_table(model), model, tensors)
+    check_tensors(directory, trained_table(model), model, tensors, ADAPTER)
     return tensors
 
 
 def check_tensors(
-    directory: Path, table: PyTree[Parameter], model: ModelConfig, tensors: Mapping[str, StoredTensor]
+    directory: Path, table: PyTree[Parameter], model: ModelConfig, tensors: Mapping[str, StoredTensor], config: str
 ) -> None:
-    """Refuse files that do not hold exactly the tensors that their config asks for."""
+    """Refuse files that do not hold exactly the tensors that their config, the file of that name, asks for."""
     found = {name: tensor.form for name, tensor in tensors.items() if not name.endswith(BESIDE)}
     wanted = {
         name: form
@@ -335,7 +335,6 @@ def check_tensors(
     wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
     unknown = [name for name in found if name not in wanted]
     if wrong or unknown:
-        config = ADAPTER if model.lora and table is not parameter_table(model) else "config.json"
         lines = [
             f"{name}: {found.get(name, 'missing')} in the files, {wanted.get(name, 'unknown')} by {config}"
             for name in wrong[:LISTED] + unknown[:LISTED]
