@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer
 from lacuna.apps import generator
+from lacuna.apps.configs import MergeConfig
 from lacuna.apps.programs import collectives, read_program
 from lacuna.config import LORA_TARGETS, GrpoConfig, ModelKeys, SftConfig, UserError
 from lacuna.data import Batch
@@ -304,7 +306,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_on_a_quantised_base_resumes_bit_for_bit_and_its_adapter_knows_the_bits(
-    wide: Path, tmp_path: Path, one_device: None
+    wide: Path, tmp_path: Path, one_device: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run_of(wide, tmp_path)
     cli.run(whole)
@@ -325,6 +327,10 @@ def test_a_run_on_a_quantised_base_resumes_bit_for_bit_and_its_adapter_knows_the
         generator.adapter_of(opened(ModelKeys(model_name=str(wide))), str(adapter), 0)
     for bits in (4, 16):
         generator.adapter_of(opened(ModelKeys(model_name=str(wide), base_bits=bits)), str(adapter), bits)
+    cli.run(MergeConfig(model_name=str(adapter), output=str(tmp_path / "merged")))
+    line = capsys.readouterr().out.splitlines()[-1]
+    near, far = (float(number) for number in re.findall(r"(\S+) merged onto", line))
+    assert near < 1e-4 < 1e-2 < far and line.index("dequantised") < line.index("original")
 
 
 def outcome_of_adapter(config: SftConfig) -> tuple[list[Any], bytes]:

@@ -1,18 +1,18 @@
 """The command merge: an adapter folded into the weights under it, as a model that any runtime reads."""
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from lacuna import checkpoint, weights
+from lacuna import checkpoint
 from lacuna.apps.configs import ConvertConfig, MergeConfig
-from lacuna.apps.convert import DTYPES, KINDS, run_convert
+from lacuna.apps.convert import KINDS, merged_params, run_convert
 from lacuna.config import UserError
 from lacuna.distributed import make_mesh
-from lacuna.model import ModelConfig, cast, embed, forward, head_of, logits_of, parameter_table
+from lacuna.model import ModelConfig, Parameter, cast, embed, forward, head_of, logits_of, parameter_table
 
 PROBE_TOKENS = 64
 
@@ -34,15 +34,21 @@ def run_merge(config: MergeConfig) -> None:
     if opened.model.bits and not opened.model.file_bits:
         ids = jax.random.randint(jax.random.key(0), (1, PROBE_TOKENS), 0, opened.model.vocabulary_size)
         trained = logits(checkpoint.opened_params(opened), opened.model, ids)
-        dense = opened._replace(model=replace(opened.model, bits=0))
-        plain = replace(dense.model, lora=None, file_dtype=DTYPES[kind])
-        found = {
-            f"of {config.output}": logits(weights.load_params(Path(config.output), plain, mesh), plain, ids),
-            "of the adapter on the original weights": logits(checkpoint.opened_params(dense), dense.model, ids),
-        }
-        for what, others in found.items():
-            difference = float(jnp.max(jnp.abs(others - trained)))
-            print(f"largest difference of logits {what} from those that were trained: {difference:.3g}")
+        dense, found = replace(opened.model, bits=0), list[str]()
+        for bits, what in ((opened.model.bits, "dequantised"), (0, "original")):
+            params = in_memory(merged_params(opened.place, dense, bits), dense)
+            difference = float(jnp.max(jnp.abs(logits(params, replace(dense, lora=None), ids) - trained)))
+            found.append(f"{difference:.3g} merged onto the {what} weights")
+        print(f"largest difference of {PROBE_TOKENS} tokens' logits from those that were trained: {', '.join(found)}")
+
+
+def in_memory(params: PyTree, model: ModelConfig) -> PyTree:
+    """Weights that are made layer by layer, as arrays."""
+
+    def whole(row: Parameter, leaf: Any) -> Array:
+        return jnp.stack([leaf[layer] for layer in range(model.layers)]) if row.has_layers else jnp.asarray(leaf)
+
+    return jax.tree.map(whole, parameter_table(model), params)
 
 
 def logits(params: PyTree, model: ModelConfig, ids: Array) -> Float[Array, "batch token vocab"]:
