@@ -944,7 +944,7 @@ def test_the_page_streams_stops_retries_and_remembers_on_a_phone(
             raise serve.ApiError(429, "no room now")
 
         with monkeypatch.context() as patched:
-            patched.setattr(serve, "check_name", refuse)
+            patched.setattr(serve, "number_of_model", refuse)
             type_question(browser, "And Ben?")
             eventually(lambda: "no room now" in turns(browser, "assistant")[-1])
         browser.find_element(By.CSS_SELECTOR, ".turn.assistant button").click()
