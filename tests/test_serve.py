@@ -708,7 +708,7 @@ def test_when_the_client_leaves_its_slots_are_freed(
 
     monkeypatch.setattr(serve.Driver, "deliver", counted)
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
-    body = json.dumps(chat(stream=stream, n=n, max_tokens=10**9, temperature=1.0))
+    body = json.dumps(chat(stream=stream, n=n, max_tokens=10**9, temperature=1.0, ignore_eos=True))
     connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
     gate.step()
     eventually(served.running_count)
