@@ -549,7 +549,11 @@ class RowSteps:
         has_noise = isinstance(config, SftConfig) and config.neftune_alpha > 0
         self.loss = RowLoss(config.compute_dtype, config.rematerialisation, has_noise)
         self.ready: tuple[Batch, dict[str, Any]] | None = None
-        self.programs, self.running, self.told = dict[int, Any](), dict[str, Array](), 0  # the last: bad rows
+        self.programs, self.running, self.reported_count = (
+            dict[int, Any](),
+            dict[str, Array](),
+            0,
+        )  # the last: bad rows that were named
 
     def take(self, state: TrainState) -> Step:
         """Dispatch a step, and prepare the batch of the next one while it runs."""
@@ -585,9 +589,9 @@ class RowSteps:
         split = jax.tree.map(lambda leaf: leaf.reshape(self.accumulation, -1, leaf.shape[1]), batch)
         placed = put_batch(split, self.run.opened.mesh)
         record["input_wait_seconds"] = (time.perf_counter() - began) * are_ready(self.running)  # at most
-        for example in self.dataset.bad_examples[self.told :]:
+        for example in self.dataset.bad_examples[self.reported_count :]:
             self.run.log.info(f"left out: {example}")
-        self.told = len(self.dataset.bad_examples)
+        self.reported_count = len(self.dataset.bad_examples)
         return placed, record
 
     def describe(self, step: int) -> str:
