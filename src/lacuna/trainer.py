@@ -549,11 +549,8 @@ class RowSteps:
         has_noise = isinstance(config, SftConfig) and config.neftune_alpha > 0
         self.loss = RowLoss(config.compute_dtype, config.rematerialisation, has_noise)
         self.ready: tuple[Batch, dict[str, Any]] | None = None
-        self.programs, self.running, self.reported_count = (
-            dict[int, Any](),
-            dict[str, Array](),
-            0,
-        )  # the last: bad rows that were named
+        self.programs, self.running = dict[int, Any](), dict[str, Array]()
+        self.reported_count = 0  # of bad rows
 
     def take(self, state: TrainState) -> Step:
         """Dispatch a step, and prepare the batch of the next one while it runs."""
