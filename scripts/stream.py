@@ -46,7 +46,7 @@ def read(path: str, tokenizer: Path, size: float) -> dict[str, float]:
     config = PretrainConfig.model_validate(
         {"model_name": "-", "run_name": "-", "steps": 1, "sequence_length": 2048, "data": data}
     )
-    stream = StreamedData(config, loaded, True, {})
+    stream = StreamedData(config, loaded, {})
     found = time.perf_counter() - began
     stream.batch(0, 1)
     first, row = time.perf_counter() - began, 1

@@ -81,7 +81,7 @@ def text_config(*paths: str, **changes: Any) -> PretrainConfig:
 
 
 def stream_of(config: RowsConfig, tokenizer: Tokenizer, saved: dict[str, Any] | None = None) -> StreamedData:
-    return StreamedData(config, tokenizer, isinstance(config, PretrainConfig), saved or {})
+    return StreamedData(config, tokenizer, saved or {})
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -532,7 +532,7 @@ from lacuna.tokenizer import load_tokenizer
 streaming.WINDOW_BYTES = 2**24
 data = [{"path": sys.argv[1], "streaming": True}]
 config = PretrainConfig(model_name="m", run_name="r", steps=1, sequence_length=2048, data=data)
-stream, index = streaming.StreamedData(config, load_tokenizer(Path(sys.argv[2])), True, {}), 0
+stream, index = streaming.StreamedData(config, load_tokenizer(Path(sys.argv[2])), {}), 0
 while stream.place(index)["places"][0][2] < 128:
     stream.batch(index, 1)
     index += 1

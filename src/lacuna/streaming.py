@@ -20,7 +20,7 @@ import numpy as np
 
 from lacuna.config import ChatKeys, DataSource, PretrainConfig, RowsConfig, UserError
 from lacuna.data import Batch, Dataset, Mixture, PackedRows, Segment, batch_of, describe, fit, load_dataset, segments_of
-from lacuna.documents import SHOWN_BAD_ROWS, Documents, Prepared, encode_parts, load_documents, parts, prepare, usable
+from lacuna.documents import SHOWN_BAD_ROWS, Documents, Prepared, encode_parts, parts, prepare, usable
 from lacuna.metrics import byte_size
 from lacuna.shards import Rows, block_count, blocks, fetch_ahead, find_shards, permuted, shards_digest
 from lacuna.tokenizer import EncodedText, Tokenizer
@@ -76,15 +76,10 @@ class ShardedSource:
     """A source that is read while it is trained on; each epoch has each of its documents once."""
 
     def __init__(
-        self,
-        source: DataSource,
-        number: int,
-        config: RowsConfig,
-        tokenizer: Tokenizer,
-        wants_text: bool,
-        revision: str = "",
+        self, source: DataSource, number: int, config: RowsConfig, tokenizer: Tokenizer, revision: str
     ) -> None:
-        self.source, self.number, self.tokenizer, self.wants_text = source, number, tokenizer, wants_text
+        self.source, self.number, self.tokenizer = source, number, tokenizer
+        self.wants_text = isinstance(config, PretrainConfig)
         self.seed, self.skip_bad = config.seed, config.on_bad_data == "skip"
         self.train_on = config.train_on if isinstance(config, ChatKeys) else "all"
         self.most_bytes = config.shard_cache * 1e9
@@ -204,18 +199,12 @@ class ShardedSource:
 class WholeSource:
     """A source that was encoded before, in the same terms; the documents of each epoch are shuffled."""
 
-    def __init__(self, source: DataSource, number: int, config: RowsConfig, tokenizer: Tokenizer, wants_text: bool):
-        train_on = config.train_on if isinstance(config, ChatKeys) else "all"
-        self.held = load_documents(
-            source, tokenizer, train_on, config.on_bad_data == "skip", config.cache_dir, config.verify_data
-        )
+    def __init__(self, source: DataSource, number: int, config: RowsConfig, tokenizer: Tokenizer) -> None:
+        is_text = isinstance(config, PretrainConfig)
+        (self.held,) = load_dataset([source], tokenizer, config, is_text, is_shuffled=False).documents
         self.key, self.revision = (config.seed, SHUFFLE_WHOLE, number), ""
-        if wants_text and self.held.is_prompted.any():
-            raise UserError(f"{source.path} holds chats or prompts; pretrain reads plain text, sft trains on chats")
         self.digest = self.held.facts["digest"]
         self.usable = np.flatnonzero(np.diff(self.held.start) > 1)
-        if not len(self.usable):
-            raise UserError(f"{source.path}, {source.split}: no token to learn from")
         self.description = f"{source.path}, {len(self.usable):,} documents encoded before"
 
     def documents(self, place: SourcePlace) -> Iterator[Document]:
@@ -330,14 +319,14 @@ class Start(NamedTuple):
 class StreamedData:
     """Rows whose documents are read and encoded while the steps run; to those who train, as a Dataset."""
 
-    def __init__(self, config: RowsConfig, tokenizer: Tokenizer, is_stream: bool, saved: Mapping[str, Any]) -> None:
-        self.length, self.seed, self.is_stream = config.sequence_length, config.seed, is_stream
+    def __init__(self, config: RowsConfig, tokenizer: Tokenizer, saved: Mapping[str, Any]) -> None:
+        self.length, self.seed, self.is_text = config.sequence_length, config.seed, isinstance(config, PretrainConfig)
         self.is_packed = config.packing if isinstance(config, ChatKeys) else True
         revisions = saved.get("revisions", [""] * len(config.data))
         self.sources = [
-            ShardedSource(source, number, config, tokenizer, is_stream, revisions[number])
+            ShardedSource(source, number, config, tokenizer, revisions[number])
             if source.streaming
-            else WholeSource(source, number, config, tokenizer, is_stream)
+            else WholeSource(source, number, config, tokenizer)
             for number, source in enumerate(config.data)
         ]
         self.digests = tuple(source.digest for source in self.sources)
@@ -391,7 +380,7 @@ class StreamedData:
             if self.reading:
                 self.reading.close()
             start, _ = self.starts[max(known for known in self.starts if known <= row)]
-            self.reading, self.next_row = (self.text_rows if self.is_stream else self.chat_rows)(start), start.row
+            self.reading, self.next_row = (self.text_rows if self.is_text else self.chat_rows)(start), start.row
         while True:
             found = next(self.reading)
             self.next_row += 1
@@ -462,7 +451,6 @@ RowData = Dataset | StreamedData
 
 def load_rows(config: RowsConfig, tokenizer: Tokenizer, place: Mapping[str, Any]) -> RowData:
     """The rows that a config trains on, from files to batches; if they are streamed, from a place on."""
-    is_stream = isinstance(config, PretrainConfig)
     if config.is_streaming:
-        return StreamedData(config, tokenizer, is_stream, place)
-    return load_dataset(config.data, tokenizer, config, is_stream=is_stream, is_shuffled=True)
+        return StreamedData(config, tokenizer, place)
+    return load_dataset(config.data, tokenizer, config, isinstance(config, PretrainConfig), is_shuffled=True)
