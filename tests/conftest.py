@@ -21,7 +21,7 @@ from hypothesis import settings  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
 from lacuna.apps import report  # noqa: E402
-from lacuna.config import PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
+from lacuna.config import GrpoConfig, PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
 from lacuna.metrics import RunLog  # noqa: E402
 
 settings.register_profile("suite", deadline=None)  # a busy machine is no failure
@@ -118,6 +118,15 @@ def text_run(small: Path, **changes: Any) -> PretrainConfig:
         "sequence_length": 128, "batch_size": 16, "compute_dtype": "float32", "steps": 8,
     }  # fmt: skip
     return PretrainConfig(**settings | changes)
+
+
+def grpo_config(**changes: Any) -> GrpoConfig:
+    settings: dict[str, Any] = {
+        "model_name": "unused", "run_name": "run", "data": ({"path": "unused"},), "sequence_length": 64,
+        "prompts_per_step": 4, "completions_per_prompt": 4, "max_completion_tokens": 9, "compute_dtype": "float32",
+        "learning_rate": 1e-2, "steps": 4, "slots": 16,
+    }  # fmt: skip
+    return GrpoConfig(**settings | changes)
 
 
 def records(config: TrainingConfig) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from test_peft import ADAPTERS, FAMILIES
 from test_serve import serving
 from test_trainer import ROW_LOSS, config, loss_and_gradient, random_batch, sized
 
-from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer, weights
+from lacuna import checkpoint, cli, grpo, objective, optimizer, sampler, trainer, weights
 from lacuna.apps import evaluate, generator
 from lacuna.apps.configs import ConvertConfig, MergeConfig, ServeConfig
 from lacuna.apps.convert import merged_params
@@ -395,10 +395,10 @@ def test_a_reference_with_the_adapter_off_is_the_base_loaded_alone(base: Path) -
     batch = random_batch(3, 2, 2, 32, model.vocabulary_size)
     zero = np.zeros(batch.token.shape, np.float32)
     arrays: Any = *batch, zero.astype(np.int32), *[zero] * 4
-    rows = grpo.RolloutBatch(*arrays)
-    loss, count = grpo.policy_loss(config), np.int32(2)
-    found = grpo.log_probabilities(joined(plain, start, with_lora), rows, count, with_lora, loss)
-    np.testing.assert_allclose(found, grpo.log_probabilities(plain, rows, count, model, loss), atol=1e-6, rtol=0)
+    rows = objective.RolloutBatch(*arrays)
+    loss, count = objective.policy_loss(config), np.int32(2)
+    found = objective.log_probabilities(joined(plain, start, with_lora), rows, count, with_lora, loss)
+    np.testing.assert_allclose(found, objective.log_probabilities(plain, rows, count, model, loss), atol=1e-6, rtol=0)
 
 
 def test_a_sampler_that_reads_the_base_ends_the_run(

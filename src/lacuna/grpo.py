@@ -1,8 +1,7 @@
 """Group-relative policy optimization: completions by the sampler, their rewards, and updates by the trainer's step.
 
 One set of weights on one mesh does both. A rollout is a function of (seed, step, index) and the weights, so a run that
-was killed continues as if nothing had happened, and every step can be computed again from rollouts.jsonl. The loss is
-a plain sum over tokens, each with a weight made beforehand, so neither packing nor micro-batches change it.
+was killed continues as if nothing had happened, and every step can be computed again from rollouts.jsonl.
 """
 
 import json
@@ -11,37 +10,35 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from itertools import groupby
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint, metrics, optimizer, weights
 from lacuna.answers import expected_answers
 from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, RewardKeys, SamplingKeys, UserError
-from lacuna.data import Mixture, first_fit, locate
-from lacuna.distributed import from_first, held_directory, is_first, make_mesh, put_batch, row_shards
+from lacuna.data import Mixture, locate
+from lacuna.distributed import from_first, held_directory, is_first, make_mesh
 from lacuna.eval import Problem, Problems, Tasks, measure_in_training, read_problems
-from lacuna.model import (
-    ModelConfig,
-    cast,
-    check_trainable,
-    embed,
-    forward,
-    head_of,
-    joined,
-    summed_token_loss,
-    token_statistics,
-    trained_table,
+from lacuna.model import check_trainable
+from lacuna.objective import (
+    Group,
+    Sample,
+    advantages,
+    cast_weights,
+    difference_too_large,
+    group_by_prompt,
+    has_variance,
+    shares_prompts,
+    update,
 )
-from lacuna.optimizer import Facts, Recipe, TrainState
+from lacuna.optimizer import TrainState
 from lacuna.sampler import Completion, Request, Sampler, slots_for
 from lacuna.tokenizer import decode
 from lacuna.trainer import Evaluation, Run, Step
@@ -49,9 +46,6 @@ from lacuna.trainer import Evaluation, Run, Step
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
 SHOWN_COMPLETIONS = 4
 SLOW_REWARD = 0.25  # of a step
-# Nats a token between sampler and trainer, on average, that no rounding explains: one of them has other weights
-LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.2}
-STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 
 # Rewards
 
@@ -114,341 +108,6 @@ def total_reward(rewards: Sequence[Reward], values: dict[str, list[Value]]) -> F
     weighted = [reward.weight * np.array(values[reward.name], np.float64) for reward in rewards]
     is_judged = np.any(np.isfinite(weighted), axis=0)
     return np.where(is_judged, np.nansum(weighted, axis=0), np.nan)
-
-
-# Samples and their rows
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A completion with what the update needs of it; a line of rollouts.jsonl. Log-probabilities are in nats: the
-    model's own, and those under the distribution drawn from."""
-
-    step: int
-    place: int
-    index: int
-    origin: str
-    prompt_tokens: tuple[int, ...]
-    tokens: tuple[int, ...]
-    text: str
-    log_probabilities: tuple[float, ...]
-    sampled_log_probabilities: tuple[float, ...]
-    is_truncated: bool
-    rewards: dict[str, float | None]
-    reward: float
-    advantage: float
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether any reward applies to it."""
-        return not self.rewards or any(value is not None for value in self.rewards.values())
-
-
-Group = Sequence[Sample]
-
-
-def group_by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """The samples of each prompt, which follow each other."""
-    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.place)]
-
-
-def advantages(rewards: Float[np.ndarray, "group member"], scale_by_std: bool) -> Float[np.ndarray, "group member"]:
-    """Rewards less the mean of their group (Shao et al. 2024), over its standard deviation where that is asked for,
-    which Dr. GRPO (Liu et al. 2025) advises against. A group whose rewards are equal has advantages of exactly 0, and a
-    member without a reward, nan, is left out."""
-    found = np.zeros(rewards.shape)
-    for group, advantage in zip(rewards, found, strict=True):
-        is_judged = ~np.isnan(group)
-        judged = group[is_judged]
-        if len(judged) and np.ptp(judged) > 0:
-            scale = np.std(judged, ddof=1) + STD_EPSILON if scale_by_std else 1.0
-            advantage[is_judged] = (judged - np.mean(judged)) / scale
-    return found
-
-
-def kept_samples(groups: Sequence[Group], config: GrpoConfig) -> list[Sample]:
-    """Those that the loss counts: not of a group without variance, nor without a reward, nor truncated if these are
-    masked (DAPO, Yu et al. 2025). With a divergence to keep small, groups without variance count too."""
-    return [
-        sample
-        for group in groups
-        for sample in group
-        if (config.kl_weight > 0 or has_variance(group))
-        and sample.is_judged
-        and not (config.mask_truncated and sample.is_truncated)
-    ]
-
-
-def has_variance(group: Group) -> bool:
-    return len({sample.reward for sample in group if sample.is_judged}) > 1
-
-
-def token_weights(kept: Sequence[Sample], config: GrpoConfig) -> Callable[[Sample], float]:
-    """What a token of a sample counts in the loss, which is a plain sum then: each token the same (DAPO, Yu et al.
-    2025), each sample the same (GRPO, Shao et al. 2024), or each slot of the longest completion (Dr. GRPO)."""
-    token_count = sum(len(sample.tokens) for sample in kept)
-    match config.loss_normalisation:
-        case "token":
-            return lambda _: 1 / token_count
-        case "sequence":
-            return lambda sample: 1 / (len(kept) * len(sample.tokens))
-        case "constant":
-            return lambda _: 1 / (len(kept) * config.max_completion_tokens)
-
-
-class RolloutBatch(NamedTuple):
-    """Packed rows as in `data.Batch`, with `prompt_offset` as in `attention`.
-
-    A completion's positions continue those of its prompt. `weight` is what a token counts in the loss, `sampled` its
-    log-probability under the distribution drawn from; `old` and `reference` are those of the policy before this
-    rollout's updates and of the starting policy.
-    """
-
-    token: Int[Array, "*rows token"]
-    target: Int[Array, "*rows token"]
-    weight: Float[Array, "*rows token"]
-    segment: Int[Array, "*rows token"]
-    position: Int[Array, "*rows token"]
-    prompt_offset: Int[Array, "*rows token"]
-    advantage: Float[Array, "*rows token"]
-    sampled: Float[Array, "*rows token"]
-    old: Float[Array, "*rows token"]
-    reference: Float[Array, "*rows token"]
-
-
-INTEGERS = ("token", "target", "segment", "position", "prompt_offset")
-
-
-def shares_prompts(model: ModelConfig) -> bool:
-    """Whether attention can let several completions continue one prompt."""
-    return model.attention == "xla"
-
-
-def packed_rows(
-    kept: Sequence[Sample], config: GrpoConfig, shape: tuple[int, int, int], is_shared: bool
-) -> tuple[RolloutBatch, int]:
-    """The samples packed First-Fit-Decreasing into rows of `shape` [micro_batch, row, token], and how many of the
-    micro-batches hold any.
-
-    Where prompts are shared, samples of one prompt that lie in one row have it in common: it is there once, all but
-    its last token, and each sample continues it.
-    """
-    parts = [part for group in group_by_prompt(kept) for part in parts_of_group(group, shape[2], is_shared)]
-    parts.sort(key=lambda part: -slots_of_part(part))
-    row_of = first_fit(np.array([slots_of_part(part) for part in parts], np.int64), shape[2])
-    arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
-    batch, weight_of = RolloutBatch(*arrays), token_weights(kept, config)
-    for part, number in zip(parts, row_of, strict=True):
-        at = divmod(int(number), shape[1])
-        place_part(part, RolloutBatch(*(leaf[at] for leaf in batch)), weight_of)
-    return batch, int(row_of.max()) // shape[1] + 1
-
-
-def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], float]) -> None:
-    """Write a prompt and its samples after what a row holds; a lone sample is one document with its prompt."""
-    *prompt, last = part[0].prompt_tokens
-    document, end = int(row.segment.max()) + 1, int(np.count_nonzero(row.segment))
-    here = slice(end, end + len(prompt))
-    row.token[here], row.segment[here], row.position[here] = prompt, document, np.arange(len(prompt))
-    goes_on = len(part) > 1 and len(prompt) > 0
-    for number, sample in enumerate(part):
-        end, count = here.stop, len(sample.tokens)
-        here = slice(end, end + count)
-        row.token[here], row.target[here] = (last, *sample.tokens[:-1]), sample.tokens
-        row.segment[here], row.prompt_offset[here] = document + number + goes_on, (number + 1) * goes_on
-        row.position[here] = len(prompt) + np.arange(count)
-        row.weight[here], row.advantage[here] = weight_of(sample), sample.advantage
-        row.sampled[here] = sample.sampled_log_probabilities
-
-
-def parts_of_group(group: Group, capacity: int, is_shared: bool) -> Iterator[Group]:
-    """The samples of a prompt that may share one row with it."""
-    if not is_shared:
-        yield from ([sample] for sample in group)
-        return
-    ordered = sorted(group, key=lambda sample: -len(sample.tokens))
-    room = capacity - len(group[0].prompt_tokens) + 1
-    place = first_fit(np.array([len(sample.tokens) for sample in ordered], np.int64), room)
-    for number in range(int(place.max()) + 1):
-        yield [sample for sample, at in zip(ordered, place, strict=True) if at == number]
-
-
-def slots_of_part(part: Group) -> int:
-    """Slots of a row that samples of one prompt take together, as each slot holds a token and its successor."""
-    return len(part[0].prompt_tokens) - 1 + sum(len(sample.tokens) for sample in part)
-
-
-# The objective
-
-
-class PolicyLoss(NamedTuple):
-    """The loss of GRPO on packed completions; its fields are all of the config that shapes the program.
-
-    - The clipped ratio of PPO (Schulman et al. 2017), with the asymmetric bounds of DAPO (Yu et al. 2025).
-    - Times a truncated importance weight (Espeholt et al. 2018; Yao et al. 2025) of the trainer's policy over the
-      distribution that the sampler drew from, which also corrects for top_k, top_p and min_p.
-    - Plus the divergence from the starting policy, estimated by k3 (Schulman 2020).
-    """
-
-    clip_low: float
-    clip_high: float
-    importance_limit: float
-    kl_weight: float
-    temperature: float
-    compute_dtype: str
-    rematerialisation: str
-    is_repeated: bool
-
-    def __call__(
-        self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, noise: Any
-    ) -> tuple[Float[Array, ""], Facts]:
-        hidden, head = self.hidden_states(params, batch, model), head_of(params, model)
-        sizes = model.vocabulary_size, model.is_frozen
-        loss, found = summed_token_loss(
-            hidden, head, batch.target, batch, lambda *part: self.objective(*part)[0], *sizes
-        )
-        sums, largest = self.objective(-found.loss, batch)[1]
-        return loss, (sums | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}, largest)
-
-    def hidden_states(self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig) -> Array:
-        """Hidden states whose logits are those over the temperature."""
-        x = embed(params, batch.token, self.compute_dtype)
-        offset = batch.prompt_offset if shares_prompts(model) else None
-        hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation, offset)
-        return hidden if self.temperature == 1 else hidden / self.temperature
-
-    def objective(
-        self, log_probability: Float[Array, "*rows token"], batch: RolloutBatch
-    ) -> tuple[Float[Array, ""], Facts]:
-        """The loss of a batch given the log-probabilities of its targets, and what is logged of its tokens."""
-        is_counted = batch.weight > 0
-
-        def difference(a: Array, b: Array) -> Array:
-            return jnp.where(is_counted, a - b, 0.0)
-
-        old = batch.old if self.is_repeated else jax.lax.stop_gradient(log_probability)
-        ratio = jnp.exp(difference(log_probability, old))
-        clipped = jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
-        gain = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-        mismatch = jax.lax.stop_gradient(difference(old, batch.sampled))
-        importance = jnp.exp(mismatch)
-        if self.importance_limit:
-            gain *= jnp.minimum(importance, self.importance_limit)
-        loss, divergence = -gain, jnp.zeros(())
-        if self.kl_weight:
-            from_reference = difference(batch.reference, log_probability)
-            divergence = jnp.exp(from_reference) - from_reference - 1
-            loss += self.kl_weight * divergence
-        sums = {
-            "count": jnp.sum(is_counted),
-            "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
-            "logprob_difference_mean": jnp.sum(jnp.abs(mismatch)),
-            "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
-            "kl": jnp.sum(divergence * is_counted),
-        }
-        return jnp.sum(batch.weight * loss), (sums, {"logprob_difference_max": jnp.max(jnp.abs(mismatch))})
-
-
-def policy_loss(config: GrpoConfig) -> PolicyLoss:
-    """The loss that a config asks for."""
-    shared = {name: getattr(config, name) for name in PolicyLoss._fields if name != "is_repeated"}
-    return PolicyLoss(**shared, is_repeated=config.updates_per_rollout > 1)
-
-
-@partial(jax.jit, static_argnames=("model", "loss"))
-def log_probabilities(
-    compute: PyTree[Array], batch: RolloutBatch, count: Int[Array, ""], model: ModelConfig, loss: PolicyLoss
-) -> Float[Array, "micro_batch row token"]:
-    """Of each target in the first `count` micro-batches, under the policy of these weights in the dtype of compute."""
-
-    def fill(number: Int[Array, ""], found: Array) -> Array:
-        micro_batch = jax.tree.map(lambda leaf: leaf[number], batch)
-        hidden, head = loss.hidden_states(compute, micro_batch, model), head_of(compute, model)
-        values = -token_statistics(hidden, head, micro_batch.target, model.vocabulary_size).loss
-        return found.at[number].set(values)
-
-    return jax.lax.fori_loop(0, count, fill, jnp.zeros(batch.token.shape))
-
-
-def update_shape(config: GrpoConfig, mesh: Mesh) -> tuple[int, int, int]:
-    """The shape [micro_batch, row, token] of every update of a run, with room for all samples: one compilation."""
-    rows_at_once = config.micro_batch_size * row_shards(mesh)
-    most_rows = math.ceil(config.prompts_per_step / config.updates_per_rollout) * config.completions_per_prompt
-    return math.ceil(most_rows / rows_at_once), rows_at_once, config.sequence_length
-
-
-@partial(jax.jit, static_argnames=("model", "dtype"))
-def cast_weights(params: PyTree[Array], model: ModelConfig, dtype: str) -> PyTree[Array]:
-    """A copy of what training changes in the dtype of compute."""
-    return cast(params, trained_table(model), dtype)
-
-
-def update(
-    state: TrainState,
-    groups: Sequence[Group],
-    reference: PyTree[Array] | None,
-    recipe: Recipe,
-    opened: OpenedModel,
-    config: GrpoConfig,
-    frozen: PyTree[Array] | None = None,
-) -> tuple[TrainState, dict[str, Any]]:
-    """The optimizer steps of one rollout, its groups shared out evenly over them, and what is logged of them: means
-    over counted tokens, the loss of the first, the gradient norm of the last."""
-    model, mesh, loss = opened.model, opened.mesh, policy_loss(config)
-    shape = update_shape(config, mesh)
-    policies = {"reference": reference} if reference is not None else {}
-    if config.updates_per_rollout > 1:
-        policies["old"] = cast_weights(state.params, model, config.compute_dtype)
-    batches, tokens, slots, found = [], 0, 0, []
-    for share in np.array_split(np.arange(len(groups)), config.updates_per_rollout):
-        if not (kept := kept_samples([groups[number] for number in share], config)):
-            batches.append(None)
-            continue
-        rows, count = packed_rows(kept, config, shape, shares_prompts(model))
-        tokens, slots = tokens + int(np.sum(rows.segment > 0)), slots + count * rows.segment[0].size
-        batch, count = put_batch(rows, mesh), np.int32(count)
-        for name, policy in policies.items():
-            values = log_probabilities(joined(frozen, policy, model), batch, count, model, loss)
-            batch = batch._replace(**{name: values})
-        batches.append((batch, count))
-    for batch in batches:
-        if batch is None:  # nothing to learn from: only the step is counted
-            state = state._replace(step=state.step + 1)
-            continue
-        rows, count = batch
-        state, facts = optimizer.train_step(state, rows, None, recipe, model, loss, count, frozen)
-        found.append(facts)
-    if not found:
-        return state, {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
-    return state, update_facts(jax.device_get(found)) | {"tokens": tokens, "packing_efficiency": tokens / slots}
-
-
-def difference_too_large(facts: dict[str, Any], config: GrpoConfig) -> str:
-    """Why the sampler can't have had the weights that are trained, if so; not known where the sampling rules cut its
-    distribution."""
-    found, most = facts.get("logprob_difference_mean", 0.0), LARGEST_DIFFERENCE[config.compute_dtype]
-    if config.top_k or config.top_p < 1 or config.min_p or found <= most:
-        return ""
-    return (
-        f"log-probabilities of sampler and trainer differ by {found:.2g} nats a token on average, more than the "
-        f"{most:g} that {config.compute_dtype} explains, so the completions are not of the weights that train; this "
-        "step is not saved. Please report it with the devices and versions in run.log"
-    )
-
-
-def update_facts(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is logged of the updates of a rollout that had something to learn from."""
-    count = sum(int(facts["count"]) for facts in found)
-    means = ("clip_fraction", "importance_mean", "logprob_difference_mean", "kl", "entropy")
-    return {name: float(sum(facts[name] for facts in found) / count) for name in means} | {
-        "loss": float(found[0]["loss"]),
-        "gradient_norm": float(found[-1]["gradient_norm"]),
-        "learning_rate": float(found[-1]["learning_rate"]),
-        "logprob_difference_max": float(found[0]["logprob_difference_max"]),
-        "skipped": int(found[-1]["skipped"]),
-        "skipped_updates": sum(int(facts["skipped"]) > 0 for facts in found),
-        "target_tokens": count,
-    }
 
 
 # Rollouts

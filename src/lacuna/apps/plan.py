@@ -38,9 +38,10 @@ from lacuna.config import (
 )
 from lacuna.data import Batch
 from lacuna.distributed import ROW_AXES, make_mesh, row_shards
-from lacuna.grpo import INTEGERS, RolloutBatch, policy_loss, slot_count, update_shape
+from lacuna.grpo import slot_count
 from lacuna.metrics import byte_size, flop_size, peak_flops, percent, short, step_flops
 from lacuna.model import PAGE, ModelConfig, check_trainable, joined, parameter_counts
+from lacuna.objective import INTEGERS, RolloutBatch, policy_loss, update_shape
 from lacuna.optimizer import TrainState, everywhere
 
 MOST_ROWS = 64  # the largest micro-batch that is tried

@@ -12,19 +12,9 @@ from lacuna import checkpoint
 from lacuna.apps.rewards import load_rewards
 from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import enable_compilation_cache
-from lacuna.grpo import (
-    Group,
-    Sample,
-    advantages,
-    cast_weights,
-    group_by_prompt,
-    read_inputs_of_grpo,
-    rollout_facts,
-    step_count,
-    total_reward,
-    update,
-)
+from lacuna.grpo import read_inputs_of_grpo, rollout_facts, step_count, total_reward
 from lacuna.metrics import read_json_lines
+from lacuna.objective import Group, Sample, advantages, cast_weights, group_by_prompt, update
 from lacuna.optimizer import everywhere, recipe_of, saved_state, starting_state
 
 SAMPLES = TypeAdapter(Sample)

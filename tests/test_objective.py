@@ -1,0 +1,243 @@
+"""The objective against TRL's loss, formulas in NumPy, and itself: packed, shared and accumulated."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REFERENCE, grpo_config
+from test_model import load
+
+from lacuna import objective, optimizer
+from lacuna.config import GrpoConfig
+from lacuna.model import embed, forward, head_of
+from lacuna.objective import Sample
+
+
+def samples_of(inputs: dict[str, Any]) -> list[Sample]:
+    """The reference's completions as groups of two, each after a prompt of three tokens."""
+    return [
+        Sample(
+            step=1, place=number // 2, index=number % 2, origin="", prompt_tokens=(1, 2, 3), tokens=(5,) * length,
+            text="", log_probabilities=(), sampled_log_probabilities=tuple(inputs["sampled"][number][:length]),
+            is_truncated=False, rewards={}, reward=float(number), advantage=inputs["advantage"][number],
+        )
+        for number, length in enumerate(inputs["lengths"])
+    ]  # fmt: skip
+
+
+def rows_of(
+    inputs: dict[str, Any], config: GrpoConfig
+) -> tuple[objective.RolloutBatch, jax.Array, list[tuple[int, int]]]:
+    """The reference's inputs in packed rows, with the current log-probabilities, and where each token went."""
+    batch, _ = objective.packed_rows(samples_of(inputs), config, (4, 2, config.sequence_length), is_shared=False)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
+    current, places = np.zeros(flat.token.shape, np.float32), []
+    for number, length in enumerate(inputs["lengths"]):
+        sampled = np.float32(inputs["sampled"][number][:length])
+        row, end = next(
+            (row, at + length)
+            for row, at in np.ndindex(*flat.token.shape)
+            if np.array_equal(flat.sampled[row, at : at + length], sampled)
+        )
+        here = row, slice(end - length, end)
+        flat.old[here], flat.reference[here] = inputs["old"][number][:length], inputs["reference"][number][:length]
+        current[here] = inputs["log_probability"][number][:length]
+        places += [(row, end - length + at) for at in range(length)]
+    return jax.tree.map(jnp.asarray, flat), jnp.asarray(current), places
+
+
+CASES = json.loads((REFERENCE / "grpo.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: "-".join(map(str, list(case.values())[:3])))
+def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
+    inputs = CASES["inputs"]
+    switches = {key: case[key] for key in ("loss_normalisation", "kl_weight", "importance_limit")}
+    config = grpo_config(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
+    batch, current, places = rows_of(inputs, config)
+    (loss, _), gradient = jax.value_and_grad(objective.policy_loss(config).objective, has_aux=True)(current, batch)
+    np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
+    expected = [
+        value for row, length in zip(case["gradient"], inputs["lengths"], strict=True) for value in row[:length]
+    ]
+    np.testing.assert_allclose([gradient[place] for place in places], expected, rtol=2e-4, atol=1e-7)
+    assert np.count_nonzero(gradient) <= len(places)
+
+
+def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
+    inputs = CASES["inputs"]
+    config = grpo_config(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
+    batch, current, places = rows_of(inputs, config)
+    gradient = jax.grad(lambda x: objective.policy_loss(config).objective(x, batch)[0])(current)
+    wide = {name: np.asarray(leaf, np.float64) for name, leaf in batch._asdict().items()}
+
+    def formula(log_probability: np.ndarray) -> float:
+        ratio = np.exp(log_probability - wide["old"])
+        clipped = np.clip(ratio, 1 - 0.2, 1 + 0.28)
+        gain = np.minimum(ratio * wide["advantage"], clipped * wide["advantage"])
+        gain = gain * np.minimum(np.exp(wide["old"] - wide["sampled"]), 2.0)
+        log_reference = wide["reference"] - log_probability
+        return float(np.sum(wide["weight"] * (0.1 * (np.exp(log_reference) - log_reference - 1) - gain)))
+
+    at = np.asarray(current, np.float64)
+    for place in places:
+        nudge = np.zeros_like(at)
+        nudge[place] = 1e-6
+        slope = (formula(at + nudge) - formula(at - nudge)) / 2e-6
+        np.testing.assert_allclose(gradient[place], slope, rtol=1e-3, atol=1e-6)
+
+
+def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> None:
+    inputs = CASES["inputs"]
+    config = grpo_config(updates_per_rollout=2, sequence_length=24, kl_weight=0.1, clip_low=0.1, clip_high=0.1)
+    batch, current, places = rows_of(inputs, config)
+    _, (sums, largest) = objective.policy_loss(config).objective(current, batch)
+    facts = sums | largest
+    rows, slots = np.array(places).T
+    named = batch._asdict() | {"current": current}
+    wide = {name: np.asarray(leaf, np.float64)[rows, slots] for name, leaf in named.items()}
+    ratio, mismatch = np.exp(wide["current"] - wide["old"]), wide["old"] - wide["sampled"]
+    is_clipped = np.where(wide["advantage"] > 0, ratio > 1.1, (ratio < 0.9) & (wide["advantage"] < 0))
+    log_reference = wide["reference"] - wide["current"]
+    expected = {
+        "count": len(places),
+        "clip_fraction": np.sum(is_clipped),
+        "importance_mean": np.sum(np.exp(mismatch)),
+        "kl": np.sum(np.exp(log_reference) - log_reference - 1),
+        "logprob_difference_mean": np.sum(np.abs(mismatch)),
+        "logprob_difference_max": np.max(np.abs(mismatch)),
+    }
+    assert 0 < expected["clip_fraction"] < len(places)
+    assert facts.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(facts[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_advantages_are_zero_without_variance_and_centred_else() -> None:
+    rewards = np.array([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [3.0, 2, 1, 0]])
+    plain = objective.advantages(rewards, scale_by_std=False)
+    np.testing.assert_allclose(plain, [[0.5, -0.5, -0.5, 0.5], [0] * 4, [1.5, 0.5, -0.5, -1.5]])
+    scaled = objective.advantages(rewards, scale_by_std=True)
+    np.testing.assert_allclose(scaled[0], plain[0] / (np.sqrt(1 / 3) + 1e-4))
+    assert not scaled[1].any()
+
+
+def random_samples(vocabulary: int) -> list[Sample]:
+    """Twelve completions of four prompts, of many lengths; one prompt is a single token."""
+    random = np.random.default_rng(1)
+    prompts = [tuple(random.integers(1, vocabulary, length).tolist()) for length in (3, 4, 1, 6)]
+    samples = []
+    for number in range(12):
+        length = int(random.integers(2, 9))
+        samples.append(
+            Sample(
+                step=1, place=number // 3, index=number % 3, origin="", prompt_tokens=prompts[number // 3],
+                tokens=tuple(random.integers(1, vocabulary, length).tolist()), text="",
+                log_probabilities=(), sampled_log_probabilities=tuple((-3 * random.random(length)).tolist()),
+                is_truncated=False, rewards={}, reward=float(number), advantage=float(random.normal()),
+            )
+        )  # fmt: skip
+    return samples
+
+
+def gradient_of(
+    samples: list[Sample], config: GrpoConfig, rows_at_once: int, is_shared: bool = False
+) -> tuple[Any, float]:
+    """Gradient and loss of samples in micro-batches, read off the step of the update."""
+    model, params = load(REFERENCE / "qwen3")
+    shape = 12, rows_at_once, config.sequence_length
+    batch, count = objective.packed_rows(samples, config, shape, is_shared)
+    recipe = optimizer.recipe_of(config.model_copy(update={"clip_norm": 1e30}), 50)
+    state = optimizer.fresh_state(jax.tree.map(jnp.copy, params))
+    loss, batch = objective.policy_loss(config), jax.tree.map(jnp.asarray, batch)
+    state, facts = optimizer.train_step(state, batch, np.float32(1), recipe, model, loss, np.int32(count))
+    moments: Any = state.moments
+    return jax.tree.map(lambda leaf: leaf / (1 - optimizer.ADAM_BETA1), moments.mu), float(facts["loss"])
+
+
+@pytest.mark.parametrize(("is_shared", "expected"), [
+    (False, {"token": [1, 2, 3, 4, 7, 8, 1, 2, 3, 4, 5], "position": [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4],
+             "segment": [1] * 6 + [2] * 5, "prompt_offset": [0] * 11}),
+    (True, {"token": [1, 2, 3, 4, 7, 8, 4, 5], "position": [0, 1, 2, 3, 4, 5, 3, 4],
+            "segment": [1, 1, 1, 2, 2, 2, 3, 3], "prompt_offset": [0, 0, 0, 1, 1, 1, 2, 2]}),
+])  # fmt: skip
+def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: dict[str, list[int]]) -> None:
+    two = [
+        replace(sample, prompt_tokens=(1, 2, 3, 4), tokens=tokens, sampled_log_probabilities=(-1.0,) * len(tokens))
+        for sample, tokens in zip(random_samples(150), ((5, 6), (7, 8, 9)), strict=False)
+    ]
+    rows, count = objective.packed_rows(two, grpo_config(sequence_length=16), (2, 1, 16), is_shared)
+    assert count == 1 and not rows.segment[1].any()
+    for name, values in expected.items():
+        assert getattr(rows, name)[0, 0].tolist() == values + [0] * (16 - len(values)), name
+    assert rows.target[rows.weight > 0].tolist() == [7, 8, 9, 5, 6]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize(("length", "rows_at_once"), [(64, 4), pytest.param(16, 3, marks=pytest.mark.slow), (16, 1)])
+def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
+    length: int, rows_at_once: int, is_shared: bool
+) -> None:
+    samples = random_samples(150)
+    config = grpo_config(sequence_length=64, loss_normalisation="sequence", temperature=0.8)
+    expected, loss = gradient_of(samples, config, 1)
+    config = config.model_copy(update={"sequence_length": length})
+    found, same = gradient_of(samples, config, rows_at_once, is_shared)
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+
+
+def test_the_gradient_is_that_of_the_whole_logits() -> None:
+    samples, config = random_samples(150), grpo_config(temperature=0.8, importance_limit=2.0)
+    model, params = load(REFERENCE / "qwen3")
+    rows, _ = objective.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
+
+    def table_of(params: Any) -> jax.Array:
+        hidden = forward(params, embed(params, batch.token, "float32"), batch.segment, batch.position, model)
+        logits = hidden @ head_of(params, model).T / config.temperature
+        return jax.nn.log_softmax(logits[..., : model.vocabulary_size])
+
+    def plain(params: Any) -> jax.Array:
+        table = table_of(params)
+        of_targets = jnp.take_along_axis(table, batch.target[..., None], axis=-1)[..., 0]
+        return objective.policy_loss(config).objective(of_targets, batch)[0]
+
+    loss, expected = jax.jit(jax.value_and_grad(plain))(params)
+    found, same = gradient_of(samples, config, 4)
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+
+
+def test_the_entropy_is_that_of_the_distributions() -> None:
+    samples, config = random_samples(150), grpo_config(temperature=0.8)
+    model, params = load(REFERENCE / "qwen3")
+    rows, _ = objective.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
+    _, (facts, _) = objective.policy_loss(config)(params, batch, model, None)
+    hidden = forward(params, embed(params, batch.token, "float32"), batch.segment, batch.position, model)
+    logits = np.asarray(hidden @ head_of(params, model).T / 0.8, np.float64)[np.asarray(batch.weight) > 0]
+    probability = np.exp(logits - logits.max(-1, keepdims=True))
+    probability /= probability.sum(-1, keepdims=True)
+    assert len(logits) == int(facts["count"]) == sum(len(sample.tokens) for sample in samples)
+    np.testing.assert_allclose(facts["entropy"], -np.sum(probability * np.log(probability)), rtol=1e-5)
+
+
+def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
+    samples = random_samples(150)
+    samples[0] = replace(samples[0], is_truncated=True)
+    groups = objective.group_by_prompt(samples)
+    groups[1] = [replace(sample, reward=1.0) for sample in groups[1]]
+    kept = objective.kept_samples(groups, grpo_config())
+    expected = [(0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
+    assert [(sample.place, sample.index) for sample in kept] == expected
+    assert len(objective.kept_samples(groups, grpo_config(mask_truncated=False))) == 9
+    assert len(objective.kept_samples(groups, grpo_config(kl_weight=0.1))) == 11
+    tokens, weight_of = sum(len(sample.tokens) for sample in kept), objective.token_weights(kept, grpo_config())
+    assert {weight_of(sample) for sample in kept} == {1 / tokens}
