@@ -403,6 +403,58 @@ def test_a_cancelled_request_frees_its_slot_and_returns_no_more_parts(small: Sam
     assert seen_numbers == {numbers[0], *numbers[2:5]}
 
 
+def in_turns(small: Sampler, requests: list[Request], given: tuple[int, ...], delays: list[int]) -> list[Completion]:
+    """Completions of held requests, each of which continues once with what is given, that many blocks later."""
+    index_of, parts = {small.submit(request): index for index, request in enumerate(requests)}, {}
+    due, stops = dict[tuple[int, int], int](), dict[tuple[int, int], int]()
+    while not small.is_idle:
+        for part in small.advance(7):
+            key = part.request, part.index
+            parts.setdefault(key, []).append(part)
+            if part.finish_reason == "stop":
+                stops[key] = stops.get(key, 0) + 1
+                due[key] = delays[(index_of[key[0]] + key[1]) % len(delays)]
+        for key in list(due):
+            due[key] -= 1
+            if due[key] < 0:
+                small.release(*key) if stops[key] > 1 else small.extend(*key, given)
+                del due[key]
+    return [replace(sampler.joined_parts(parts[key]), request=index_of[key[0]]) for key in sorted(parts)]
+
+
+def test_a_held_completion_continues_as_if_what_it_is_given_had_been_prompted(small: Sampler) -> None:
+    rules = SamplingKeys(temperature=0.0, repetition_penalty=1.3, max_tokens=90)
+    (free,) = small.generate([Request(random_prompt(30), rules)])
+    stop, given = free.tokens[4], (free.tokens[4], *random_prompt(44))
+    requests = [Request(random_prompt(30), rules, (stop,), is_held=True)]
+    company = [Request(random_prompt(50), SamplingKeys(max_tokens=150), seed=1)]
+    first, _ = in_turns(small, requests + company, given, [3])
+    turn = free.tokens[: free.tokens.index(stop) + 1]
+    prompt = *requests[0].prompt, *turn, *given
+    left = rules.model_copy(update={"max_tokens": 90 - len(turn) - len(given)})
+    (fresh,) = small.generate([Request(prompt, left, (stop,))])
+    assert first.tokens == (*turn, *given, *fresh.tokens) and len(given) > sampler.BLOCK
+    own = first.log_probabilities[-len(fresh.tokens) :]
+    np.testing.assert_allclose(own, fresh.log_probabilities, atol=1e-5)
+    by_full_forward = [log_softmax(row)[token] for row, token in zip(
+        logits_after(requests[0].prompt, first.tokens), first.tokens, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(first.log_probabilities, by_full_forward, atol=1e-5)
+    assert not any(first.sampled_log_probabilities)
+
+
+def test_what_a_held_completion_becomes_does_not_depend_on_how_long_it_waits(small: Sampler) -> None:
+    rules, given = SamplingKeys(temperature=3.0, max_tokens=60), random_prompt(5)
+    requests = [
+        Request(random_prompt(20, seed), rules, (5, 6, 7, 8), seed=seed, n=3, is_held=True) for seed in range(3)
+    ]
+    quick, slow = (in_turns(small, requests, given, delays) for delays in ([0], [0, 9, 3, 1]))
+    assert quick == slow
+    continued = [each for each in quick if any(tuple(each.tokens[at : at + 5]) == given for at in range(55))]
+    assert len(continued) > 3 and len({each.tokens for each in quick}) == 9
+    later = [replace(requests[0], first=1, n=2)]
+    assert [each.tokens for each in in_turns(small, later, given, [0])] == [each.tokens for each in quick[1:3]]
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
@@ -414,6 +466,7 @@ def test_a_cancelled_request_frees_its_slot_and_returns_no_more_parts(small: Sam
         (Request((1,), n=0), "n = 0"),
         (Request((1,), top_logprobs=21), "top_logprobs = 21"),
         (Request((1,), root=0), "root = 0 is no node of the sampler's constraint"),
+        (Request((1,), stop=("a",), is_held=True), "a request that is held has no stop strings"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(small: Sampler, request_: Request, words: str) -> None:

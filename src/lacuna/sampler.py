@@ -246,15 +246,22 @@ def follow(forest: Forest, node: PerSlot, token: PerSlot) -> PerSlot:
 
 def next_token(
     params: PyTree[Array], slots: Slots, rules: Rules, constraint: Forest | None, rotations: Rotation,
-    model: ModelConfig,
+    model: ModelConfig, given: PerSlot | None = None,
 ) -> tuple[Slots, Emitted]:  # fmt: skip
-    """One more token in each active slot: penalise, constrain, choose, measure, and see whether it is the last."""
+    """One more token in each active slot: penalise, constrain, choose, measure, and see whether it is the last. One
+    that is `given`, not -1, is neither drawn nor the last."""
     logits, cache = decode_step(params, slots.cache, slots.token, slots.length, rotations, model)
     row = jnp.arange(len(logits))
     scores = penalise(logits, slots, rules)
     if constraint:
         scores = confine(scores, constraint, slots.node)
     token, sampled_log_probability = choose_token(scores, rules, slots.made, slots.is_active)
+    is_given, is_prompted = jnp.zeros(len(row), bool), slots.is_prompted
+    if given is not None:
+        is_given = slots.is_active & (given >= 0)
+        token = jnp.where(is_given, given, token)
+        sampled_log_probability = jnp.where(is_given, 0, sampled_log_probability)
+        is_prompted = is_prompted.at[row, token].max(is_given)
 
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     log_probability = logits[row, token] - normalizer
@@ -265,7 +272,7 @@ def next_token(
         lambda: (jnp.zeros((len(row), top)), jnp.zeros((len(row), top), jnp.int32)),
     )
 
-    is_stop = jnp.any(token[:, None] == rules.stop_ids, axis=-1)
+    is_stop = jnp.any(token[:, None] == rules.stop_ids, axis=-1) & ~is_given
     node = slots.node
     if constraint:
         node = follow(constraint, node, token)
@@ -275,12 +282,13 @@ def next_token(
     step = slots.is_active.astype(jnp.int32)
     slots = slots._replace(
         cache=cache,
-        token=token,
+        token=jnp.where(slots.is_active, token, slots.token),
         length=slots.length + step,
         made=slots.made + step,
         node=node,
         is_active=ended == 0,
-        count=slots.count.at[row, token].add(step),
+        is_prompted=is_prompted,
+        count=slots.count.at[row, token].add(step * ~is_given),
     )
     top_log_probability = top_logits - normalizer[:, None]
     return slots, Emitted(token, log_probability, sampled_log_probability, ended, top_token, top_log_probability)
@@ -374,8 +382,12 @@ def decode_block(
     steps: Int[Array, ""],
     patience: Int[Array, ""],
     model: ModelConfig,
+    given: Int[Array, "step slot"] | None = None,
 ) -> tuple[Slots, Emitted]:
-    """Up to `steps` tokens in every active slot that is still wanted; fewer when `patience` slots have become free."""
+    """Up to `steps` tokens in every active slot that is still wanted; fewer when `patience` slots have become free. A
+    slot with a `given` token for the first step is active again, and continues with all that it has."""
+    if given is not None:
+        slots = slots._replace(is_active=slots.is_active | (given[0] >= 0))
     slots = slots._replace(is_active=slots.is_active & is_wanted)
     rules = jax.tree.map(shard_rows, rules)
     count, top = len(slots.token), min(TOP_LOGPROBS, model.vocabulary_size)
@@ -390,7 +402,8 @@ def decode_block(
 
     def step(carry: tuple[Array, Slots, Emitted]) -> tuple[Array, Slots, Emitted]:
         number, slots, emitted = carry
-        slots, found = next_token(params, slots, rules, constraint, rotations, model)
+        now = None if given is None else given[number]
+        slots, found = next_token(params, slots, rules, constraint, rotations, model, now)
         return number + 1, slots, jax.tree.map(lambda all, one: all.at[number].set(one), emitted, found)
 
     carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, whole - 1, *tops)
@@ -403,9 +416,10 @@ def decode_block(
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt and how to continue it; its `n` completions share one prefill, and each draws its own random numbers.
-    `root` is the node of the sampler's constraint that outputs start from; -1 allows everything. `adapter` is the
-    number of one of the sampler's adapters."""
+    """A prompt and how to continue it; its `n` completions, numbered from `first`, share one prefill, and each draws
+    its own random numbers. `root` is the node of the sampler's constraint that outputs start from; -1 allows
+    everything. `adapter` is the number of one of the sampler's adapters. One that `is_held` keeps its slot, and the
+    cache, where it stops, until the sampler is told to `extend` or to `release` it."""
 
     prompt: tuple[int, ...]
     rules: SamplingKeys = SamplingKeys()
@@ -416,6 +430,8 @@ class Request:
     top_logprobs: int = 0
     root: int = -1
     adapter: int = 0
+    first: int = 0
+    is_held: bool = False
 
 
 @dataclass(frozen=True)
@@ -455,7 +471,8 @@ def before_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
 
 @dataclass
 class Running:
-    """A completion in a slot: its text so far, and the end of it held back as it may begin a stop string."""
+    """A completion in a slot: its text so far, the end of it held back as it may begin a stop string, tokens that it
+    continues with before any is drawn, and whether it waits for such."""
 
     number: int
     index: int
@@ -463,6 +480,8 @@ class Running:
     stream: TextStream
     length: int
     held: str = ""
+    given: tuple[int, ...] = ()
+    is_waiting: bool = False
 
     def read(self, tokens: list[int], reason: FinishReason) -> tuple[str, int, FinishReason]:
         """The text of new tokens, the number of those up to a stop string, and the reason why they end."""
@@ -551,6 +570,7 @@ class Sampler:
             "give the Sampler a constraint with it, or leave root at -1": request.root not in self.roots,
             f"adapter = {request.adapter} is none of the sampler's {self.adapter_count}":
                 not 0 <= request.adapter < max(self.adapter_count, 1),
+            "a request that is held has no stop strings, as its slot may be past one": request.is_held and request.stop,
         }  # fmt: skip
         for problem, is_there in refusals.items():
             if is_there:
@@ -561,8 +581,23 @@ class Sampler:
         """Queue a request; its completions carry the number returned. Raises UserError where it can't be generated."""
         self.check(request)
         number = next(self.numbers)
-        self.waiting.extend((number, index, request) for index in range(request.n))
+        self.waiting.extend((number, request.first + index, request) for index in range(request.n))
         return number
+
+    def extend(self, number: int, index: int, tokens: Sequence[int]) -> None:
+        """Continue a completion that is held with these tokens, which count as its own, and then with what it draws."""
+        running = self.running[self._held_slot(number, index)]
+        assert running and tokens
+        running.given, running.is_waiting = tuple(tokens), False
+        running.stream = TextStream(self.tokenizer, tokens)
+
+    def release(self, number: int, index: int) -> None:
+        """Free the slot of a completion that is held."""
+        self.running[self._held_slot(number, index)] = None
+
+    def _held_slot(self, number: int, index: int) -> int:
+        here = [(each.number, each.index) if each and each.is_waiting else None for each in self.running]
+        return here.index((number, index))
 
     def cancel(self, number: int) -> None:
         """Drop a request: at the next `advance` its slots become free, and no more parts of it are returned."""
@@ -575,10 +610,11 @@ class Sampler:
             arrivals = self._assign_slots()
             self._resize(steps)
             self._insert(arrivals)
-            if not any(self.running):
+            is_wanted = np.array([running is not None and not running.is_waiting for running in self.running])
+            if not any(is_wanted):
                 return []
-            patience = max(1, len(self.running) // 8) if self.waiting else len(self.running)
-            is_wanted = np.array([running is not None for running in self.running])
+            is_awaited = bool(self.waiting) or any(running.request.is_held for running in self.running if running)
+            patience = max(1, len(self.running) // 8) if is_awaited else len(self.running)
             limits = np.int32(min(steps, BLOCK)), np.int32(patience)
             adapters = [running.request.adapter if running else 0 for running in self.running]
             self.slots, emitted = decode_block(
@@ -589,12 +625,14 @@ class Sampler:
                 is_wanted,
                 *limits,
                 self.model,
+                self._given(),
             )
             if not any(running.request.top_logprobs for running in self.running if running):
                 nothing = np.zeros((BLOCK, len(self.running), 0))
                 emitted = emitted._replace(top_token=nothing, top_log_probability=nothing)
             emitted = jax.device_get(emitted)
-        return [self._part(slot, running, emitted) for slot, running in enumerate(self.running) if running]
+        slots = enumerate(self.running)
+        return [self._part(slot, running, emitted) for slot, running in slots if running and is_wanted[slot]]
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[Completion], None] | None = None
@@ -650,6 +688,16 @@ class Sampler:
         if needed > pages or 4 * needed <= pages:
             self.slots = self.slots._replace(cache=resized(self.slots.cache, needed))
 
+    def _given(self) -> Int[np.ndarray, "step slot"] | None:
+        """The tokens that slots continue with in the next block; None if none has any."""
+        if not any(running.given for running in self.running if running):
+            return None
+        given = np.full((BLOCK, len(self.running)), -1, np.int32)
+        for slot, running in enumerate(self.running):
+            tokens = running.given[:BLOCK] if running else ()
+            given[: len(tokens), slot] = tokens
+        return given
+
     def _insert(self, arrivals: dict[int, Running]) -> None:
         """Prefill new prompts, those of similar length together, and put every arrival into its slot."""
         requests = {running.number: running.request for running in arrivals.values()}
@@ -669,7 +717,7 @@ class Sampler:
         for slot, running in arrivals.items():
             source[slot], row[slot] = self.prefilled[running.number]
             root[slot] = running.request.root
-            if running.index == running.request.n - 1:
+            if running.index == running.request.first + running.request.n - 1:
                 del self.prefilled[running.number]
         for prompts in {id(prompts): prompts for prompts in source if prompts}.values():
             is_new = np.array([each is prompts for each in source])
@@ -692,8 +740,13 @@ class Sampler:
         count = int(np.sum(emitted.ended[:, slot] >= 0))
         new = jax.tree.map(lambda x: x[:count, slot].tolist(), emitted)
         running.length += count
-        text, count, reason = running.read(new.token, FINISH_REASONS[new.ended[-1]])
-        if reason:
+        given_count = min(count, len(running.given))
+        running.given = running.given[given_count:]
+        text, count, reason = running.read(new.token[given_count:], FINISH_REASONS[new.ended[-1]])
+        count += given_count
+        if reason == "stop" and running.request.is_held:
+            running.is_waiting = True
+        elif reason:
             self.running[slot] = None
         top = running.request.top_logprobs
         tops = zip(new.top_token[:count], new.top_log_probability[:count], strict=True)
