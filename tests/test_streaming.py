@@ -342,24 +342,48 @@ def test_a_streamed_run_that_is_resumed_is_the_uninterrupted_one(small: Path, ma
     assert all(record["packing_efficiency"] > 0.3 for record in records(whole))
 
 
-def test_the_steps_of_an_epoch_are_counted_and_required(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = text_run(small, count=True, batch_size=8)
-    said = []
-    for is_streaming in (False, True):
-        data = [{"path": str(small / "pretrain.jsonl"), "streaming": is_streaming}]
-        cli.run(config.model_copy(update={"data": tuple(map(DataSource.model_validate, data))}))
+def test_an_epoch_is_counted_once_and_runs_by_epochs_then_have_their_steps(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, data = [], [{"path": str(small / "pretrain.jsonl"), "streaming": True}]
+    streamed = text_run(small, data=data, epochs=2, steps=0)
+    with pytest.raises(UserError, match="steps is required, as nobody has counted.*--count once"):
+        cli.run(streamed)
+    assert not (streamed.run_directory / "config.toml").exists()
+    for config in (text_run(small, count=True), streamed.model_copy(update={"count": True})):
+        cli.run(config)
         said.append(
             re.search(r"([\d,]+) rows of 128 tokens an epoch of .*: set steps to (\d+)", capsys.readouterr().out)
         )
     assert said[0] and said[1]
-    assert int(said[0][1]) + 1 == int(said[1][1]) > 40  # only whole rows, or with the one that the epoch ends in
-    assert int(said[1][2]) == -(-int(said[1][1]) // 8)
-    assert not (small.parent / "runs").exists()
-    for wrong in ({"steps": 0}, {"eval_data": [{"path": "a", "streaming": True}]}):
-        with pytest.raises(ValueError, match="steps is required where data are streamed|eval_data can't be streamed"):
-            text_run(small, data=data, **wrong)
+    rows = int(said[1][1])
+    assert int(said[0][1]) + 1 == rows > 40  # only whole rows, or with the one that the epoch ends in
+    assert int(said[1][2]) == -(-rows // 16)
+    assert not list((small.parent / "runs").glob("*/metrics.jsonl"))
+    cli.run(streamed)
+    found = records(streamed)
+    assert len(found) == -(-2 * rows // 16) and found[-2]["epoch"] < 2 <= found[-1]["epoch"] < 2.4
+    assert sum(each["tokens"] for each in found) == len(found) * 16 * 128
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedData, "batch", None)
+        cli.run(streamed.model_copy(update={"count": True}))  # kept, so nothing is read
+    assert f"{rows} rows of 128 tokens an epoch" in capsys.readouterr().out
+    for changed in ({"seed": 1}, {"sequence_length": 64}, {"on_bad_data": "skip"}, {"run_name": "of another file"}):
+        if "run_name" in changed:
+            with (small / "pretrain.jsonl").open("a") as file:
+                file.write('{"text": "One more."}\n')
+        with pytest.raises(UserError, match="nobody has counted"):
+            cli.run(streamed.model_copy(update={"run_name": "changed", **changed}))
+    with pytest.raises(ValueError, match="eval_data can't be streamed"):
+        text_run(small, data=data, eval_data=[{"path": "a", "streaming": True}])
     with pytest.raises(ValueError, match="can be streamed by pretrain and sft alone"):
         EvalConfig(model_name="m", data=tuple(map(DataSource.model_validate, data)))
+
+
+def test_rows_of_streamed_chats_are_shown(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(chat_run(small, data=[{"path": str(small / "heldout.jsonl"), "streaming": True}], show=2))
+    shown = capsys.readouterr().out
+    assert "row 2" in shown and "row 3" not in shown and "⟦" in shown
 
 
 # What can be wrong

@@ -246,7 +246,9 @@ class OptimizationKeys(Keys):
     from_scratch: bool = Field(False, description="Take only the config and tokenizer from model_name, not the weights")
     micro_batch_size: int = Field(1, ge=1, description="Packed rows per device per forward pass")
     steps: int = Field(0, ge=0, description="Optimizer steps; 0: as many as the epochs give")
-    epochs: int = Field(1, ge=0, description="Passes over the data when steps is 0")
+    epochs: int = Field(
+        1, ge=0, description="Passes over the data when steps is 0; of streamed data after --count has counted one"
+    )
     learning_rate: LearningRate = 2e-5
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0")
     weight_decay: WeightDecay = 0.1
@@ -422,7 +424,7 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
     """Batch and samples"""
 
     batch_size: int = Field(64, ge=1, description="Packed rows per optimizer step, over all devices")
-    count: bool = Field(False, description="Count the rows and steps of an epoch of streamed data, and exit")
+    count: bool = Field(False, description="Count and keep the rows of an epoch of streamed data, and exit")
     shard_cache: float = Field(20.0, ge=0, description="Gigabytes of the fetched files of streamed data that are kept")
     sample_prompts: tuple[str, ...] = Field((), description="Prompts to answer, or to continue, at every evaluation")
     sample_tokens: int = Field(64, ge=1, description="Most tokens of each such answer")
@@ -431,15 +433,6 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
     def is_streaming(self) -> bool:
         """Whether any source is read while the run trains."""
         return any(source.streaming for source in self.data)
-
-    @model_validator(mode="after")
-    def length_is_known(self) -> "RowsConfig":
-        if self.is_streaming and not (self.steps or self.count):
-            raise ValueError(
-                "steps is required where data are streamed, as nothing counts them before; set steps to the tokens to "
-                "train on / (batch_size × sequence_length), or let --count tell how many an epoch has"
-            )
-        return self
 
     @model_validator(mode="after")
     def new_words_can_train(self) -> "RowsConfig":

@@ -664,15 +664,19 @@ def source_fingerprint(
     files = local_files(source.path)
     columns = source.model_dump(exclude={"path", "split", "weight", "streaming"})
     origin = [file.name for file in files] or [source.path, hub_table(source)._fingerprint]
+    with progress() as line:
+        hashes = [hash_of(file) for file in line.track(files, description="Hashing files")]
+    encoder = encoder_digest(tokenizer, hash_of)
+    return content_hash([origin, hashes, columns, encoder, train_on, skip_bad])[:32]
+
+
+def encoder_digest(tokenizer: Tokenizer, hash_of: Callable[[Path], str]) -> str:
+    """A hash of all that the tokens of a row depend on, besides the row and what of it is learned."""
     date = tokenizer.template.globals["strftime_now"]("%F") if tokenizer.template else ""
     sources = tokenizer.template_source, tokenizer.tool_source
     template = [*sources, tokenizer.variables, tokenizer.special_tokens, date, tokenizer.new_words]
-    digest = hashlib.sha256(json.dumps([origin, columns, template, train_on, skip_bad]).encode())
     code = [Path(__file__).with_name(name) for name in ("documents.py", "tokenizer.py", "sandbox.py")]
-    with progress() as line:
-        for file in line.track([*files, tokenizer.directory / "tokenizer.json", *code], description="Hashing files"):
-            digest.update(bytes.fromhex(hash_of(file)))
-    return digest.hexdigest()[:32]
+    return content_hash([template, [hash_of(file) for file in [tokenizer.directory / "tokenizer.json", *code]]])
 
 
 def encode_source(source: DataSource, tokenizer: Tokenizer, train_on: TrainOn, skip_bad: bool, directory: Path) -> None:

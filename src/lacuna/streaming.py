@@ -7,12 +7,12 @@ continues after reading one window again, on any devices.
 """
 
 import queue
-import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from functools import cached_property
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ import numpy as np
 
 from lacuna.config import ChatKeys, DataSource, PretrainConfig, RowsConfig, UserError
 from lacuna.data import Batch, Dataset, Mixture, PackedRows, Segment, batch_of, describe, fit, load_dataset, segments_of
-from lacuna.documents import SHOWN_BAD_ROWS, Documents, Prepared, encode_parts, parts, prepare, usable
-from lacuna.metrics import byte_size
+from lacuna.distributed import from_first
+from lacuna.documents import SHOWN_BAD_ROWS, Documents, Prepared, encode_parts, encoder_digest, parts, prepare, usable
+from lacuna.metrics import byte_size, content_hash, file_hash, write_atomically
 from lacuna.shards import Rows, block_count, blocks, fetch_ahead, find_shards, permuted, shards_digest
 from lacuna.tokenizer import EncodedText, Tokenizer
 
@@ -89,7 +90,9 @@ class ShardedSource:
         self.groups = [together, *apart] if together else apart
         self.digest = shards_digest(shards)
         size = sum(shard.size for shard in shards) if all(shard.size >= 0 for shard in shards) else 0
-        self.description = f"{source.path}, {len(shards):,} files{f' of {byte_size(size)}' * bool(size)}"
+        self.description = (
+            f"{source.path}, {len(shards):,} file{'s' * (len(shards) > 1)}{f' of {byte_size(size)}' * bool(size)}"
+        )
 
     def windows(
         self, epoch: int, group: int, block: int
@@ -330,6 +333,9 @@ class StreamedData:
             for number, source in enumerate(config.data)
         ]
         self.digests = tuple(source.digest for source in self.sources)
+        order = config.model_dump(include={"data", "sequence_length", "seed", "packing", "train_on", "on_bad_data"})
+        named = content_hash([order, self.digests, encoder_digest(tokenizer, file_hash)])
+        self.count_file = config.cache_dir / "counts" / named[:32]
         shares = [Fraction(str(source.weight)) for source in config.data]
         common = lcm(*(share.denominator for share in shares))
         self.weights = [int(share * common) for share in shares]
@@ -348,9 +354,28 @@ class StreamedData:
         """What is read, in words."""
         return "; ".join(source.description for source in self.sources)
 
+    @cached_property
+    def epoch_rows(self) -> int:
+        """Rows of an epoch of the first source, as `keep_count` kept them for the first process; 0 where it did not."""
+        return int(from_first("rows of an epoch", self.count_file.read_text() if self.count_file.exists() else "0"))
+
+    def keep_count(self, rows: int) -> None:
+        """Keep how many rows an epoch of the first source has, for all runs that have the same."""
+        self.count_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.count_file, str(rows))
+
     def row_count(self, epochs: int) -> int:
-        """Rows of some epochs: more than a run takes, as nothing counts them."""
-        return sys.maxsize
+        """Rows of some epochs of the first source, each taken for as long as the first.
+
+        Raises:
+            UserError: nobody has counted them.
+        """
+        if not self.epoch_rows:
+            raise UserError(
+                "steps is required, as nobody has counted these streamed data: set steps to the tokens to train on / "
+                "(batch_size × sequence_length), or run this command with --count once, after which epochs will do"
+            )
+        return epochs * self.epoch_rows
 
     def epochs_before(self, row: int) -> float:
         """Epochs of the first source that are over before a row, which was the end of a batch a short while ago."""

@@ -514,12 +514,12 @@ def run_training(
         run = Run(config, write_report)
         needs_weights = bool(config.lora_rank) or not (run.resumed or config.from_scratch)
         opened, dataset = read_inputs(config, needs_weights, run.place)
+        steps = config.steps or math.ceil(dataset.row_count(config.epochs) / config.batch_size)
         run.inputs |= {path: metrics.file_hash(Path(path)) for path in [config.new_tokens] if path}
         evaluation = prepare_evaluation(config, opened) if config.has_evaluation else None
         run.check_unchanged(opened, dataset.digests)  # before rows are read, at a place in what may have changed
         rows = hashlib.sha256(b"".join(leaf.tobytes() for leaf in dataset.batch(run.step, config.batch_size)))
         read = rows.hexdigest() + (evaluation.digest if evaluation else "")
-        steps = config.steps or math.ceil(dataset.row_count(config.epochs) / config.batch_size)
         lines = [*row_lines(config, opened.mesh, dataset, steps), *(evaluation.lines if evaluation else [])]
         with run.begun(opened, dataset.digests, steps, lines, read) as state:
             rows = RowSteps(config, run, dataset)

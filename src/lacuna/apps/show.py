@@ -18,7 +18,7 @@ def show_rows(config: SftConfig) -> None:
     console = Console(highlight=False)
     config = settled(config)
     opened, dataset = read_inputs(config, with_weights=False, place={})
-    for row in range(min(config.show, dataset.row_count(1))):
+    for row in range(config.show if config.is_streaming else min(config.show, dataset.row_count(1))):
         console.rule(f"row {row + 1}")
         text = coloured(dataset.batch(row, 1), 0, opened.tokenizer, has_marks=not console.is_terminal)
         console.print(text, soft_wrap=True)
