@@ -245,12 +245,12 @@ class OptimizationKeys(Keys):
 
     from_scratch: bool = Field(False, description="Take only the config and tokenizer from model_name, not the weights")
     micro_batch_size: int = Field(1, ge=1, description="Packed rows per device per forward pass")
-    steps: int = Field(0, ge=0, description="Optimizer steps; 0: as many as the epochs give")
+    steps: int = Field(0, ge=0, description="Optimizer steps, of grpo rollouts; 0: as many as the epochs give")
     epochs: int = Field(
         1, ge=0, description="Passes over the data when steps is 0; of streamed data after --count has counted one"
     )
     learning_rate: LearningRate = 2e-5
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0")
+    warmup_steps: int = Field(0, ge=0, description="Steps, as in steps, over which the learning rate rises from 0")
     weight_decay: WeightDecay = 0.1
     clip_norm: float = Field(1.0, gt=0, description="Largest global gradient norm; larger ones are scaled down to it")
     rematerialisation: Literal["none", "matmuls", "layer"] = Field(
@@ -484,6 +484,9 @@ class RolloutKeys(ChoiceKeys):
     temperature: float = Field(1.0, gt=0, description="Divides the logits, in rollout and update alike")
     slots: int = Field(64, ge=1, description="Completions that are generated at once")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout, each on its share of groups")
+    refill: int = Field(
+        1, ge=1, description="Times prompts_per_step that a step may ask to replace groups whose rewards are all alike"
+    )
 
     @property
     def rules(self) -> SamplingKeys:

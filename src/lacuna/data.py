@@ -114,6 +114,11 @@ class Mixture:
     seed: int
     is_shuffled: bool
 
+    def size(self, epochs: int) -> int:
+        """Pieces that the first `epochs` epochs take."""
+        pairs = zip(self.counts, self.weights, strict=True)
+        return sum(math.ceil(epochs * Fraction(str(weight)) * count) for count, weight in pairs)
+
     def epoch(self, epoch: int) -> Int[np.ndarray, " item"]:
         """Numbers of an epoch's pieces: of each source the next weight × count of an endless line of passes."""
         items, before = [np.zeros(0, np.int64)], 0

@@ -7,10 +7,11 @@ was killed continues as if nothing had happened, and every step can be computed 
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,13 +146,9 @@ def input_digests(config: GrpoConfig, inputs: Inputs) -> dict[str, str]:
     return {name: checkpoint.files_digest(paths) for name, paths in files.items()}
 
 
-def problems_of_step(inputs: Inputs, config: GrpoConfig, step: int) -> list[tuple[int, Problem]]:
-    """The problems of a step with their places in the run, in an order that is a function of the seed alone."""
-    mixture = Mixture(inputs.problems.counts, tuple(source.weight for source in config.data), config.seed, True)
-    size_of = cache(lambda epoch: len(mixture.epoch(epoch)))
-    places = range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
-    found = ((place, *locate(place, size_of)) for place in places)
-    return [(place, inputs.problems.problems[mixture.epoch(epoch)[at]]) for place, epoch, at in found]
+def order_of(config: GrpoConfig, problems: Problems) -> Mixture:
+    """The order of the problems, a function of the seed alone."""
+    return Mixture(problems.counts, tuple(source.weight for source in config.data), config.seed, True)
 
 
 def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
@@ -166,6 +163,7 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
         "completion_tokens": sum(len(sample.tokens) for sample in samples),
         "truncated_fraction": float(np.mean([sample.is_truncated for sample in samples])),
         "zero_advantage_fraction": float(np.mean([not has_variance(group) for group in groups])),
+        "prompts": len(groups),
     }
 
 
@@ -190,7 +188,7 @@ def run_grpo(
         opened, digests = inputs.opened, inputs.problems.digests
         run.inputs = input_digests(config, inputs) if is_first() else {}
         tasks = prepare(opened) if prepare else None
-        count = step_count(config, inputs)
+        count = step_count(config, inputs.problems)
         with run.begun(opened, digests, count, problem_lines(config, inputs, count)) as state:
             reference = None
             if config.kl_weight:
@@ -215,9 +213,9 @@ def slot_count(config: GrpoConfig, mesh: Mesh) -> int:
     return slots_for(min(config.slots, config.prompts_per_step * config.completions_per_prompt), mesh)
 
 
-def step_count(config: GrpoConfig, inputs: Inputs) -> int:
-    """Rollouts of the whole run."""
-    return config.steps or math.ceil(config.epochs * len(inputs.problems.problems) / config.prompts_per_step)
+def step_count(config: GrpoConfig, problems: Problems) -> int:
+    """Steps of the whole run, refills not counted."""
+    return config.steps or math.ceil(order_of(config, problems).size(config.epochs) / config.prompts_per_step)
 
 
 def problem_lines(config: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[str]:
@@ -230,6 +228,8 @@ def problem_lines(config: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[st
         f"a step: {config.prompts_per_step} problems × {config.completions_per_prompt} completions = {completions}, up "
         f"to {config.max_completion_tokens} tokens each, {config.updates_per_rollout} updates; {steps:,} steps"
     )
+    if config.refill > 1:
+        yield f"groups whose rewards are all alike are replaced, by asking up to {config.refill} times as many problems"
     held_out = f", {len(inputs.held_out.problems):,} held out" if inputs.held_out else ""
     yield f"problems: {len(inputs.problems.problems):,}{held_out}, {len(inputs.problems.bad):,} bad rows left out"
     for line in inputs.problems.bad[:5]:
@@ -253,7 +253,10 @@ class RolloutSteps:
         self.config, self.inputs, self.run, self.kept = config, inputs, run, kept
         self.reference, self.tasks = reference, tasks
         opened = inputs.opened
-        recipe = optimizer.recipe_of(config, run.steps * config.updates_per_rollout)
+        recipe = optimizer.recipe_of(config, run.steps, config.updates_per_rollout)
+        order = order_of(config, inputs.problems)
+        self.epoch = lru_cache(maxsize=2)(order.epoch)
+        self.epoch_size = lambda epoch: order.size(epoch + 1) - order.size(epoch)
         self.recipe = jax.device_put(recipe, optimizer.everywhere(opened.mesh))
         slots = slot_count(config, opened.mesh)
         self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype)
@@ -267,9 +270,9 @@ class RolloutSteps:
         if run.first_step_seconds is None:
             run.watchdog.pause()  # the first step may take its time to compile
         self.sampler.load(run.whole(state.params))
-        asked = problems_of_step(self.inputs, config, run.step)
+        first = run.place.get("problem", run.step * config.prompts_per_step)
         try:
-            groups, reward_seconds = self.rollout(asked)
+            groups, reward_seconds = self.filled(first)
         except UserError as error:
             raise UserError(f"{error}{self.saved(state)}") from error
         middle = time.perf_counter()
@@ -282,12 +285,13 @@ class RolloutSteps:
             if seconds > max(1.0, SLOW_REWARD * (ended - began)):
                 run.log.info(f"reward {name} took {seconds:.1f} s of {ended - began:.1f} s of this step")
         if run.step == 0 or run.is_due(config.eval_every, run.step + 1):
-            record["samples"] = shown_samples(groups, dict(asked))
+            record["samples"] = shown_samples(groups, self.problem)
         for sample in (sample for group in groups for sample in group):
             self.kept.write(json.dumps(asdict(sample), ensure_ascii=False))
         if problem := difference_too_large(facts, config):
             run.log.step(record)
             raise UserError(f"step {run.step + 1}: {problem}")
+        run.place = {"problem": first + len(groups)}
         return state, record, {}
 
     def saved(self, state: TrainState) -> str:
@@ -301,8 +305,28 @@ class RolloutSteps:
             run.saver.report(run.log.info)
         return f"; step {run.step} is saved: fix the reward and continue with --resume"
 
+    def problem(self, place: int) -> Problem:
+        """The problem at a place of the run."""
+        epoch, at = locate(place, self.epoch_size)
+        return self.inputs.problems.problems[self.epoch(epoch)[at]]
+
+    def filled(self, first: int) -> tuple[list[list[Sample]], dict[str, float]]:
+        """The groups of a step, whose problems begin at a place of the run, and the seconds of each reward.
+
+        As long as fewer than `prompts_per_step` groups have variance, as many further problems are asked as are
+        missing, up to `refill` times as many in all (dynamic sampling, Yu et al. 2025).
+        """
+        wanted, groups, seconds = self.config.prompts_per_step, list[list[Sample]](), Counter[str]()
+        while missing := min(wanted - sum(map(has_variance, groups)), self.config.refill * wanted - len(groups)):
+            places = range(first + len(groups), first + len(groups) + missing)
+            found, taken = self.rollout([(place, self.problem(place)) for place in places])
+            groups += found
+            seconds.update(taken)
+        return groups, dict(seconds)
+
     def rollout(self, asked: list[tuple[int, Problem]]) -> tuple[list[list[Sample]], dict[str, float]]:
-        """The groups of a step, each completion with its rewards and advantage, and the seconds of each reward."""
+        """The groups of problems, each with its place, each completion with its rewards and advantage, and the seconds
+        of each reward."""
         config, rewards, size = self.config, self.inputs.rewards, self.config.completions_per_prompt
         requests = []
         for place, problem in asked:
@@ -310,7 +334,7 @@ class RolloutSteps:
             requests.append(Request(problem.token, config.rules, self.stop_ids, seed=seed, n=size))
         completions = self.sampler.generate(requests, self.report_completion)
         answered = [self.answered(asked[completion.request][1], completion) for completion in completions]
-        values, seconds = self.values(answered, f"step {self.run.step}")
+        values, seconds = self.values(answered, f"problems from {asked[0][0]}")
         total = total_reward(rewards, values)
         advantage = advantages(total.reshape(-1, size), config.scale_by_std).ravel()
         samples = [
@@ -390,11 +414,11 @@ def mean_value(values: Iterable[Value]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def shown_samples(groups: Sequence[Group], asked: dict[int, Problem]) -> dict[str, str]:
+def shown_samples(groups: Sequence[Group], problem_at: Callable[[int], Problem]) -> dict[str, str]:
     """Some problems of a rollout, each with its answer, and one completion with what it was worth."""
     found = {}
     for sample in (group[0] for group in groups[:SHOWN_COMPLETIONS]):
-        problem = asked[sample.place]
+        problem = problem_at(sample.place)
         worth = [f"{name} {'none' if value is None else f'{value:g}'}" for name, value in sample.rewards.items()]
         expected = [f"expected {' or '.join(expected_answers(problem.answer))}"] if problem.answer else []
         facts = ", ".join((*expected, *worth, f"advantage {sample.advantage:.2f}"))

@@ -105,6 +105,13 @@ def has_variance(group: Group) -> bool:
     return len({sample.reward for sample in group if sample.is_judged}) > 1
 
 
+def chosen_groups(groups: Sequence[Group], config: GrpoConfig) -> list[Group]:
+    """Of the groups that a step asked for, those it trains on: the first with variance and, where these are too few,
+    the first of the others, so that there are `prompts_per_step` whatever the rewards are."""
+    chosen = sorted(groups, key=lambda group: not has_variance(group))[: config.prompts_per_step]
+    return sorted(chosen, key=lambda group: group[0].place)
+
+
 def token_weights(kept: Sequence[Sample], config: GrpoConfig) -> Callable[[Sample], float]:
     """What a token of a sample counts in the loss, which is a plain sum then: each token the same (DAPO, Yu et al.
     2025), each sample the same (GRPO, Shao et al. 2024), or each slot of the longest completion (Dr. GRPO)."""
@@ -317,7 +324,7 @@ def update(
     """The optimizer steps of one rollout, its groups shared out evenly over them, and what is logged of them: means
     over counted tokens, the loss of the first, the gradient norm of the last."""
     model, mesh, loss = opened.model, opened.mesh, policy_loss(config)
-    shape = update_shape(config, mesh)
+    groups, shape = chosen_groups(groups, config), update_shape(config, mesh)
     policies = {"reference": reference} if reference is not None else {}
     if config.updates_per_rollout > 1:
         policies["old"] = cast_weights(state.params, model, config.compute_dtype)

@@ -194,10 +194,17 @@ class RowLoss(NamedTuple):
 # The state on its devices
 
 
-def recipe_of(config: TrainingConfig, steps: int) -> Recipe:
-    """The recipe of a run of `steps` optimizer steps."""
-    alpha = config.neftune_alpha if isinstance(config, SftConfig) else 0.0
-    numbers = config.learning_rate, config.warmup_steps, steps, config.weight_decay, config.clip_norm, alpha
+def recipe_of(config: TrainingConfig, steps: int, updates: int = 1) -> Recipe:
+    """The recipe of a run of so many steps, each of so many updates of the weights."""
+    alpha, warmup_steps = config.neftune_alpha if isinstance(config, SftConfig) else 0.0, config.warmup_steps
+    numbers = (
+        config.learning_rate,
+        warmup_steps * updates,
+        steps * updates,
+        config.weight_decay,
+        config.clip_norm,
+        alpha,
+    )
     return Recipe(*map(jnp.asarray, numbers), jax.random.key(config.seed))
 
 

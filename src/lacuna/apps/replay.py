@@ -41,7 +41,7 @@ def replay(config: GrpoConfig, original: GrpoConfig) -> None:
             state = saved_state(place, checkpoint.checked_manifest(place), opened)
         for step in range(int(state.step) // original.updates_per_rollout + 1, config.step + 1):
             current = config if step == config.step else original
-            recipe = recipe_of(current, step_count(current, inputs) * current.updates_per_rollout)
+            recipe = recipe_of(current, step_count(current, inputs.problems), current.updates_per_rollout)
             groups = scored_again(group_by_prompt(steps[step]), current)
             recipe = jax.device_put(recipe, everywhere(opened.mesh))
             state, facts = update(state, groups, reference, recipe, opened, current, frozen)
