@@ -27,14 +27,18 @@ from pydantic.fields import FieldInfo
 
 from lacuna.apps.configs import (
     ChatConfig,
+    CheckKeys,
     ConvertConfig,
+    GrpoCheck,
     GrpoPlan,
     MergeConfig,
     PlanKeys,
     PrepareConfig,
+    PretrainCheck,
     PretrainPlan,
     RecommendConfig,
     ServeConfig,
+    SftCheck,
     SftPlan,
 )
 from lacuna.config import (
@@ -63,6 +67,9 @@ COMMANDS: dict[str, type[Keys]] = {
     "serve": ServeConfig,
     "convert": ConvertConfig,
     "merge": MergeConfig,
+    "check pretrain": PretrainCheck,
+    "check sft": SftCheck,
+    "check grpo": GrpoCheck,
     "plan pretrain": PretrainPlan,
     "plan sft": SftPlan,
     "plan grpo": GrpoPlan,
@@ -318,9 +325,11 @@ def main() -> None:
 
 def start(command: str, arguments: list[str]) -> None:
     """Run a command; a UserError exits with 2, an interrupt with 130, each with its message and no traceback."""
-    if command in PREFIXES and arguments:
-        command, arguments = f"{command} {arguments[0]}", arguments[1:]
     try:
+        if command == "check" and "@" in "".join(arguments) and f"check {arguments[0]}" not in COMMANDS:
+            arguments = [trained_by(arguments), *arguments]
+        if command in PREFIXES and arguments:
+            command, arguments = f"{command} {arguments[0]}", arguments[1:]
         if command.split()[-1] in HELP:
             print("usage: lacuna COMMAND [@ FILE.toml ...] [--option VALUE ...]\n")
             for name, config in COMMANDS.items():
@@ -336,7 +345,9 @@ def start(command: str, arguments: list[str]) -> None:
         config = parse(COMMANDS[command], arguments, command)
         prepare_process()
         prepare_streams(outlives_console=isinstance(config, TrainingConfig))
-        if isinstance(config, PlanKeys | ChatConfig | ServeConfig | ConvertConfig | MergeConfig | PrepareConfig):
+        if isinstance(
+            config, PlanKeys | CheckKeys | ChatConfig | ServeConfig | ConvertConfig | MergeConfig | PrepareConfig
+        ):
             run(config)
         else:
             from lacuna.distributed import cluster
@@ -355,6 +366,11 @@ def run(config: Keys) -> Any:
         from lacuna.apps.plan import run_plan
 
         return run_plan(config)
+    if isinstance(config, PretrainCheck | SftCheck | GrpoCheck):
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # for what has to be equal on one device and on all
+        from lacuna.apps.check import run_check
+
+        return run_check(config)
     if isinstance(config, ChatConfig):
         from lacuna.apps.chat import run_chat
 
@@ -408,6 +424,23 @@ def run(config: Keys) -> Any:
     from lacuna.trainer import run_training
 
     return run_training(config, partial(evaluation_of_rows, tasks), write_report)
+
+
+def trained_by(arguments: list[str]) -> str:
+    """The command that the files of `check @ FILE` are for: the one that alone has one of their keys, or else the one
+    that a file's name begins with. Raises UserError if neither tells."""
+    files, _ = split_arguments(arguments)
+    keys = {key for file in files for key in read_toml(file, SftConfig)}
+    fields = {name: COMMANDS[name].model_fields.keys() for name in ("grpo", "sft", "pretrain")}
+    for name, own in fields.items():
+        if keys & own - set().union(*(other for each, other in fields.items() if each != name)):
+            return name
+    for name in fields:
+        if any(Path(file).name.startswith(name) for file in files):
+            return name
+    raise UserError(
+        f"which command {' '.join(files)} is for can't be told from it; write lacuna check sft @ {files[0]}"
+    )
 
 
 def run_config(directory: str) -> list[str]:

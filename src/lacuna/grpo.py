@@ -175,8 +175,9 @@ def run_grpo(
     rewards: Sequence[Reward],
     prepare: Callable[[OpenedModel], Tasks] | None,
     write_report: Callable[[Path], None],
-) -> None:
-    """The command grpo, from config to exported model; `prepare` makes the tasks to run now and then.
+) -> TrainState:
+    """The command grpo, from config to exported model; `prepare` makes the tasks to run now and then. The state it
+    ended with.
 
     Raises:
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
@@ -200,12 +201,13 @@ def run_grpo(
                 if inputs.held_out and run.step == 0:
                     with run.off_the_clock():
                         run.log.step({"step": 0, **steps.held_out_rewards(run.whole(state.params))})
-                run.train(
+                state = run.train(
                     state, steps.take, evaluation, "its completions are those of step {} in rollouts.jsonl".format
                 )
             last = metrics.read_json_lines(config.run_directory / "metrics.jsonl")[-1:]
             final = last[0].get("reward") if last else None
             run.finish({"best_eval_reward": run.saver.best, "final_reward": final})
+        return state
 
 
 def slot_count(config: GrpoConfig, mesh: Mesh) -> int:

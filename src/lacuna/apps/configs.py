@@ -53,6 +53,28 @@ class GrpoPlan(PlanKeys, GrpoConfig):
     """Memory, time and communication of grpo on accelerators that are not here."""
 
 
+class CheckKeys(Keys):
+    """Check"""
+
+    full: bool = Field(False, description="All layers and all rows, instead of two layers and the first 1,000 rows")
+    only: tuple[str, ...] = Field(
+        (), description="Promises to check, by their names; empty: all that concern the config"
+    )
+    check_file: str = Field("check.json", min_length=1, description="JSON file to write the lines to")
+
+
+class PretrainCheck(CheckKeys, PretrainConfig):
+    """Prove what pretrain promises on your own model, data and config."""
+
+
+class SftCheck(CheckKeys, SftConfig):
+    """Prove what sft promises on your own model, data and config."""
+
+
+class GrpoCheck(CheckKeys, GrpoConfig):
+    """Prove what grpo promises on your own model, data and config."""
+
+
 class ConvertConfig(Keys):
     """Write a model for other runtimes, an adapter merged into its base: a directory, or a GGUF file."""
 
