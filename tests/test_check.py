@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from conftest import PROGRAMS, REFERENCE, chat_run, make_small, text_run
@@ -31,7 +32,7 @@ def with_all_that_can_go_wrong(small: Path) -> Path:
     for name, changes in {
         "config.json": {"rope_theta": 5e5},
         "tokenizer_config.json": {"bos_token": BOS, "chat_template": TEMPLATE},
-        "generation_config.json": {"temperature": 0.7, "top_p": 0.9, "top_k": 40},
+        "generation_config.json": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40},
     }.items():
         path = small / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -44,6 +45,13 @@ def with_all_that_can_go_wrong(small: Path) -> Path:
     }  # fmt: skip
     path.write_text(json.dumps(tokenizer))
     return small
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What check sets for the runs that it starts ends with the test."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(jax.device_count()))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +149,8 @@ def test_a_promise_that_is_not_kept_ends_with_1_and_says_so(
     assert "FAIL  rows are used: share of rows that are bad or dropped: 2 rows read, 3 bad" in capsys.readouterr().out
     with pytest.raises(UserError, match="only names 'packed = alon'; did you mean packed = alone"):
         checked(folder, "sft", "--only", "packed = alon")
+    with pytest.raises(UserError, match="'replay = logged', which does not concern this config"):
+        checked(folder, "sft", "--only", "replay = logged")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lacuna.apps.configs import CheckKeys
 from lacuna.apps.promises import ALL, Finding, Promise, Skipped, promises_of
 from lacuna.apps.subject import SHORTEST, Subject
 from lacuna.config import LINES, TrainingConfig, UserError, did_you_mean, printable
+from lacuna.distributed import writing_to
 from lacuna.metrics import versions
 from lacuna.model import parameter_counts
 from lacuna.trainer import COMMAND_OF
@@ -45,15 +46,18 @@ def run_check(config: TrainingConfig) -> None:
             f"parameters, on {facts['devices']} × {facts['device_kind']} in {facts['compute_dtype']}; of "
             f"{facts['rows']:,} rows the shortest {SHORTEST} are computed with, as {facts['sequence_length']} tokens"
         )
-        lines = []
-        for name, promise in promises_of(plain, has_adapter).items():
+        lines, promises = [], promises_of(plain, has_adapter)
+        if other := [name for name in config.only if name not in promises]:
+            raise UserError(f"only names {other[0]!r}, which does not concern this config; leave it out")
+        for name, promise in promises.items():
             if not config.only or name in config.only:
                 show(name)
                 lines.append(reported(name, promise, subject))
                 print(printable(sentence(lines[-1]), LINES), flush=True)
     failed = [line["name"] for line in lines if line["verdict"] == "FAIL"]
     facts |= {"seconds": time.perf_counter() - began, "versions": versions(), "failed": failed, "promises": lines}
-    Path(config.check_file).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    with writing_to(Path(config.check_file), "choose another check_file"):
+        Path(config.check_file).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     kept = sum(line["verdict"] == "pass" for line in lines)
     print(f"{kept} promises kept, {len(failed)} not, {len(lines) - kept - len(failed)} with nothing to compare, "
           f"in {facts['seconds']:.0f} s; all of it: {config.check_file}")  # fmt: skip
@@ -85,23 +89,13 @@ def reported(name: str, promise: Promise, subject: Subject) -> dict[str, Any]:
     except Skipped as nothing:
         verdict, found = "skip", found._replace(compared=str(nothing))
     except Exception as error:  # of whatever is broken, which the line says
-        found = found._replace(
-            compared=f"can't be computed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        )
-    numbers = {
-        key: value if math.isfinite(value) else None
-        for key, value in (("number", found.number), ("bound", found.bound))
-    }
-    verdict = verdict or ("pass" if found.is_kept else "FAIL")
-    seconds = round(time.perf_counter() - began, 2)
+        reason = " ".join(str(error).split())[:400]
+        found = found._replace(compared=f"can't be computed: {type(error).__name__}: {reason}")
+    number, bound = (value if math.isfinite(value) else None for value in (found.number, found.bound))
     return {
-        "name": name,
-        "verdict": verdict,
-        "compared": found.compared,
-        **numbers,
-        "relation": found.relation,
-        "seconds": seconds,
-    }
+        "name": name, "verdict": verdict or ("pass" if found.is_kept else "FAIL"), "compared": found.compared,
+        "number": number, "bound": bound, "relation": found.relation, "seconds": time.perf_counter() - began,
+    }  # fmt: skip
 
 
 def sentence(line: dict[str, Any]) -> str:

@@ -586,7 +586,7 @@ def step_lowers_loss(subject: Subject) -> Finding:
         raise Skipped("see the advantage's sign")
     _, facts, gradient = subject.first_step
     slope = sum(float(np.abs(leaf).sum()) for leaf in subject.file_tensors(gradient).values())
-    rate = float(np.clip(subject.config.learning_rate, 0.01 * facts["loss"] / slope, 0.3 * facts["loss"] / slope))
+    rate = float(np.clip(subject.config.learning_rate, 0.01 * facts["loss"] / slope, 0.05 * facts["loss"] / slope))
     state, *_ = subject.step(subject.packed, warmup_steps=0, learning_rate=rate)
     after = subject.step(subject.packed, params=state.params)[1]["loss"]
     compared = f"loss {facts['loss']:.6g} of a batch after one step on it at {rate:.3g}"
@@ -689,7 +689,7 @@ def advantage_has_its_sign(subject: Subject) -> Finding:
     slope = sum(float(np.abs(leaf).sum()) for leaf in subject.file_tensors(gradient).values())
     if not slope:
         raise Skipped("every completion was worth the same")
-    rate = float(np.clip(subject.config.learning_rate, 0.01 * size / slope, 0.3 * size / slope))
+    rate = float(np.clip(subject.config.learning_rate, 0.01 * size / slope, 0.05 * size / slope))
     state, *_ = subject.step(subject.packed, warmup_steps=0, learning_rate=rate)
     before, after = (subject.log_probabilities(params) for params in (subject.params, state.params))
     gained = float(np.sum(subject.packed.weight * subject.packed.advantage * (after - before)))

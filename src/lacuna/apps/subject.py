@@ -155,6 +155,8 @@ class Subject:
 
     def __init__(self, original: TrainingConfig, directory: Path, is_full: bool) -> None:
         """Raises UserError where the config can't be trained with."""
+        if original.compute_dtype == "auto" and jax.default_backend() == "cpu":  # bfloat16's rounding hides faults
+            original = original.model_copy(update={"compute_dtype": "float32"})
         self.original: Any = checkpoint.settled(original)
         self.directory = directory
         config = self.original
@@ -208,7 +210,7 @@ class Subject:
             sources = tuple(source.model_copy(update={"streaming": False}) for source in config.data)
             rows = load_dataset(sources, self.tokenizer, config, is_stream=False, is_shuffled=False).rows
             assert isinstance(rows, PackedRows)
-            longest = 2 * int(np.median(slots_of(rows.pieces)))
+            longest = int(1.5 * np.median(slots_of(rows.pieces)))
         return min(max(power_of_two(longest), LEAST_LENGTH), config.sequence_length)
 
     def once(self, function: Callable[["Subject"], Value]) -> Value:
