@@ -99,6 +99,20 @@ def test_a_watchdog_ends_a_job_that_reports_nothing_more_and_logs_the_stacks(tmp
     assert ends.lines[0].endswith(text.splitlines()[0]) and "hread 0x" in text and "File " in text
 
 
+def test_a_watchdog_waits_for_data_as_long_as_they_come(tmp_path: Path, ends: Ends) -> None:
+    watchdog = Watchdog(tmp_path / "log")
+    watchdog.report_progress()
+    with watchdog.waiting(lambda: watchdog.looks // 3 if watchdog.looks < 12 else "no more"):
+        look(watchdog, 15)
+        assert ends.lines == []
+        look(watchdog, 1)
+        assert len(ends.lines) == 1
+    ends.lines.clear()
+    watchdog.report_progress()
+    look(watchdog, 9)  # twice the usual interval, and one more
+    assert len(ends.lines) == 1  # what came before is no sign of what hangs now
+
+
 def test_a_watchdogs_clock_stands_still_before_the_first_report_and_during_a_pause(tmp_path: Path, ends: Ends) -> None:
     watchdog = Watchdog(tmp_path / "log")
     look(watchdog, 9)
@@ -161,6 +175,23 @@ class FakeStore:
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
         return list(self.values.items())
+
+
+def test_a_watchdog_waits_for_another_process_whose_data_come(
+    tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, ours, other = FakeStore(), Watchdog(tmp_path / "log"), Watchdog(tmp_path / "other")
+    monkeypatch.setattr(distributed, "store", lambda: store)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    ours.report_progress()
+    other.report_progress()
+    with other.waiting(lambda: min(other.looks, 9)):
+        for _ in range(12):
+            look(ours, 1)
+            look(other, 1)
+    assert ends.lines == []
+    look(ours, 4)
+    assert len(ends.lines) == 1 and ends.lines[0].endswith(str(ours.log))
 
 
 @pytest.mark.parametrize("own", [0, 1])

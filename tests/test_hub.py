@@ -43,26 +43,42 @@ import json, sys, time
 from pathlib import Path
 
 from lacuna.checkpoint import resolve_model, settled
-from lacuna.config import DataSource, ModelKeys, UserError
+from lacuna.config import DataSource, ModelKeys, PretrainConfig, UserError
 from lacuna.documents import read_rows
 from lacuna.shards import blocks, find_shards
+from lacuna.streaming import StreamedData
+from lacuna.tokenizer import load_tokenizer
 
 time.sleep = lambda seconds: None  # the hub's library waits between its attempts
+answers, sys.stdout = sys.stdout, sys.stderr
+
+def answer(value):
+    print(json.dumps(value), file=answers)
+
 for wish in sys.argv[1:]:
     kind, name, *split = wish.split()
     try:
         if kind == "data":
-            print(json.dumps([row for _, row in read_rows(DataSource(path=name, split=split[0]))]))
+            answer([row for _, row in read_rows(DataSource(path=name, split=split[0]))])
         elif kind == "stream":
             found, revision = find_shards(DataSource(path=name, split=split[0]), Path(split[1]), "")
             rows = [row for shard in found for _, _, block in blocks((shard,), 1e9, 0, 0) for _, row in block]
-            print(json.dumps([revision, rows]))
+            answer([revision, rows])
+        elif kind == "rows":
+            data = [{"path": name, "streaming": True}]
+            config = PretrainConfig(model_name="m", run_name="r", steps=9, sequence_length=64, data=data)
+            stream = StreamedData(config, load_tokenizer(Path(split[0])), json.loads(split[1]))
+            rows, first = [], max(stream.starts)
+            for row in range(first, first + 9):
+                rows.append(stream.batch(row, 1).token.tolist())
+                place = stream.place(row + 1) if row < first + 5 else place
+            answer([rows, place])
         elif kind == "settled":
-            print(json.dumps(settled(ModelKeys(model_name=name)).model_name))
+            answer(settled(ModelKeys(model_name=name)).model_name)
         else:
-            print(json.dumps(str(resolve_model(name, with_weights=kind == "model"))))
+            answer(str(resolve_model(name, with_weights=kind == "model")))
     except UserError as error:
-        print(json.dumps(f"error: {error}"))
+        answer(f"error: {error}")
 """
 
 
@@ -78,6 +94,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.gated, self.cuts = files, gated, cuts
         self.asked: list[str] = []
+        self.commit = COMMIT
 
     @property
     def endpoint(self) -> str:
@@ -97,7 +114,7 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
-        if match := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(?:/(revision|tree)/[^/]+(/.+)?)?", path):
+        if match := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(/.+)?)?", path):
             self.repository(*match.groups())
         elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self.file((match[1] or "models/") + match[2], match[3])
@@ -108,7 +125,7 @@ class Answer(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def repository(self, repository: str, what: str | None, folder: str | None) -> None:
+    def repository(self, repository: str, what: str | None, revision: str | None, folder: str | None) -> None:
         files = self.hub.files.get(repository)
         if files is None:
             self.send(404, X_Error_Code="RepoNotFound")
@@ -121,7 +138,8 @@ class Answer(BaseHTTPRequestHandler):
             ]
             self.send(200, json.dumps(entries).encode(), Content_Type="application/json")
         else:
-            facts = {"id": repository.partition("/")[2], "sha": COMMIT, "siblings": []}
+            sha = revision if revision and len(revision) == len(COMMIT) else self.hub.commit
+            facts = {"id": repository.partition("/")[2], "sha": sha, "siblings": []}
             self.send(200, json.dumps(facts).encode(), Content_Type="application/json")
 
     def file(self, repository: str, path: str) -> None:
@@ -198,6 +216,10 @@ def hub() -> Iterator[Hub]:
         "models/acme/broken": wanted,
         "models/acme/gated": wanted,
         "datasets/acme/chats": chats,
+        "datasets/acme/texts": {
+            f"train-0000{part}-of-00003.jsonl": json_lines([{"text": f"{n} + {part} {'?' * n}"} for n in range(40)])
+            for part in range(3)
+        },
         "datasets/acme/gated": chats,
         "datasets/acme/broken": {"train.jsonl": json_lines(CHATS * 20)},
     }
@@ -362,6 +384,25 @@ def test_a_streamed_split_is_its_rows_at_the_revision_that_is_named_and_later_of
     copy.unlink()
     lost = fetch(hub.endpoint, tmp_path / "other", wish, HF_HUB_OFFLINE="1").answers[wish]
     assert "hf://datasets/acme/chats@" in lost and "can't be fetched" in lost
+
+
+def test_a_streamed_data_set_stays_at_the_revision_of_its_first_start(hub: Hub, tmp_path: Path) -> None:
+    def started(saved: dict[str, Any], cache: str) -> tuple[list[Any], dict[str, Any]]:
+        wish = f"rows acme/texts {REFERENCE.parents[1] / 'configs' / 'tiny'} {json.dumps(saved, separators=(',', ':'))}"
+        hub.asked.clear()
+        home, kept = tmp_path / "home", str(tmp_path / cache)
+        return fetch(hub.endpoint, home, wish, XDG_CACHE_HOME=kept).answers[wish]
+
+    try:
+        rows, place = started({}, "first")
+        assert place["revisions"] == [COMMIT] and place["row"] == 5
+        hub.commit = "d0" * 20
+        again, later = started(place, "other")
+        assert again[:4] == rows[5:] and later["revisions"] == [COMMIT]
+        asked = [each for each in hub.asked if "/resolve/" in each and ".jsonl" in each]
+        assert asked and all(f"/resolve/{COMMIT}/" in each for each in asked)
+    finally:
+        hub.commit = COMMIT
 
 
 def test_offline_the_cache_is_enough(first: Fetched, nowhere: str) -> None:

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from conftest import TINY, chat_run, outcome, records, text_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lacuna import checkpoint, cli, shards, streaming
+from lacuna import checkpoint, cli, distributed, shards, streaming, trainer
 from lacuna.config import DataSource, EvalConfig, PretrainConfig, RowsConfig, SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.documents import load_documents
@@ -470,6 +472,11 @@ def test_what_is_not_streamed_is_refused(
         stream_of(text_config(data=data, on_bad_data=given.get("on_bad_data", "error")), tokenizer).batch(0, 1)
 
 
+def test_an_address_that_is_not_streamed_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"memory://a/\*.jsonl': no such file; an address is read by streaming = true"):
+        load_documents(DataSource(path="memory://a/*.jsonl"), tokenizer, "all", False, tmp_path)
+
+
 def test_any_change_of_a_file_changes_the_digest_of_its_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", range(40))
     os.utime(path, (10**9, 10**9))
@@ -544,6 +551,50 @@ def test_files_of_an_address_are_fetched_one_ahead_and_few_are_kept(
     memory.rm("/corpus", recursive=True)
     with pytest.raises(UserError, match="memory:///corpus/.*can't be fetched"):
         stream.batch(2000, 1)
+
+
+def test_a_run_that_waits_for_a_file_has_not_hung_while_its_bytes_come(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fsspec
+
+    memory, usual, ends = fsspec.filesystem("memory"), shards.fetch, list[str]()
+    for number in range(2):
+        write_lines(small / "one.jsonl", range(26 * number, 26 * number + 26))
+        memory.pipe(f"/slow/{number}.jsonl", (small / "one.jsonl").read_bytes())
+    for name in ("streaming.CHUNK_TOKENS", "streaming.WINDOW_BYTES", "documents.BATCH_PARTS"):
+        monkeypatch.setattr(f"lacuna.{name}", 1)  # so each document comes as soon as it is here
+    monkeypatch.setattr(streaming, "fetch_ahead", lambda *_: None)
+    fetched, watchdogs, started = list[str](), list[distributed.Watchdog](), distributed.Watchdog
+    monkeypatch.setattr(trainer, "Watchdog", lambda log: watchdogs.append(started(log)) or watchdogs[0])
+    monkeypatch.setattr(trainer, "repeated", lambda _: nullcontext())
+    monkeypatch.setattr(distributed, "STALL_SECONDS", 3.0)
+    monkeypatch.setattr(distributed, "STALL_MEDIANS", 0)
+    monkeypatch.setattr(distributed, "end_job", lambda line, _: ends.append(line))
+
+    def slow(shard: shards.Shard) -> None:
+        fetched.append(shard.name)
+        if len(fetched) == 2:
+            for _ in range(9000):  # until the second step waits, for which the first file has too few tokens
+                if watchdogs and watchdogs[0].reported_at is not None and watchdogs[0].progress:
+                    break
+                time.sleep(0.01)
+            part = shard.path.with_name("a.part")
+            for size in range(9):
+                part.write_bytes(bytes(size))
+                watchdogs[0].look()
+            assert not ends
+            for _ in range(4):
+                watchdogs[0].look()
+            assert len(ends) == 1 and "no step has finished for 4 s" in ends[0]
+            part.unlink()
+        usual(shard)
+
+    monkeypatch.setattr(shards, "fetch", slow)
+    config = text_run(small, data=[{"path": "memory://slow/*.jsonl", "streaming": True}], steps=2)
+    cli.run(config)
+    assert len(fetched) == 2 and len(ends) == 1 and len(records(config)) == 2
+    assert f"fetching {fetched[0]} of " in capsys.readouterr().out
 
 
 READ_THREE_WINDOWS = """

@@ -272,6 +272,9 @@ class Dataset:
         """What is kept to continue at a row of the run: nothing, as rows are found by their numbers."""
         return {}
 
+    def progress(self) -> Any:
+        """What changes while a batch is waited for: nothing, as all is here."""
+
     def batch(self, index: int, batch_size: int, row_limit: int | None = None) -> Batch:
         """Batch `index` of a run; rows from `row_limit` on are empty. Unpacked rows have the least of eight lengths."""
         first, end = index * batch_size, (index + 1) * batch_size

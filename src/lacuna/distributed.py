@@ -271,7 +271,7 @@ class Watchdog:
     """Ends the process when nothing was reported for 300 s and for 20 of its usual intervals.
 
     Its clock stands still until the first report, and while the process itself was stopped: it counts how often it has
-    looked, which it is to do once a second.
+    looked, which it is to do once a second. Data that come slowly are no stall, here or in another process of the job.
     """
 
     def __init__(self, log: Path) -> None:
@@ -279,6 +279,9 @@ class Watchdog:
         self.looks = 0
         self.reported_at: int | None = None
         self.intervals: deque[float] = deque(maxlen=100)
+        self.progress: Callable[[], Any] | None = None
+        self.seen: Any = None
+        self.heard = dict[str, str]()
 
     def report_progress(self) -> None:
         """A unit of work is done; the clock runs from now on."""
@@ -291,12 +294,27 @@ class Watchdog:
         """What comes now may take its time, such as compiling: the clock stands still until the next report."""
         self.reported_at = None
 
+    @contextmanager
+    def waiting(self, progress: Callable[[], Any]) -> Generator[None]:
+        """While data are waited for: the clock begins anew whenever `progress` says something else."""
+        self.progress = progress
+        yield
+        self.progress = None
+
     def look(self) -> None:
         """End the job if it has stalled; the stacks of all threads go to the log."""
         self.looks += 1
         since = self.reported_at
+        if since is not None and self.progress and (now := self.progress()) != self.seen:
+            self.seen = now
+            self.reported_at = since = self.looks
+            if jax.process_count() > 1:
+                store().key_value_set(f"lacuna/data/{jax.process_index()}", str(self.looks), allow_overwrite=True)
         seconds = (self.looks - since) * WATCH_SECONDS if since is not None else 0.0
         if seconds > max(STALL_SECONDS, STALL_MEDIANS * statistics.median(tuple(self.intervals) or (0.0,))):
+            if jax.process_count() > 1 and (heard := dict(store().key_value_dir_get("lacuna/data/"))) != self.heard:
+                self.heard, self.reported_at = heard, self.looks
+                return
             line = f"no step has finished for {seconds:.0f} s, so this run has hung; its stacks are in {self.log}"
             with suppress(OSError), self.log.open("a") as file:
                 print(line, file=file, flush=True)

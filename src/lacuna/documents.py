@@ -153,7 +153,8 @@ def local_files(path: str) -> list[Path]:
         found = [home] if home.is_file() else sorted(glob.glob(str(home), recursive=True))
         files = [Path(name) for name in found if Path(name).is_file()]
     if not files and (kind_of(home) in SUFFIXES or not HUB_ID.fullmatch(path)):
-        raise UserError(f"data path {path!r}: no such file; paths start from {Path.cwd()}")
+        fix = "an address is read by streaming = true alone" if "://" in path else f"paths start from {Path.cwd()}"
+        raise UserError(f"data path {path!r}: no such file; {fix}")
     for file in files:
         if kind_of(file) not in SUFFIXES:
             kinds = f"{', '.join(SUFFIXES)} are, and compressed as {' or '.join(COMPRESSED)}"

@@ -48,16 +48,8 @@ EDGE_BYTES = 2**16  # at both ends of a file, by which a change is seen
 MAX_TEXT_BYTES = 2**28  # of a txt file, which is held whole
 STREAMED = (".jsonl", ".ndjson", ".parquet", ".txt")
 RETRY_SECONDS = (1, 4, 15)  # before a file is read again that could not be read
-CHANGES = (
-    "ETag",
-    "etag",
-    "mtime",
-    "LastModified",
-    "last_modified",
-    "updated",
-    "created",
-    "md5",
-)  # as file systems say it
+# What file systems say of a file that was changed.
+CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5")
 READERS = 16  # threads that look at files, most of whose time is waiting
 
 Rows = Sequence[tuple[Any, Any]]  # each row with its origin; None where a line is empty
@@ -154,10 +146,8 @@ def remote_shards(source: DataSource, directory: Path) -> list[Shard]:
     for each in facts:
         if each["type"] == "file":
             changed = repr([each.get(key) for key in CHANGES])
-            address = system.unstrip_protocol(each["name"])
-            shards.append(
-                remote_shard(source, directory, address, -1 if each["size"] is None else each["size"], changed)
-            )
+            address, size = system.unstrip_protocol(each["name"]), -1 if each["size"] is None else each["size"]
+            shards.append(remote_shard(source, directory, address, size, changed))
     if not shards:
         raise UserError(f"data path {source.path!r}: no such file")
     return shards
@@ -286,6 +276,14 @@ def fetch(shard: Shard) -> None:
     part.replace(shard.path)
 
 
+def bytes_below(directory: Path) -> int:
+    """Bytes of all files below a directory, which grow while one is fetched, by whichever process."""
+    sizes = list[int]()
+    with suppress(OSError):  # one is gone by now
+        sizes.extend(path.stat().st_size for path in directory.rglob("*"))
+    return sum(sizes)
+
+
 # Order
 
 
@@ -335,6 +333,9 @@ def blocks(shards: tuple[Shard, ...], most_bytes: float, first: int, *key: int) 
     failures = 0
     while True:
         try:
+            for shard in shards:
+                if shard.address and not shard.path.exists():
+                    print(f"fetching {shard.name}{f' of {byte_size(shard.size)}' * (shard.size > 0)}", flush=True)
             here = tuple(fetched(shard, most_bytes) for shard in shards)
             read = sequential_blocks(here[0], first) if here[0].is_sequential else any_blocks(here, first, *key)
             for place, size, rows in read:

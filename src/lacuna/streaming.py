@@ -23,7 +23,7 @@ from lacuna.data import Batch, Dataset, Mixture, PackedRows, Segment, batch_of, 
 from lacuna.distributed import from_first
 from lacuna.documents import SHOWN_BAD_ROWS, Documents, Prepared, encode_parts, encoder_digest, parts, prepare, usable
 from lacuna.metrics import byte_size, content_hash, file_hash, write_atomically
-from lacuna.shards import Rows, block_count, blocks, fetch_ahead, find_shards, permuted, shards_digest
+from lacuna.shards import Rows, block_count, blocks, bytes_below, fetch_ahead, find_shards, permuted, shards_digest
 from lacuna.tokenizer import EncodedText, Tokenizer
 
 WINDOW_BYTES = 2**26  # of the blocks whose documents are shuffled together
@@ -348,6 +348,7 @@ class StreamedData:
         self.facts, self.bad_examples = start.counted, list[str]()
         self.reading: Generator[tuple[list[Segment], Start, float]] | None = None
         self.next_row, self.made = 0, dict[tuple[int, int], Batch]()
+        self.directory, self.begun = config.cache_dir / "shards", 0  # documents, since the start of this process
 
     @property
     def description(self) -> str:
@@ -385,15 +386,16 @@ class StreamedData:
         """What is kept in a checkpoint to continue at a row, which was the end of a batch a short while ago."""
         return self.starts[row][0]._asdict() | {"revisions": [source.revision for source in self.sources]}
 
+    def progress(self) -> Any:
+        """What changes while a batch is waited for, as long as its documents or files come."""
+        return self.begun, bytes_below(self.directory)
+
     def batch(self, index: int, batch_size: int, row_limit: int | None = None) -> Batch:
         """Batch `index` of a run. In order, each document is read once; any other batch has a window read again."""
         if (index, batch_size) not in self.made:
             first, end = index * batch_size, (index + 1) * batch_size
-            rows = []
-            for row in range(first, end):
-                segments, start, epochs = self.row(row)
-                rows.append(segments)
-            self.starts[end] = start, epochs
+            rows, starts, epochs = zip(*map(self.row, range(first, end)), strict=True)
+            self.starts[end] = starts[-1], epochs[-1]
             for old in sorted(self.starts)[1:-KEPT_PLACES]:
                 del self.starts[old]
             self.made = {(index, batch_size): batch_of(rows, batch_size, self.length, not self.is_packed)}
@@ -466,6 +468,7 @@ class StreamedData:
 
     def count(self, document: Document, counted: Counter[str]) -> None:
         """Count a document that is begun, and keep the first of the rows left out before it for the log."""
+        self.begun += 1
         counted.update(document.counted)
         if document.bad and len(self.bad_examples) < SHOWN_BAD_ROWS:
             self.bad_examples.append(document.bad)

@@ -52,12 +52,7 @@ from lacuna.distributed import (
     writing_to,
 )
 from lacuna.metrics import RunLog, byte_size
-from lacuna.model import (
-    ModelConfig,
-    check_trainable,
-    joined,
-    parameter_counts,
-)
+from lacuna.model import ModelConfig, check_trainable, joined, parameter_counts
 from lacuna.optimizer import (
     RowLoss,
     TrainState,
@@ -569,7 +564,8 @@ class RowSteps:
     def prepare(self, index: int) -> tuple[Batch, dict[str, Any]]:
         """Batch `index` on the devices, as [micro_batch, row, token], and what its log line knows beforehand."""
         began, model = time.perf_counter(), self.run.opened.model
-        batch = self.dataset.batch(index, self.config.batch_size, self.row_limit)
+        with self.run.watchdog.waiting(self.dataset.progress):
+            batch = self.dataset.batch(index, self.config.batch_size, self.row_limit)
         counts = parameter_counts(model)
         facts, lengths = batch_facts(batch)
         record = facts | {
