@@ -46,7 +46,7 @@ def read(path: str, tokenizer: Path, size: float) -> dict[str, float]:
     config = PretrainConfig.model_validate(
         {"model_name": "-", "run_name": "-", "steps": 1, "sequence_length": 2048, "data": data}
     )
-    stream = StreamedData(config, loaded, {})
+    busy, stream = time.process_time(), StreamedData(config, loaded, {})
     found = time.perf_counter() - began
     stream.batch(0, 1)
     first, row = time.perf_counter() - began, 1
@@ -59,6 +59,7 @@ def read(path: str, tokenizer: Path, size: float) -> dict[str, float]:
         "first_row_seconds": first,
         "documents_per_second": stream.facts["documents"] / seconds,
         "tokens_per_second": stream.facts["tokens"] / seconds,
+        "tokens_per_processor_second": stream.facts["tokens"] / (time.process_time() - busy),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
