@@ -18,12 +18,13 @@ from lacuna.objective import Sample
 
 
 def samples_of(inputs: dict[str, Any]) -> list[Sample]:
-    """The reference's completions as groups of two, each after a prompt of three tokens."""
+    """The reference's completions as groups of two, each after a prompt of three tokens; the last two are alike."""
     return [
         Sample(
             step=1, place=number // 2, index=number % 2, origin="", prompt_tokens=(1, 2, 3), tokens=(5,) * length,
             text="", log_probabilities=(), sampled_log_probabilities=tuple(inputs["sampled"][number][:length]),
-            is_truncated=False, rewards={}, reward=float(number), advantage=inputs["advantage"][number],
+            is_truncated=inputs["is_truncated"][number], rewards={}, reward=float(min(number, 6)),
+            advantage=inputs["advantage"][number],
         )
         for number, length in enumerate(inputs["lengths"])
     ]  # fmt: skip
@@ -31,12 +32,16 @@ def samples_of(inputs: dict[str, Any]) -> list[Sample]:
 
 def rows_of(
     inputs: dict[str, Any], config: GrpoConfig
-) -> tuple[objective.RolloutBatch, jax.Array, list[tuple[int, int]]]:
-    """The reference's inputs in packed rows, with the current log-probabilities, and where each token went."""
-    batch, _ = objective.packed_rows(samples_of(inputs), config, (4, 2, config.sequence_length), is_shared=False)
+) -> tuple[objective.RolloutBatch, jax.Array, dict[tuple[int, int], tuple[int, int]]]:
+    """The reference's inputs in packed rows, with the current log-probabilities, and where each counted token of a
+    completion went."""
+    groups = objective.group_by_prompt(samples_of(inputs))
+    kept, weight_of = objective.kept_samples(groups, config), objective.token_weights(groups, config)
+    batch, _ = objective.packed_rows(kept, weight_of, (4, 2, config.sequence_length), is_shared=False)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
-    current, places = np.zeros(flat.token.shape, np.float32), []
-    for number, length in enumerate(inputs["lengths"]):
+    current, places = np.zeros(flat.token.shape, np.float32), {}
+    for number in (2 * sample.place + sample.index for sample in kept):
+        length = inputs["lengths"][number]
         sampled = np.float32(inputs["sampled"][number][:length])
         row, end = next(
             (row, at + length)
@@ -46,49 +51,85 @@ def rows_of(
         here = row, slice(end - length, end)
         flat.old[here], flat.reference[here] = inputs["old"][number][:length], inputs["reference"][number][:length]
         current[here] = inputs["log_probability"][number][:length]
-        places += [(row, end - length + at) for at in range(length)]
+        places |= {(number, at): (row, end - length + at) for at in range(length)}
     return jax.tree.map(jnp.asarray, flat), jnp.asarray(current), places
 
 
 CASES = json.loads((REFERENCE / "grpo.json").read_text())
+SWITCHES = ("ratio", "loss_normalisation", "kl_weight", "importance_limit")
 
 
-@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: "-".join(map(str, list(case.values())[:3])))
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: "-".join(str(case[name]) for name in SWITCHES))
 def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
-    inputs = CASES["inputs"]
-    switches = {key: case[key] for key in ("loss_normalisation", "kl_weight", "importance_limit")}
+    inputs, switches = CASES["inputs"], {name: case[name] for name in SWITCHES}
     config = grpo_config(updates_per_rollout=2, max_completion_tokens=CASES["longest"], sequence_length=24, **switches)
     batch, current, places = rows_of(inputs, config)
-    (loss, _), gradient = jax.value_and_grad(objective.policy_loss(config).objective, has_aux=True)(current, batch)
-    np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
-    expected = [
-        value for row, length in zip(case["gradient"], inputs["lengths"], strict=True) for value in row[:length]
-    ]
-    np.testing.assert_allclose([gradient[place] for place in places], expected, rtol=2e-4, atol=1e-7)
-    assert np.count_nonzero(gradient) <= len(places)
+    loss_of = objective.policy_loss(config)
+    batch = batch._replace(sequence_ratio=loss_of.sequence_ratio(current, batch))
+    (loss, _), gradient = jax.value_and_grad(loss_of.objective, has_aux=True)(current, batch)
+    np.testing.assert_allclose(loss, case["loss"], rtol=2e-5, atol=1e-7)
+    for (number, at), place in places.items():
+        np.testing.assert_allclose(gradient[place], case["gradient"][number][at], rtol=2e-4, atol=1e-7)
+    assert np.count_nonzero(gradient) == np.count_nonzero(case["gradient"]) > 15
 
 
-def test_the_objective_has_the_slope_of_its_formula_in_float64() -> None:
+@pytest.mark.parametrize("clip", [0.2, 0.0])
+def test_the_objective_has_the_slope_of_its_formula_in_float64(clip: float) -> None:
     inputs = CASES["inputs"]
-    config = grpo_config(updates_per_rollout=2, sequence_length=24, kl_weight=0.1)
+    config = grpo_config(updates_per_rollout=2, sequence_length=24, kl_weight=0.1, clip_low=clip)
     batch, current, places = rows_of(inputs, config)
     gradient = jax.grad(lambda x: objective.policy_loss(config).objective(x, batch)[0])(current)
     wide = {name: np.asarray(leaf, np.float64) for name, leaf in batch._asdict().items()}
 
     def formula(log_probability: np.ndarray) -> float:
         ratio = np.exp(log_probability - wide["old"])
-        clipped = np.clip(ratio, 1 - 0.2, 1 + 0.28)
+        clipped = np.clip(ratio, 1 - clip, 1 + 0.28)
         gain = np.minimum(ratio * wide["advantage"], clipped * wide["advantage"])
         gain = gain * np.minimum(np.exp(wide["old"] - wide["sampled"]), 2.0)
         log_reference = wide["reference"] - log_probability
-        return float(np.sum(wide["weight"] * (0.1 * (np.exp(log_reference) - log_reference - 1) - gain)))
+        return float(np.sum(wide["weight"] * (0.1 * ratio * (np.exp(log_reference) - log_reference - 1) - gain)))
 
     at = np.asarray(current, np.float64)
-    for place in places:
+    for place in places.values():
         nudge = np.zeros_like(at)
         nudge[place] = 1e-6
         slope = (formula(at + nudge) - formula(at - nudge)) / 2e-6
         np.testing.assert_allclose(gradient[place], slope, rtol=1e-3, atol=1e-6)
+
+
+def one_row(**fields: Any) -> objective.RolloutBatch:
+    """A row of six tokens with these fields, the others zeros."""
+    zero = {
+        name: jnp.zeros((1, 6), int if name in objective.INTEGERS else float) for name in objective.RolloutBatch._fields
+    }
+    return objective.RolloutBatch(**zero | {name: jnp.asarray(value)[None] for name, value in fields.items()})
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("ratio", ["token", "sequence", "cispo"])
+def test_the_expected_slope_of_the_divergence_is_that_of_the_policy_from_its_start(ratio: str, updates: int) -> None:
+    config = grpo_config(kl_weight=1.0, importance_limit=0.0, updates_per_rollout=updates, ratio=ratio)
+    theta, start, before = 1.5 * np.random.default_rng(0).normal(size=(3, 6))
+    before = before if updates > 1 else theta
+    policy, of_start, drawn = (np.exp(x) / np.exp(x).sum() for x in (theta, start, before))
+    # Each token of the vocabulary once, weighing as likely as it is drawn: the sum is the expectation
+    batch = one_row(weight=drawn, old=np.log(drawn), reference=np.log(of_start))
+    loss_of = objective.policy_loss(config)
+
+    def loss(theta: jax.Array) -> jax.Array:
+        return loss_of.objective(jax.nn.log_softmax(theta)[None], batch)[0]
+
+    found = jax.grad(loss)(jnp.asarray(theta))
+    divergence = np.sum(policy * np.log(policy / of_start))
+    np.testing.assert_allclose(found, policy * (np.log(policy / of_start) - divergence), atol=1e-6)
+    np.testing.assert_allclose(loss(jnp.asarray(theta)), divergence, rtol=1e-5)
+
+
+def test_a_ratio_at_the_bound_of_its_clip_keeps_its_slope() -> None:
+    batch = one_row(weight=np.full(6, 1 / 6), advantage=np.array([1.0, -1, 2, -2, 3, -3]))
+    loss_of = objective.policy_loss(grpo_config(clip_low=0.0, clip_high=0.0))
+    gradient = jax.grad(lambda x: loss_of.objective(x, batch)[0])(jnp.zeros((1, 6)))
+    np.testing.assert_allclose(gradient, -batch.weight * batch.advantage, rtol=1e-6)
 
 
 def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> None:
@@ -97,7 +138,7 @@ def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> 
     batch, current, places = rows_of(inputs, config)
     _, (sums, largest) = objective.policy_loss(config).objective(current, batch)
     facts = sums | largest
-    rows, slots = np.array(places).T
+    rows, slots = np.array([*places.values()]).T
     named = batch._asdict() | {"current": current}
     wide = {name: np.asarray(leaf, np.float64)[rows, slots] for name, leaf in named.items()}
     ratio, mismatch = np.exp(wide["current"] - wide["old"]), wide["old"] - wide["sampled"]
@@ -144,13 +185,18 @@ def random_samples(vocabulary: int) -> list[Sample]:
     return samples
 
 
+def packed(samples: list[Sample], config: GrpoConfig, shape: tuple[int, int, int], is_shared: bool) -> Any:
+    """All of these samples in rows, and how many micro-batches hold any."""
+    return objective.packed_rows(samples, objective.token_weights([samples], config), shape, is_shared)
+
+
 def gradient_of(
     samples: list[Sample], config: GrpoConfig, rows_at_once: int, is_shared: bool = False
 ) -> tuple[Any, float]:
     """Gradient and loss of samples in micro-batches, read off the step of the update."""
     model, params = load(REFERENCE / "qwen3")
     shape = 12, rows_at_once, config.sequence_length
-    batch, count = objective.packed_rows(samples, config, shape, is_shared)
+    batch, count = packed(samples, config, shape, is_shared)
     recipe = optimizer.recipe_of(config.model_copy(update={"clip_norm": 1e30}), 50)
     state = optimizer.fresh_state(jax.tree.map(jnp.copy, params))
     loss, batch = objective.policy_loss(config), jax.tree.map(jnp.asarray, batch)
@@ -170,7 +216,7 @@ def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: d
         replace(sample, prompt_tokens=(1, 2, 3, 4), tokens=tokens, sampled_log_probabilities=(-1.0,) * len(tokens))
         for sample, tokens in zip(random_samples(150), ((5, 6), (7, 8, 9)), strict=False)
     ]
-    rows, count = objective.packed_rows(two, grpo_config(sequence_length=16), (2, 1, 16), is_shared)
+    rows, count = packed(two, grpo_config(), (2, 1, 16), is_shared)
     assert count == 1 and not rows.segment[1].any()
     for name, values in expected.items():
         assert getattr(rows, name)[0, 0].tolist() == values + [0] * (16 - len(values)), name
@@ -195,7 +241,7 @@ def test_packing_and_micro_batches_and_shared_prompts_change_nothing(
 def test_the_gradient_is_that_of_the_whole_logits() -> None:
     samples, config = random_samples(150), grpo_config(temperature=0.8, importance_limit=2.0)
     model, params = load(REFERENCE / "qwen3")
-    rows, _ = objective.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
+    rows, _ = packed(samples, config, (1, 4, config.sequence_length), is_shared=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
 
     def table_of(params: Any) -> jax.Array:
@@ -218,7 +264,7 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
 def test_the_entropy_is_that_of_the_distributions() -> None:
     samples, config = random_samples(150), grpo_config(temperature=0.8)
     model, params = load(REFERENCE / "qwen3")
-    rows, _ = objective.packed_rows(samples, config, (1, 4, config.sequence_length), is_shared=False)
+    rows, _ = packed(samples, config, (1, 4, config.sequence_length), is_shared=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
     _, (facts, _) = objective.policy_loss(config)(params, batch, model, None)
     hidden = forward(params, embed(params, batch.token, "float32"), batch.segment, batch.position, model)
@@ -239,5 +285,25 @@ def test_truncated_samples_and_groups_without_variance_do_not_count() -> None:
     assert [(sample.place, sample.index) for sample in kept] == expected
     assert len(objective.kept_samples(groups, grpo_config(mask_truncated=False))) == 9
     assert len(objective.kept_samples(groups, grpo_config(kl_weight=0.1))) == 11
-    tokens, weight_of = sum(len(sample.tokens) for sample in kept), objective.token_weights(kept, grpo_config())
-    assert {weight_of(sample) for sample in kept} == {1 / tokens}
+
+
+@pytest.mark.parametrize("loss_normalisation", ["token", "sequence", "constant"])
+def test_no_denominator_depends_on_a_reward(loss_normalisation: str) -> None:
+    config = grpo_config(loss_normalisation=loss_normalisation)
+    groups = objective.group_by_prompt(replace(sample, rewards={"one": 1.0}) for sample in random_samples(150))
+    alike = [[replace(sample, reward=1.0, rewards={"one": None}) for sample in group] for group in groups[:2]]
+    cut = [[replace(groups[2][0], is_truncated=True), *groups[2][1:]], groups[3]]
+    sample, slots = groups[3][0], 12 * config.max_completion_tokens
+    tokens = sum(len(each.tokens) for group in [*alike, *cut] for each in group if not each.is_truncated)
+    expected = {"token": 1 / tokens, "sequence": 1 / (12 * len(sample.tokens)), "constant": 1 / slots}
+    for part in ([*groups[:2], *cut], [*alike, *cut]):
+        assert objective.token_weights(part, config)(sample) == expected[loss_normalisation]
+
+
+def test_a_step_trains_on_as_many_groups_whatever_their_rewards_are() -> None:
+    groups = objective.group_by_prompt(random_samples(150))
+    alike = [[replace(sample, reward=1.0) for sample in group] for group in groups[:2]]
+    asked = [*alike, *groups[2:]]
+    for wanted, places in ((1, [2]), (2, [2, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])):
+        chosen = objective.chosen_groups(asked, grpo_config(prompts_per_step=wanted, refill=4))
+        assert [group[0].place for group in chosen] == places

@@ -516,9 +516,14 @@ class ObjectiveKeys(Keys):
     loss_normalisation: Literal["token", "sequence", "constant"] = Field(
         "token", description="What counts the same: each token, each completion, or each max_completion_tokens"
     )
+    ratio: Literal["token", "sequence", "cispo"] = Field(
+        "token",
+        description="Ratio of policies: of a token, or of the completion (GSPO), clipped; or a token's as a weight, "
+        "bounded by clip_high (CISPO). With one update a rollout all are the same",
+    )
     clip_low: float = Field(0.2, ge=0, lt=1, description="How far below 1 the ratio of policies has an effect")
     clip_high: float = Field(0.28, ge=0, description="How far above 1 it has an effect")
-    kl_weight: float = Field(0.0, ge=0, description="Weight of the divergence from the starting policy; 0: none")
+    kl_weight: float = Field(0.0, ge=0, description="Weight of the divergence KL(policy ‖ starting policy); 0: none")
     importance_limit: float = Field(2.0, ge=0, description="Largest weight of a token, as trainer/sampler; 0: all 1")
     mask_truncated: bool = Field(True, description="Leave completions cut off at max_completion_tokens out of the loss")
 

@@ -95,10 +95,12 @@ def kept_samples(groups: Sequence[Group], config: GrpoConfig) -> list[Sample]:
         sample
         for group in groups
         for sample in group
-        if (config.kl_weight > 0 or has_variance(group))
-        and sample.is_judged
-        and not (config.mask_truncated and sample.is_truncated)
+        if (config.kl_weight > 0 or has_variance(group)) and sample.is_judged and not is_masked(sample, config)
     ]
+
+
+def is_masked(sample: Sample, config: GrpoConfig) -> bool:
+    return config.mask_truncated and sample.is_truncated
 
 
 def has_variance(group: Group) -> bool:
@@ -112,17 +114,22 @@ def chosen_groups(groups: Sequence[Group], config: GrpoConfig) -> list[Group]:
     return sorted(chosen, key=lambda group: group[0].place)
 
 
-def token_weights(kept: Sequence[Sample], config: GrpoConfig) -> Callable[[Sample], float]:
+def token_weights(groups: Sequence[Group], config: GrpoConfig) -> Callable[[Sample], float]:
     """What a token of a sample counts in the loss, which is a plain sum then: each token the same (DAPO, Yu et al.
-    2025), each sample the same (GRPO, Shao et al. 2024), or each slot of the longest completion (Dr. GRPO)."""
-    token_count = sum(len(sample.tokens) for sample in kept)
+    2025), each sample the same (GRPO, Shao et al. 2024), or each slot of the longest completion (Dr. GRPO).
+
+    Tokens are those of all `groups`, but for truncated samples that are masked, and samples are all there are: no
+    denominator depends on a reward.
+    """
+    samples = [sample for group in groups for sample in group]
     match config.loss_normalisation:
         case "token":
+            token_count = sum(len(sample.tokens) for sample in samples if not is_masked(sample, config))
             return lambda _: 1 / token_count
         case "sequence":
-            return lambda sample: 1 / (len(kept) * len(sample.tokens))
+            return lambda sample: 1 / (len(samples) * len(sample.tokens))
         case "constant":
-            return lambda _: 1 / (len(kept) * config.max_completion_tokens)
+            return lambda _: 1 / (len(samples) * config.max_completion_tokens)
 
 
 class RolloutBatch(NamedTuple):
@@ -130,7 +137,8 @@ class RolloutBatch(NamedTuple):
 
     A completion's positions continue those of its prompt. `weight` is what a token counts in the loss, `sampled` its
     log-probability under the distribution drawn from; `old` and `reference` are those of the policy before this
-    rollout's updates and of the starting policy.
+    rollout's updates and of the starting policy; `sequence_ratio` is that of a token's whole completion, where it is
+    used.
     """
 
     token: Int[Array, "*rows token"]
@@ -143,6 +151,7 @@ class RolloutBatch(NamedTuple):
     sampled: Float[Array, "*rows token"]
     old: Float[Array, "*rows token"]
     reference: Float[Array, "*rows token"]
+    sequence_ratio: Float[Array, "*rows token"]
 
 
 INTEGERS = ("token", "target", "segment", "position", "prompt_offset")
@@ -154,7 +163,7 @@ def shares_prompts(model: ModelConfig) -> bool:
 
 
 def packed_rows(
-    kept: Sequence[Sample], config: GrpoConfig, shape: tuple[int, int, int], is_shared: bool
+    kept: Sequence[Sample], weight_of: Callable[[Sample], float], shape: tuple[int, int, int], is_shared: bool
 ) -> tuple[RolloutBatch, int]:
     """The samples packed First-Fit-Decreasing into rows of `shape` [micro_batch, row, token], and how many of the
     micro-batches hold any.
@@ -166,7 +175,7 @@ def packed_rows(
     parts.sort(key=lambda part: -slots_of_part(part))
     row_of = first_fit(np.array([slots_of_part(part) for part in parts], np.int64), shape[2])
     arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
-    batch, weight_of = RolloutBatch(*arrays), token_weights(kept, config)
+    batch = RolloutBatch(*arrays)
     for part, number in zip(parts, row_of, strict=True):
         at = divmod(int(number), shape[1])
         place_part(part, RolloutBatch(*(leaf[at] for leaf in batch)), weight_of)
@@ -213,12 +222,16 @@ def slots_of_part(part: Group) -> int:
 class PolicyLoss(NamedTuple):
     """The loss of GRPO on packed completions; its fields are all of the config that shapes the program.
 
-    - The clipped ratio of PPO (Schulman et al. 2017), with the asymmetric bounds of DAPO (Yu et al. 2025).
+    - The ratio of policies of each token, clipped as in PPO (Schulman et al. 2017) with the asymmetric bounds of DAPO
+      (Yu et al. 2025); or that of the whole completion, clipped so (GSPO, Zheng et al. 2025); or each token's, bounded
+      from above alone, as a weight of its log-probability (CISPO, MiniMax 2025).
     - Times a truncated importance weight (Espeholt et al. 2018; Yao et al. 2025) of the trainer's policy over the
       distribution that the sampler drew from, which also corrects for top_k, top_p and min_p.
-    - Plus the divergence from the starting policy, estimated by k3 (Schulman 2020).
+    - Plus the divergence of the policy from the starting one, estimated by k3 (Schulman 2020) times the ratio, without
+      which its slope would be that of the divergence of the starting policy from this one (Tang & Munos 2025).
     """
 
+    ratio: str
     clip_low: float
     clip_high: float
     importance_limit: float
@@ -233,6 +246,9 @@ class PolicyLoss(NamedTuple):
     ) -> tuple[Float[Array, ""], Facts]:
         hidden, head = self.hidden_states(params, batch, model), head_of(params, model)
         sizes = model.vocabulary_size, model.is_frozen
+        if self.ratio == "sequence" and self.is_repeated:
+            current = -token_statistics(hidden, head, batch.target, model.vocabulary_size).loss
+            batch = batch._replace(sequence_ratio=self.sequence_ratio(jax.lax.stop_gradient(current), batch))
         loss, found = summed_token_loss(
             hidden, head, batch.target, batch, lambda *part: self.objective(*part)[0], *sizes
         )
@@ -246,19 +262,39 @@ class PolicyLoss(NamedTuple):
         hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation, offset)
         return hidden if self.temperature == 1 else hidden / self.temperature
 
+    def sequence_ratio(
+        self, log_probability: Float[Array, "row token"], batch: RolloutBatch
+    ) -> Float[Array, "row token"]:
+        """For each token the geometric mean of the ratios of its completion's tokens."""
+
+        @jax.vmap
+        def over_completion(x: Float[Array, " token"], segment: Int[Array, " token"]) -> Float[Array, " token"]:
+            return jnp.bincount(segment, x, length=len(x) + 1)[segment]
+
+        is_counted = batch.weight > 0
+        change = over_completion(jnp.where(is_counted, log_probability - batch.old, 0.0), batch.segment)
+        return jnp.exp(change / jnp.maximum(over_completion(is_counted.astype(jnp.float32), batch.segment), 1))
+
     def objective(
         self, log_probability: Float[Array, "*rows token"], batch: RolloutBatch
     ) -> tuple[Float[Array, ""], Facts]:
         """The loss of a batch given the log-probabilities of its targets, and what is logged of its tokens."""
-        is_counted = batch.weight > 0
+        is_counted, fixed = batch.weight > 0, jax.lax.stop_gradient(log_probability)
 
         def difference(a: Array, b: Array) -> Array:
             return jnp.where(is_counted, a - b, 0.0)
 
-        old = batch.old if self.is_repeated else jax.lax.stop_gradient(log_probability)
-        ratio = jnp.exp(difference(log_probability, old))
-        clipped = jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
-        gain = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        old = batch.old if self.is_repeated else fixed
+        token_ratio = ratio = jnp.exp(difference(log_probability, old))
+        if self.ratio == "sequence" and self.is_repeated:  # with the slope of the token's own
+            ratio = batch.sequence_ratio * jnp.exp(difference(log_probability, fixed))
+        if self.ratio == "cispo":
+            bounded = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + self.clip_high))
+            is_clipped, gain = ratio > bounded, bounded * batch.advantage * log_probability
+        else:
+            bounded = jax.lax.stop_gradient(jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high))
+            is_clipped = ratio * batch.advantage > bounded * batch.advantage
+            gain = jnp.where(is_clipped, bounded, ratio) * batch.advantage
         mismatch = jax.lax.stop_gradient(difference(old, batch.sampled))
         importance = jnp.exp(mismatch)
         if self.importance_limit:
@@ -267,10 +303,10 @@ class PolicyLoss(NamedTuple):
         if self.kl_weight:
             from_reference = difference(batch.reference, log_probability)
             divergence = jnp.exp(from_reference) - from_reference - 1
-            loss += self.kl_weight * divergence
+            loss += self.kl_weight * divergence * token_ratio
         sums = {
             "count": jnp.sum(is_counted),
-            "clip_fraction": jnp.sum(is_counted & (ratio * batch.advantage > clipped * batch.advantage)),
+            "clip_fraction": jnp.sum(is_counted & is_clipped),
             "logprob_difference_mean": jnp.sum(jnp.abs(mismatch)),
             "importance_mean": jnp.sum(jnp.where(is_counted, importance, 0.0)),
             "kl": jnp.sum(divergence * is_counted),
@@ -330,10 +366,11 @@ def update(
         policies["old"] = cast_weights(state.params, model, config.compute_dtype)
     batches, tokens, slots, found = [], 0, 0, []
     for share in np.array_split(np.arange(len(groups)), config.updates_per_rollout):
-        if not (kept := kept_samples([groups[number] for number in share], config)):
+        part = [groups[number] for number in share]
+        if not (kept := kept_samples(part, config)):
             batches.append(None)
             continue
-        rows, count = packed_rows(kept, config, shape, shares_prompts(model))
+        rows, count = packed_rows(kept, token_weights(part, config), shape, shares_prompts(model))
         tokens, slots = tokens + int(np.sum(rows.segment > 0)), slots + count * rows.segment[0].size
         batch, count = put_batch(rows, mesh), np.int32(count)
         for name, policy in policies.items():

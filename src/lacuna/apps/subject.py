@@ -269,7 +269,8 @@ class Subject:
         if isinstance(self.config, GrpoConfig):
             most, shards = len(self.kept), 2 * row_shards(self.mesh)
             shape = math.ceil(most / shards) * shards, 1, self.config.sequence_length
-            rows, count = objective.packed_rows(self.kept, self.config, shape, objective.shares_prompts(self.model))
+            weight_of = objective.token_weights([self.kept], self.config)
+            rows, count = objective.packed_rows(self.kept, weight_of, shape, objective.shares_prompts(self.model))
             return jax.tree.map(lambda leaf: leaf[None, : math.ceil(count / shards) * shards, 0], rows)
         data, size = self.inputs[1], self.config.batch_size
         batches = [data.batch(index, size) for index in range(4)]
@@ -287,7 +288,7 @@ class Subject:
         """The documents of the packed rows, each in a row of its own."""
         rows = jax.tree.map(lambda leaf: leaf[0], self.packed)
         if isinstance(rows, objective.RolloutBatch):
-            weight_of, alone = objective.token_weights(self.kept, self.config), []
+            weight_of, alone = objective.token_weights([self.kept], self.config), []
             for sample in self.kept:
                 row = jax.tree.map(lambda leaf: np.zeros_like(leaf[0]), rows)
                 objective.place_part([sample], row, weight_of)
@@ -317,7 +318,7 @@ class Subject:
         """The loss of a config's step, without what differs between packed and alone by intent."""
         config = self.config
         if isinstance(config, GrpoConfig):
-            return objective.policy_loss(config)._replace(kl_weight=0.0, is_repeated=False)
+            return objective.policy_loss(config)._replace(ratio="token", kl_weight=0.0, is_repeated=False)
         return optimizer.RowLoss(config.compute_dtype, config.rematerialisation)
 
     def step(
