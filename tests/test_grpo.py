@@ -487,7 +487,7 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log_and_ends_the_run(
         load_weights(sampler, jax.tree.map(lambda leaf: leaf * 1.5, params))
 
     monkeypatch.setattr(Sampler, "load", disturbed)
-    config = run_config(small, rewards_file, steps=1)
+    config = run_config(small, rewards_file, steps=1, temperature=0.7, top_p=0.8)
     with pytest.raises(UserError, match="step 1: log-probabilities of sampler and trainer differ by"):
         cli.run(config)
     opened = open_model(config, mesh_of(1, 1, 1), with_weights=False)
@@ -497,19 +497,24 @@ def test_a_sampler_with_other_weights_is_seen_in_the_log_and_ends_the_run(
     def table_of(params: Any, token: Any) -> Any:
         place = jnp.arange(token.shape[1])[None]
         hidden = forward(params, embed(params, token, "float32"), jnp.ones_like(token), place, model)
-        return jax.nn.log_softmax(hidden @ head_of(params, model).T)
+        return jax.nn.log_softmax(hidden @ head_of(params, model).T / 0.7)
 
-    differences = []
+    differences, cut = [], []
     for line in read_json_lines(config.run_directory / "rollouts.jsonl"):
         ids = [*line["prompt_tokens"], *line["tokens"]]
         whole = np.zeros((1, 160), np.int32)
         whole[0, : len(ids)] = ids
-        table = np.asarray(table_of(params, whole))[0, len(line["prompt_tokens"]) - 1 : len(ids) - 1]
-        found = table[np.arange(len(line["tokens"])), line["tokens"]]
-        differences.append(np.abs(found - np.array(line["sampled_log_probabilities"])).max())
+        here = slice(len(line["prompt_tokens"]) - 1, len(ids) - 1)
+        found = np.asarray(table_of(params, whole))[0, here][np.arange(len(line["tokens"])), line["tokens"]]
+        differences.append(np.abs(found - np.array(line["log_probabilities"])).max())
+        of_sampler = jax.tree.map(lambda leaf: leaf * 1.5, params)
+        probability = np.sort(np.exp(np.asarray(table_of(of_sampler, whole), np.float64)[0, here]))[:, ::-1]
+        before = np.cumsum(probability, axis=1) - probability  # of the likelier ones
+        cut += [row[mass >= 0.8].sum() for row, mass in zip(probability, before, strict=True)]
     (record,) = records(config)
     assert max(differences) > 0.01 and not checkpoint.saved_steps(config.run_directory)
     assert record["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-3)
+    assert record["cut_probability"] == pytest.approx(np.mean(cut), rel=1e-3) and np.mean(cut) > 0.1
 
 
 def test_the_watchdog_does_not_watch_the_first_rollout_which_compiles(
@@ -561,19 +566,14 @@ def test_eight_devices_do_what_one_does(finished: GrpoConfig, monkeypatch: pytes
 
 def test_several_updates_a_rollout_clip_and_penalise(small: Path, rewards_file: Path, one_device: None) -> None:
     config = run_config(
-        small,
-        rewards_file,
-        updates_per_rollout=2,
-        kl_weight=0.05,
-        learning_rate=0.05,
-        steps=3,
-        top_k=20,
-        warmup_steps=2,
-    )
+        small, rewards_file, updates_per_rollout=2, kl_weight=0.05, learning_rate=0.05, steps=3, top_k=20,
+        temperature=1.3, warmup_steps=2,
+    )  # fmt: skip
     cli.run(config)
     assert [record["learning_rate"] for record in records(config)[:2]] == pytest.approx([0.025, 0.05])  # by the last
     for record in records(config):
         assert record["kl"] > 0 and record["importance_mean"] < 1  # top_k makes what is sampled likelier
+        assert record["logprob_difference_max"] < 1e-4 < record["cut_probability"]
     assert any(record["clip_fraction"] > 0 for record in records(config))
 
 

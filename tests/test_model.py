@@ -408,6 +408,19 @@ def test_loss_and_statistics_and_gradients_are_those_of_float64(shape: tuple[int
             np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+def test_a_temperature_divides_float32_logits() -> None:
+    random = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(random.normal(size=shape), "bfloat16") for shape in ((2, 5, 32), (97, 32)))
+    target, weight = jnp.asarray(random.integers(0, 97, (2, 5))), jnp.asarray(random.random((2, 5)), "float32")
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / 0.6
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(logits, np.asarray(target)[..., None], -1)[..., 0]
+    found = token_statistics(hidden, head, target, 97, 0.6).loss
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    loss, _ = summed_token_loss(hidden, head, target, weight, cross_entropy, 97, False, 0.6)
+    np.testing.assert_allclose(loss, np.sum(expected * weight), rtol=1e-5)
+
+
 def test_the_full_logits_never_exist() -> None:
     hidden, head = jax.ShapeDtypeStruct((4, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32)
     target, weight = jax.ShapeDtypeStruct((4, 1024), jnp.int32), jax.ShapeDtypeStruct((4, 1024), jnp.float32)

@@ -22,7 +22,8 @@ def samples_of(inputs: dict[str, Any]) -> list[Sample]:
     return [
         Sample(
             step=1, place=number // 2, index=number % 2, origin="", prompt_tokens=(1, 2, 3), tokens=(5,) * length,
-            text="", log_probabilities=(), sampled_log_probabilities=tuple(inputs["sampled"][number][:length]),
+            text="", log_probabilities=tuple(inputs["reference"][number][:length]),
+            sampled_log_probabilities=tuple(inputs["sampled"][number][:length]),
             is_truncated=inputs["is_truncated"][number], rewards={}, reward=float(min(number, 6)),
             advantage=inputs["advantage"][number],
         )
@@ -141,13 +142,13 @@ def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> 
     rows, slots = np.array([*places.values()]).T
     named = batch._asdict() | {"current": current}
     wide = {name: np.asarray(leaf, np.float64)[rows, slots] for name, leaf in named.items()}
-    ratio, mismatch = np.exp(wide["current"] - wide["old"]), wide["old"] - wide["sampled"]
+    ratio, mismatch = np.exp(wide["current"] - wide["old"]), wide["old"] - wide["uncut"]
     is_clipped = np.where(wide["advantage"] > 0, ratio > 1.1, (ratio < 0.9) & (wide["advantage"] < 0))
     log_reference = wide["reference"] - wide["current"]
     expected = {
         "count": len(places),
         "clip_fraction": np.sum(is_clipped),
-        "importance_mean": np.sum(np.exp(mismatch)),
+        "importance_mean": np.sum(np.exp(wide["old"] - wide["sampled"])),
         "kl": np.sum(np.exp(log_reference) - log_reference - 1),
         "logprob_difference_mean": np.sum(np.abs(mismatch)),
         "logprob_difference_max": np.max(np.abs(mismatch)),
@@ -178,7 +179,8 @@ def random_samples(vocabulary: int) -> list[Sample]:
             Sample(
                 step=1, place=number // 3, index=number % 3, origin="", prompt_tokens=prompts[number // 3],
                 tokens=tuple(random.integers(1, vocabulary, length).tolist()), text="",
-                log_probabilities=(), sampled_log_probabilities=tuple((-3 * random.random(length)).tolist()),
+                log_probabilities=(-1.0,) * length,
+                sampled_log_probabilities=tuple((-3 * random.random(length)).tolist()),
                 is_truncated=False, rewards={}, reward=float(number), advantage=float(random.normal()),
             )
         )  # fmt: skip
@@ -213,7 +215,13 @@ def gradient_of(
 ])  # fmt: skip
 def test_rows_have_each_completion_at_its_positions(is_shared: bool, expected: dict[str, list[int]]) -> None:
     two = [
-        replace(sample, prompt_tokens=(1, 2, 3, 4), tokens=tokens, sampled_log_probabilities=(-1.0,) * len(tokens))
+        replace(
+            sample,
+            prompt_tokens=(1, 2, 3, 4),
+            tokens=tokens,
+            log_probabilities=(-1.0,) * len(tokens),
+            sampled_log_probabilities=(-1.0,) * len(tokens),
+        )  # fmt: skip
         for sample, tokens in zip(random_samples(150), ((5, 6), (7, 8, 9)), strict=False)
     ]
     rows, count = packed(two, grpo_config(), (2, 1, 16), is_shared)
@@ -259,6 +267,47 @@ def test_the_gradient_is_that_of_the_whole_logits() -> None:
     np.testing.assert_allclose(same, loss, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+
+
+def test_the_gradient_of_a_sequences_ratio_is_that_of_the_product_of_its_tokens() -> None:
+    normalised = {"ratio": "sequence", "loss_normalisation": "sequence", "clip_low": 0.01, "clip_high": 0.02}
+    config = grpo_config(updates_per_rollout=2, importance_limit=0.0, temperature=0.8, **normalised)
+    samples, (model, params) = random_samples(150), load(REFERENCE / "qwen3")
+    rows, _ = packed(samples, config, (1, 4, config.sequence_length), is_shared=True)
+    batch, loss_of = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows), objective.policy_loss(config)
+    arguments = jax.tree.map(lambda leaf: leaf[None], batch), np.int32(1), model, loss_of
+    noise = np.random.default_rng(3).normal(size=batch.token.shape)
+    batch = batch._replace(old=objective.log_probabilities(params, *arguments)[0] + 0.1 * noise)
+
+    def plain(params: Any) -> jax.Array:
+        offset = batch.prompt_offset
+        hidden = forward(
+            params, embed(params, batch.token, "float32"), batch.segment, batch.position, model, prompt_offset=offset
+        )
+        logits = (hidden @ head_of(params, model).T / config.temperature)[..., : model.vocabulary_size]
+        table = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target[..., None], axis=-1)[..., 0]
+        loss = jnp.zeros(())
+        for row, segment in completions(batch):
+            here = (batch.segment[row] == segment) & (batch.weight[row] > 0)
+            ratio = jnp.exp(jnp.sum(jnp.where(here, table[row] - batch.old[row], 0)) / jnp.sum(here))
+            better = jnp.sum(jnp.where(here, batch.advantage[row], 0)) / jnp.sum(here)
+            loss -= jnp.minimum(ratio * better, jnp.clip(ratio, 0.99, 1.02) * better) / len(samples)
+        return loss
+
+    (loss, (sums, _)), found = jax.jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=(2, 3))(
+        params, batch, model, None
+    )
+    wanted, expected = jax.jit(jax.value_and_grad(plain))(params)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert 0 < sums["clip_fraction"] < sums["count"]
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6)
+
+
+def completions(batch: objective.RolloutBatch) -> list[tuple[int, int]]:
+    """Row and segment of each completion."""
+    rows, slots = np.nonzero(batch.weight)
+    return sorted({*zip(rows.tolist(), np.asarray(batch.segment)[rows, slots].tolist(), strict=True)})
 
 
 def test_the_entropy_is_that_of_the_distributions() -> None:

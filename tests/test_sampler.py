@@ -317,17 +317,19 @@ RULES = [
 
 
 def test_log_probabilities_of_drawn_tokens_are_those_of_float64(small: Sampler) -> None:
-    """The model's own, and those under the rules, which every drawn token satisfies."""
+    """The model's own, the same at the temperature, and those under the rules, which every drawn token satisfies."""
     requests = [Request(random_prompt(20), rules, seed=seed) for seed, rules in enumerate(RULES)]
     for request, completion in zip(requests, small.generate(requests), strict=True):
-        own, sampled = [], []
+        own, tempered, sampled = [], [], []
         for number, row in enumerate(logits_after(request.prompt, completion.tokens)):
             token = completion.tokens[number]
             own.append(log_softmax(row)[token])
+            tempered.append(log_softmax(row / request.rules.temperature)[token])
             kept = kept_by_the_rules(row, request.rules, request.prompt, completion.tokens[:number])
             sampled.append(log_softmax(kept)[token])
         assert min(sampled) < -1, "a draw with hardly any choice shows nothing"
         np.testing.assert_allclose(completion.log_probabilities, own, atol=1e-5)
+        np.testing.assert_allclose(completion.tempered_log_probabilities, tempered, atol=1e-5)
         np.testing.assert_allclose(completion.sampled_log_probabilities, sampled, atol=1e-4)
 
 
@@ -522,18 +524,3 @@ def test_text_ends_before_a_stop_string_wherever_tokens_part(tokenizer: Tokenize
     assert whole == text.partition(stop)[0]
     assert reason == ("stop" if stop in text else "length")
     assert stop not in text or stop in decode(tokenizer, token[:used])
-
-
-# Defaults
-
-
-def test_generation_config_gives_rules(tmp_path: Path) -> None:
-    stated = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": [5, 6]}
-    (tmp_path / "generation_config.json").write_text(json.dumps(stated))
-    rules = sampler.generation_defaults(tmp_path)
-    assert rules == SamplingKeys(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
-    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
-    assert sampler.generation_defaults(tmp_path).temperature == 0
-    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
-    with pytest.raises(UserError, match="generation_config.json: top_p = 7"):
-        sampler.generation_defaults(tmp_path)

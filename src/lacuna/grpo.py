@@ -155,6 +155,10 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
     """What is logged of a rollout."""
     samples = [sample for group in groups for sample in group]
     names = samples[0].rewards
+    uncut, sampled = (
+        np.concatenate([getattr(sample, name) for sample in samples])
+        for name in ("log_probabilities", "sampled_log_probabilities")
+    )
     return {
         "reward": mean_value(sample.reward for sample in samples if sample.is_judged),
         "reward_std": float(np.mean([np.std([sample.reward for sample in group]) for group in groups])),
@@ -164,6 +168,7 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
         "truncated_fraction": float(np.mean([sample.is_truncated for sample in samples])),
         "zero_advantage_fraction": float(np.mean([not has_variance(group) for group in groups])),
         "prompts": len(groups),
+        "cut_probability": float(np.mean(-np.expm1(np.minimum(uncut - sampled, 0)))),
     }
 
 
@@ -348,7 +353,7 @@ class RolloutSteps:
                 prompt_tokens=problem.token,
                 tokens=completion.tokens,
                 text=text,
-                log_probabilities=completion.log_probabilities,
+                log_probabilities=completion.tempered_log_probabilities,
                 sampled_log_probabilities=completion.sampled_log_probabilities,
                 is_truncated=completion.finish_reason == "length",
                 rewards={name: value[number] for name, value in values.items()},

@@ -801,13 +801,15 @@ def _chunk_statistics(
     return TokenStatistics(loss, jnp.argmax(logits, axis=-1) == target, entropy), probability, is_target
 
 
-def token_statistics(hidden: Hidden, head: Head, target: Tokens, vocabulary_size: int) -> TokenStatistics:
+def token_statistics(
+    hidden: Hidden, head: Head, target: Tokens, vocabulary_size: int, temperature: float = 1.0
+) -> TokenStatistics:
     """Statistics of each target, chunk by chunk; those that the caller ignores cost nothing."""
     head = whole_head(head, hidden.dtype)
 
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, TokenStatistics]:
         hidden, target = chunk
-        return None, _chunk_statistics(logits_of(hidden, head, vocabulary_size), target)[0]
+        return None, _chunk_statistics(logits_of(hidden, head, vocabulary_size) / temperature, target)[0]
 
     return _scan_tokens(step, None, (hidden, target))[1]
 
@@ -817,7 +819,7 @@ def cross_entropy(log_probability: PerToken, weight: PerToken) -> Float[Array, "
     return -jnp.sum(log_probability * weight)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def summed_token_loss(
     hidden: Hidden,
     head: Head,
@@ -826,30 +828,32 @@ def summed_token_loss(
     loss_of: LossOf,
     vocabulary_size: int,
     is_frozen: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[Float[Array, ""], TokenStatistics]:
     """The sum over targets of `loss_of` their log-probabilities and `fields`, and the targets' statistics; of a head
-    that `is_frozen` there is no gradient.
+    that `is_frozen` there is no gradient. Logits are divided by the temperature in float32.
 
     It works in chunks of tokens, and the forward pass already computes each chunk's gradient from its logits: they are
     computed once, and the array [batch, token, vocab] never exists. Each device sums the head's gradient over its own
     rows, and these sums are added once. The statistics have no gradient.
     """
-    statistics = token_statistics(hidden, head, target, vocabulary_size)
+    statistics = token_statistics(hidden, head, target, vocabulary_size, temperature)
     return loss_of(-statistics.loss, fields), statistics
 
 
 def _token_loss_forward(
-    hidden: Hidden, head: Head, target: Tokens, fields: PyTree, loss_of: LossOf, vocabulary_size: int, is_frozen: bool
-) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:
+    hidden: Hidden, head: Head, target: Tokens, fields: PyTree, loss_of: LossOf, vocabulary_size: int, is_frozen: bool,
+    temperature: float,
+) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:  # fmt: skip
     parts = row_shards(jax.sharding.get_abstract_mesh())
     compute_head = whole_head(head, hidden.dtype)
 
     def step(total: tuple[Array, Array], chunk: tuple[Array, Array, PyTree]) -> tuple[tuple[Array, Array], Any]:
         hidden, target, fields = chunk
-        logits = logits_of(hidden, compute_head, vocabulary_size)
+        logits = logits_of(hidden, compute_head, vocabulary_size) / temperature
         statistics, probability, is_target = _chunk_statistics(logits, target)
         loss, slope = jax.value_and_grad(loss_of)(-statistics.loss, fields)
-        logit_gradient = (is_target - probability) * slope[..., None]
+        logit_gradient = (is_target - probability) * (slope / temperature)[..., None]
         logit_gradient = jax.lax.optimization_barrier(logit_gradient.astype(hidden.dtype))
         of_parts = (x.reshape(parts, -1, x.shape[-1]) for x in (logit_gradient, hidden))
         head_gradients = jax.vmap(product_over_tokens)(*of_parts)
@@ -864,8 +868,9 @@ def _token_loss_forward(
 
 
 def _token_loss_backward(
-    loss_of: Callable, vocabulary_size: int, is_frozen: bool, residual: tuple[Array, Array], gradient: tuple[Array, Any]
-) -> tuple[Array, Array, None, None]:
+    loss_of: Callable, vocabulary_size: int, is_frozen: bool, temperature: float, residual: tuple[Array, Array],
+    gradient: tuple[Array, Any],
+) -> tuple[Array, Array, None, None]:  # fmt: skip
     hidden_gradient, head_gradient = ((part * gradient[0]).astype(part.dtype) for part in residual)
     return hidden_gradient, head_gradient, None, None
 

@@ -44,7 +44,8 @@ STD_EPSILON = 1e-4  # as TRL adds to a group's standard deviation
 @dataclass(frozen=True)
 class Sample:
     """A completion with what the update needs of it; a line of rollouts.jsonl. Log-probabilities are in nats: the
-    model's own, and those under the distribution drawn from."""
+    policy's, that is the model's at the sampling temperature, and those under the distribution drawn from, which is
+    the policy as top_k, top_p and min_p cut it."""
 
     step: int
     place: int
@@ -136,9 +137,9 @@ class RolloutBatch(NamedTuple):
     """Packed rows as in `data.Batch`, with `prompt_offset` as in `attention`.
 
     A completion's positions continue those of its prompt. `weight` is what a token counts in the loss, `sampled` its
-    log-probability under the distribution drawn from; `old` and `reference` are those of the policy before this
-    rollout's updates and of the starting policy; `sequence_ratio` is that of a token's whole completion, where it is
-    used.
+    log-probability under the distribution drawn from and `uncut` that under the policy of the sampler; `old` and
+    `reference` are those of the policy before this rollout's updates and of the starting policy; `sequence_ratio` is
+    that of a token's whole completion, where it is used.
     """
 
     token: Int[Array, "*rows token"]
@@ -149,6 +150,7 @@ class RolloutBatch(NamedTuple):
     prompt_offset: Int[Array, "*rows token"]
     advantage: Float[Array, "*rows token"]
     sampled: Float[Array, "*rows token"]
+    uncut: Float[Array, "*rows token"]
     old: Float[Array, "*rows token"]
     reference: Float[Array, "*rows token"]
     sequence_ratio: Float[Array, "*rows token"]
@@ -196,7 +198,7 @@ def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], flo
         row.segment[here], row.prompt_offset[here] = document + number + goes_on, (number + 1) * goes_on
         row.position[here] = len(prompt) + np.arange(count)
         row.weight[here], row.advantage[here] = weight_of(sample), sample.advantage
-        row.sampled[here] = sample.sampled_log_probabilities
+        row.sampled[here], row.uncut[here] = sample.sampled_log_probabilities, sample.log_probabilities
 
 
 def parts_of_group(group: Group, capacity: int, is_shared: bool) -> Iterator[Group]:
@@ -245,9 +247,9 @@ class PolicyLoss(NamedTuple):
         self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig, noise: Any
     ) -> tuple[Float[Array, ""], Facts]:
         hidden, head = self.hidden_states(params, batch, model), head_of(params, model)
-        sizes = model.vocabulary_size, model.is_frozen
+        sizes = model.vocabulary_size, model.is_frozen, self.temperature
         if self.ratio == "sequence" and self.is_repeated:
-            current = -token_statistics(hidden, head, batch.target, model.vocabulary_size).loss
+            current = -token_statistics(hidden, head, batch.target, model.vocabulary_size, self.temperature).loss
             batch = batch._replace(sequence_ratio=self.sequence_ratio(jax.lax.stop_gradient(current), batch))
         loss, found = summed_token_loss(
             hidden, head, batch.target, batch, lambda *part: self.objective(*part)[0], *sizes
@@ -256,11 +258,10 @@ class PolicyLoss(NamedTuple):
         return loss, (sums | {"entropy": jnp.sum(jnp.where(batch.weight > 0, found.entropy, 0.0))}, largest)
 
     def hidden_states(self, params: PyTree[Array], batch: RolloutBatch, model: ModelConfig) -> Array:
-        """Hidden states whose logits are those over the temperature."""
+        """The last hidden states of a micro-batch, in the dtype of compute."""
         x = embed(params, batch.token, self.compute_dtype)
         offset = batch.prompt_offset if shares_prompts(model) else None
-        hidden = forward(params, x, batch.segment, batch.position, model, self.rematerialisation, offset)
-        return hidden if self.temperature == 1 else hidden / self.temperature
+        return forward(params, x, batch.segment, batch.position, model, self.rematerialisation, offset)
 
     def sequence_ratio(
         self, log_probability: Float[Array, "row token"], batch: RolloutBatch
@@ -295,8 +296,8 @@ class PolicyLoss(NamedTuple):
             bounded = jax.lax.stop_gradient(jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high))
             is_clipped = ratio * batch.advantage > bounded * batch.advantage
             gain = jnp.where(is_clipped, bounded, ratio) * batch.advantage
-        mismatch = jax.lax.stop_gradient(difference(old, batch.sampled))
-        importance = jnp.exp(mismatch)
+        importance = jnp.exp(jax.lax.stop_gradient(difference(old, batch.sampled)))
+        mismatch = jax.lax.stop_gradient(difference(old, batch.uncut))
         if self.importance_limit:
             gain *= jnp.minimum(importance, self.importance_limit)
         loss, divergence = -gain, jnp.zeros(())
@@ -329,8 +330,8 @@ def log_probabilities(
     def fill(number: Int[Array, ""], found: Array) -> Array:
         micro_batch = jax.tree.map(lambda leaf: leaf[number], batch)
         hidden, head = loss.hidden_states(compute, micro_batch, model), head_of(compute, model)
-        values = -token_statistics(hidden, head, micro_batch.target, model.vocabulary_size).loss
-        return found.at[number].set(values)
+        values = token_statistics(hidden, head, micro_batch.target, model.vocabulary_size, loss.temperature).loss
+        return found.at[number].set(-values)
 
     return jax.lax.fori_loop(0, count, fill, jnp.zeros(batch.token.shape))
 
@@ -390,10 +391,9 @@ def update(
 
 
 def difference_too_large(facts: dict[str, Any], config: GrpoConfig) -> str:
-    """Why the sampler can't have had the weights that are trained, if so; not known where the sampling rules cut its
-    distribution."""
+    """Why the sampler can't have had the weights that are trained, if so."""
     found, most = facts.get("logprob_difference_mean", 0.0), LARGEST_DIFFERENCE[config.compute_dtype]
-    if config.top_k or config.top_p < 1 or config.min_p or found <= most:
+    if found <= most:
         return ""
     return (
         f"log-probabilities of sampler and trainer differ by {found:.2g} nats a token on average, more than the "

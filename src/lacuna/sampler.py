@@ -11,7 +11,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
-from pydantic import ValidationError
 
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import SamplingKeys, UserError
@@ -41,7 +39,7 @@ from lacuna.model import (
     prefill,
     rotation_table,
 )
-from lacuna.tokenizer import TextStream, read_json
+from lacuna.tokenizer import TextStream
 
 BLOCK = 32  # most tokens between two looks of the host
 STOP_IDS = 8
@@ -114,10 +112,12 @@ class Prompts(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """The tokens of a block: `ended` is -1 where a slot was idle, 0 where more follows, 1 at a stop, 2 at the limit."""
+    """The tokens of a block with their log-probabilities under the model, the same at the temperature, and in the
+    distribution drawn from: `ended` is -1 where a slot was idle, 0 where more follows, 1 at a stop, 2 at the limit."""
 
     token: Int[Array, "step slot"]
     log_probability: Float[Array, "step slot"]
+    tempered_log_probability: Float[Array, "step slot"]
     sampled_log_probability: Float[Array, "step slot"]
     ended: Int[Array, "step slot"]
     top_token: Int[Array, "step slot top"]
@@ -265,6 +265,15 @@ def next_token(
 
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     log_probability = logits[row, token] - normalizer
+    temperature = jnp.where(rules.temperature > 0, rules.temperature, 1)
+
+    def tempered() -> Float[Array, " slot"]:
+        scaled = logits / temperature[:, None]
+        return scaled[row, token] - jax.nn.logsumexp(scaled, axis=-1)
+
+    tempered_log_probability = jax.lax.cond(
+        jnp.any((temperature != 1) & slots.is_active), tempered, lambda: log_probability
+    )
     top = min(TOP_LOGPROBS, model.vocabulary_size)
     top_logits, top_token = jax.lax.cond(
         jnp.any((rules.top_logprobs > 0) & slots.is_active),
@@ -291,7 +300,8 @@ def next_token(
         count=slots.count.at[row, token].add(step * ~is_given),
     )
     top_log_probability = top_logits - normalizer[:, None]
-    return slots, Emitted(token, log_probability, sampled_log_probability, ended, top_token, top_log_probability)
+    measured = log_probability, tempered_log_probability, sampled_log_probability
+    return slots, Emitted(token, *measured, ended, top_token, top_log_probability)
 
 
 # The batch on the device
@@ -406,7 +416,7 @@ def decode_block(
         slots, found = next_token(params, slots, rules, constraint, rotations, model, now)
         return number + 1, slots, jax.tree.map(lambda all, one: all.at[number].set(one), emitted, found)
 
-    carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, whole - 1, *tops)
+    carry = jnp.zeros((), jnp.int32), slots, Emitted(whole, real, real, real, whole - 1, *tops)
     _, slots, emitted = jax.lax.while_loop(continues, step, carry)
     return sharded(slots), jax.tree.map(shard, emitted)
 
@@ -439,7 +449,8 @@ class Completion:
     """What was generated, or the next part of it while `finish_reason` is empty.
 
     `tokens` include the stop token or those of the stop string, `text` does not. `log_probabilities` are the model's
-    own, `sampled_log_probabilities` those in the distribution drawn from (0 where greedy), both in nats.
+    own, `tempered_log_probabilities` the same at the temperature, `sampled_log_probabilities` those in the distribution
+    drawn from (0 where greedy), all in nats.
     """
 
     request: int
@@ -450,11 +461,13 @@ class Completion:
     sampled_log_probabilities: tuple[float, ...]
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
     finish_reason: FinishReason
+    tempered_log_probabilities: tuple[float, ...] = ()
 
 
 def joined_parts(parts: Sequence[Completion]) -> Completion:
     """The whole completion of these parts, in order."""
-    names = ("tokens", "log_probabilities", "sampled_log_probabilities", "top_logprobs")
+    values = ("log_probabilities", "tempered_log_probabilities", "sampled_log_probabilities", "top_logprobs")
+    names = ("tokens", *values)
     whole = {name: tuple(itertools.chain.from_iterable(getattr(part, name) for part in parts)) for name in names}
     return replace(parts[-1], text="".join(part.text for part in parts), **whole)
 
@@ -756,6 +769,7 @@ class Sampler:
             tokens=tuple(new.token[:count]),
             text=text,
             log_probabilities=tuple(new.log_probability[:count]),
+            tempered_log_probabilities=tuple(new.tempered_log_probability[:count]),
             sampled_log_probabilities=tuple(new.sampled_log_probability[:count]),
             top_logprobs=tuple(tuple(zip(ids[:top], values[:top], strict=True)) for ids, values in tops),
             finish_reason=reason,
@@ -814,23 +828,3 @@ def check_memory(model: ModelConfig, slots: int, capacity: int, dtype: str, mesh
             f"{slots} slots of {capacity:,} tokens take {byte_size(total)} in {dtype}, {byte_size(share)} on each "
             f"of {mesh.size} devices while growing, and {byte_size(free)} are free there; lower slots or capacity"
         )
-
-
-def generation_defaults(directory: Path) -> SamplingKeys:
-    """The sampling rules that a model asks for in generation_config.json.
-
-    Raises:
-        UserError: a value there that no rule can have.
-    """
-    path = directory / "generation_config.json"
-    stated = {name: value for name, value in read_json(path).items() if value is not None}
-    values = {name: stated[name] for name in SamplingKeys.model_fields if name in stated and name != "max_tokens"}
-    if stated.get("do_sample") is False:
-        values["temperature"] = 0.0
-    try:
-        return SamplingKeys(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise UserError(
-            f"{path}: {problem['loc'][0]} = {problem['input']!r}: {problem['msg']}; fix the file"
-        ) from error

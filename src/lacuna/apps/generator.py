@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
+from pydantic import ValidationError
 
 from lacuna import checkpoint
 from lacuna.apps.configs import GenerationConfig, ServeConfig
@@ -15,7 +16,8 @@ from lacuna.config import ModelKeys, SamplingKeys, UserError
 from lacuna.distributed import enable_compilation_cache, make_mesh
 from lacuna.linear import Frozen
 from lacuna.model import MATRICES, Lora, shape_of
-from lacuna.sampler import Sampler, generation_defaults
+from lacuna.sampler import Sampler
+from lacuna.tokenizer import read_json
 from lacuna.weights import read_lora
 
 
@@ -109,3 +111,23 @@ def rules_in_force(config: SamplingKeys, defaults: SamplingKeys) -> SamplingKeys
     """What the user set in a config, the model's defaults for all else."""
     chosen = {name: getattr(config, name) for name in config.model_fields_set if name in SamplingKeys.model_fields}
     return defaults.model_copy(update=chosen)
+
+
+def generation_defaults(directory: Path) -> SamplingKeys:
+    """The sampling rules that a model asks for in generation_config.json.
+
+    Raises:
+        UserError: a value there that no rule can have.
+    """
+    path = directory / "generation_config.json"
+    stated = {name: value for name, value in read_json(path).items() if value is not None}
+    values = {name: stated[name] for name in SamplingKeys.model_fields if name in stated and name != "max_tokens"}
+    if stated.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return SamplingKeys(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(
+            f"{path}: {problem['loc'][0]} = {problem['input']!r}: {problem['msg']}; fix the file"
+        ) from error

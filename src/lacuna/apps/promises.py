@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from lacuna import checkpoint, optimizer
+from lacuna.apps.generator import generation_defaults
 from lacuna.apps.plain import plain_attention, plain_cut, plain_logits, plain_rate
 from lacuna.apps.replay import replay
 from lacuna.apps.rewards import load_rewards
@@ -35,7 +36,7 @@ from lacuna.metrics import read_json_lines
 from lacuna.model import joined, trained_table
 from lacuna.objective import RolloutBatch
 from lacuna.optimizer import ADAM_EPSILON
-from lacuna.sampler import Completion, Request, Sampler, generation_defaults, slots_for
+from lacuna.sampler import Completion, Request, Sampler, slots_for
 from lacuna.tokenizer import Message, decode, render
 
 # Largest differences by the dtype of compute, a few times what rounding made of five families on CPUs: of a gradient's
@@ -529,9 +530,14 @@ def rate_is_plain(subject: Subject) -> Finding:
     ):
         rate = float(optimizer.learning_rate(jnp.int32(step), recipe))
         found[step] = rate, plain_rate(step, config.learning_rate, config.warmup_steps, steps)
-    updates = short.updates_per_rollout if isinstance(short, GrpoConfig) else 1
+    updates, warmup_steps = short.updates_per_rollout if isinstance(short, GrpoConfig) else 1, short.warmup_steps
     logged = [
-        (rate, plain_rate(record["step"] * updates - 1, short.learning_rate, short.warmup_steps, short.steps * updates))
+        (
+            rate,
+            plain_rate(
+                record["step"] * updates - 1, short.learning_rate, warmup_steps * updates, short.steps * updates
+            ),
+        )
         for record in read_json_lines(short.run_directory / "metrics.jsonl")
         if (rate := record.get("learning_rate"))
     ]
