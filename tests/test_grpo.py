@@ -1,8 +1,10 @@
 """Rewards, and runs of grpo against themselves: sharded, resumed, replayed."""
 
 import json
+import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -19,7 +21,7 @@ from test_objective import random_samples
 
 from lacuna import checkpoint, cli, grpo, objective, optimizer, trainer
 from lacuna.apps.replay import samples_by_step
-from lacuna.apps.rewards import load_rewards
+from lacuna.apps.rewards import Judge, load_rewards
 from lacuna.checkpoint import OpenedModel, at, open_model
 from lacuna.config import GrpoConfig, RewardKeys, UserError
 from lacuna.distributed import make_mesh
@@ -29,7 +31,7 @@ from lacuna.metrics import LineFile, read_json_lines
 from lacuna.model import embed, forward, head_of, read_model_config
 from lacuna.objective import Sample
 from lacuna.sampler import Completion, Sampler
-from lacuna.tokenizer import load_tokenizer
+from lacuna.tokenizer import decode, load_tokenizer
 
 REWARDS = '''
 from pathlib import Path
@@ -91,6 +93,14 @@ def test_rewards_of_ours_judge_answer_and_format() -> None:
     assert [reward.weight for reward in rewards] == [1.0, 0.2] and seconds.keys() == values.keys()
 
 
+def test_the_penalty_of_long_completions_is_that_of_dapo() -> None:
+    (reward,) = load_rewards(["overlong:0.5"])
+    lengths = (1, 15, 16, 18, 20, 20, 3)
+    answered = [Answered(problem("1"), "", (1,) * length, number > 4, 20) for number, length in enumerate(lengths)]
+    expected = [np.clip((16 - length) / 4, -1, 0) for length in lengths[:5]] + [-1, -1]
+    assert asked([reward], answered)[0]["overlong"] == pytest.approx(expected) and reward.weight == 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [("broken", "ZeroDivisionError: division by zero"), ("infinite", "it gave inf"), ("leaves", "SystemExit: 0")],
@@ -126,7 +136,7 @@ def by_name(prompt, completion, row, messages, step, truncated, tokens):
     return len(messages) + 10 * step + 100 * truncated + 1000 * len(tokens)
 
 def of_all(completions, rows, **others):
-    assert sorted(others) == ["messages", "prompts", "step", "tokens", "truncated"]
+    assert sorted(others) == ["max_completion_tokens", "messages", "prompts", "step", "tokens", "truncated"]
     return [half(text) if row else None for text, row in zip(completions, rows)]
 
 def short(completions):
@@ -202,6 +212,26 @@ def test_a_call_that_hangs_ends_at_its_limit(judges: Callable[[str], Reward], na
         of(judges(name), ["hangs", "a"], reward_seconds=0.3)
 
 
+def test_a_slow_judge_is_work_that_is_reported_while_it_is_done(tmp_path: Path) -> None:
+    is_reported = threading.Event()
+    reported = Judge("slow", lambda prompt, completion, row: float(is_reported.wait(60)), ())
+    reward = Reward("slow", 1.0, reported)
+    values, *_ = rewards_of([reward], [Answered(problem("1"), "a")], "step 0", 1, RewardKeys(), is_reported.set)
+    assert values == {"slow": [1.0]}
+
+
+def test_a_reward_may_have_processes_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "pooled.py").write_text(
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n\n"
+        "def length(text):\n    return len(text)\n\n"
+        "def score(completions):\n"
+        "    with ProcessPoolExecutor(1, get_context('spawn')) as pool:\n"
+        "        return list(pool.map(length, completions))\n"
+    )
+    assert of(load_rewards([f"{tmp_path / 'pooled.py'}:score"])[0], ["a", "bcd"]) == [1, 3]
+
+
 def test_a_completion_without_a_reward_is_in_no_mean_and_in_no_loss() -> None:
     rewards = [Reward("one", 1.0, lambda *_: []), Reward("two", 2.0, lambda *_: [])]
     values: dict[str, list[float | None]] = {"one": [1.0, None, None, 0.0], "two": [None, 0.5, None, 1.0]}
@@ -226,13 +256,17 @@ def test_a_completion_without_a_reward_is_in_no_mean_and_in_no_loss() -> None:
 def test_special_tokens_but_for_the_one_that_ends_it_reach_a_reward() -> None:
     tokenizer = load_tokenizer(TINY)
     steps: Any = SimpleNamespace(
-        inputs=SimpleNamespace(opened=SimpleNamespace(tokenizer=tokenizer)), stop_ids=(2,), special_ids={0, 1, 2}
-    )
+        inputs=SimpleNamespace(opened=SimpleNamespace(tokenizer=tokenizer)), stop_ids=(2,), special_ids={0, 1, 2},
+        config=grpo_config(stop=("cd",)),
+    )  # fmt: skip
     ids = tuple(tokenizer.backend.encode("a<|im_start|>b").ids)
     completion = Completion(0, 0, (*ids, 2), "ab", (), (), (), "stop")
     assert grpo.RolloutSteps.answered(steps, problem("1"), completion) == Answered(
-        problem("1"), "a<|im_start|>b", (*ids, 2), False
+        problem("1"), "a<|im_start|>b", (*ids, 2), False, 9
     )
+    ids = tuple(tokenizer.backend.encode("a<|im_start|>bcde").ids)
+    stopped = Completion(0, 0, ids, "ab", (), (), (), "stop")
+    assert grpo.RolloutSteps.answered(steps, problem("1"), stopped).text == "a<|im_start|>b"
     plain = Completion(0, 0, (ids[0], 2), "a", (), (), (), "stop")
     assert grpo.RolloutSteps.answered(steps, problem("1"), plain).text == "a"
 
@@ -368,70 +402,6 @@ def test_a_run_logs_saves_resumes_and_replays(
         again = json.loads(capsys.readouterr().out)
         same = [again[key] == records(finished)[3][key] for key in ("loss", "gradient_norm", "entropy", "reward")]
         assert same == [True] * 4 if not change else same == [False, False, True, True]
-
-
-def test_groups_whose_rewards_are_alike_are_replaced_by_further_problems(
-    small: Path,
-    rewards_file: Path,
-    one_device: None,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    changes = {"refill": 2, "save_every": 1, "keep": 9, "seed": 4, "reward": (f"{rewards_file}:sometimes:1.0",)}
-    whole, killed = (run_config(small, rewards_file, run_name=name, **changes) for name in ("whole", "killed"))
-    cli.run(whole)
-    lines, place = read_json_lines(whole.run_directory / "rollouts.jsonl"), 0
-    asked_counts = set[int]()
-    for record in records(whole):
-        groups: dict[int, list[Any]] = {}
-        for line in lines:
-            if line["step"] == record["step"]:
-                groups.setdefault(line["place"], []).append(line)
-        alive = [len({line["reward"] for line in group}) > 1 for group in groups.values()]
-        expected = next((count for count in range(4, 8) if sum(alive[:count]) == 4), 8)
-        assert list(groups) == [*range(place, place + expected)]
-        place += expected
-        asked_counts.add(expected)
-        used = sum(
-            len(line["tokens"])
-            for is_alive, group in zip(alive, groups.values(), strict=True)
-            for line in group * is_alive
-        )
-        assert record["target_tokens"] == used and record["prompts"] == expected
-        assert record["zero_advantage_fraction"] == pytest.approx(1 - sum(alive) / expected)
-    assert 4 < min(asked_counts) < max(asked_counts) == 8, "a step that is filled, and one that can't be"
-
-    calls, usual = iter(range(99)), grpo.rewards_of
-
-    def rewards_of(*given: Any) -> Any:
-        assert next(calls) < 6, "power cut"
-        return usual(*given)
-
-    monkeypatch.setattr(grpo, "rewards_of", rewards_of)
-    with pytest.raises(AssertionError, match="power cut"):
-        cli.run(killed)
-    monkeypatch.setattr(grpo, "rewards_of", usual)
-    assert 0 < len(records(killed)) < 4
-    cli.run(killed.model_copy(update={"resume": True}))
-    assert logged(killed) == logged(whole)
-    for name in ("rollouts.jsonl", "model/model.safetensors"):
-        assert (killed.run_directory / name).read_bytes() == (whole.run_directory / name).read_bytes()
-    capsys.readouterr()
-    cli.start("grpo", ["--replay", str(whole.run_directory), "--step", "3"])
-    again, record = json.loads(capsys.readouterr().out), records(whole)[2]
-    assert again.pop("skipped") == 0 and again == {name: record[name] for name in again}
-
-
-def test_an_epoch_asks_each_source_as_often_as_its_weight_says(small: Path, rewards_file: Path) -> None:
-    path = str(small / "heldout.jsonl")
-    data = ({"path": path, "split": "train[:16]", "weight": 1.5}, {"path": path, "split": "train[16:26]"})
-    config = run_config(small, rewards_file, data=data, steps=0, epochs=3)
-    problems = Problems(tuple(problem(str(number)) for number in range(26)), (16, 10), ("", ""))
-    assert grpo.step_count(config, problems) == (3 * (24 + 10) + 3) // 4
-    order = grpo.order_of(config, problems)
-    assert [order.size(epochs) for epochs in range(4)] == [0, 34, 68, 102]
-    times = np.bincount(np.concatenate([order.epoch(epoch) for epoch in range(2)]))
-    assert times.tolist() == [3] * 16 + [2] * 10
 
 
 @pytest.mark.parametrize(
@@ -575,6 +545,44 @@ def test_several_updates_a_rollout_clip_and_penalise(small: Path, rewards_file: 
         assert record["kl"] > 0 and record["importance_mean"] < 1  # top_k makes what is sampled likelier
         assert record["logprob_difference_max"] < 1e-4 < record["cut_probability"]
     assert any(record["clip_fraction"] > 0 for record in records(config))
+
+
+@pytest.mark.parametrize(("changes", "why"), [
+    ({"mask_truncated": True}, "100% of completions are cut off at max_completion_tokens = 2, and mask_truncated"),
+    ({"reward": ("correct:1.0",)}, "the completions of 100% of problems are all worth the same, and 100% of compl"),
+])  # fmt: skip
+def test_a_run_that_learns_nothing_says_so_and_how_to_change_it(
+    small: Path, rewards_file: Path, one_device: None, changes: dict[str, Any], why: str
+) -> None:
+    settings = {"max_completion_tokens": 2, "temperature": 0.01}  # which no end of a text is drawn in
+    config = run_config(small, rewards_file, steps=7, **settings | changes)
+    cli.run(config)
+    lines = (config.run_directory / "run.log").read_text().splitlines()
+    warnings = [line for line in lines if "taught nothing" in line]
+    assert len(warnings) == 2 and all(
+        re.search(f"WARNING: [36] steps in a row taught nothing: {why}", x) for x in warnings
+    )
+    empty = [record["empty_updates"] for record in records(config)]
+    summary = json.loads((config.run_directory / "summary.json").read_text())
+    assert summary["empty_steps"] == sum(empty) == 7
+
+
+def test_a_completion_ends_at_a_stop_text_which_is_trained_on(
+    small: Path, rewards_file: Path, one_device: None
+) -> None:
+    config = run_config(small, rewards_file, steps=1, stop=("e",))
+    cli.run(config)
+    (record,) = records(config)
+    lines = read_json_lines(config.run_directory / "rollouts.jsonl")
+    tokenizer = load_tokenizer(small)
+    stopped = [line for line in lines if not line["is_truncated"] and line["tokens"][-1] not in tokenizer.ends]
+    assert len(stopped) > 4
+    for line in stopped:
+        whole, before = (decode(tokenizer, tokens) for tokens in (line["tokens"], line["tokens"][:-1]))
+        assert line["text"] == whole.partition("e")[0] and "e" in whole and "e" not in before
+    groups = [lines[first : first + 4] for first in range(0, 16, 4)]
+    alive = [group for group in groups if len({line["reward"] for line in group}) > 1]
+    assert record["target_tokens"] == sum(len(line["tokens"]) for group in alive for line in group) > 0
 
 
 def test_what_does_not_fit_is_refused(small: Path, rewards_file: Path, one_device: None) -> None:

@@ -356,6 +356,11 @@ class SamplingKeys(ChoiceKeys):
     max_tokens: int = Field(512, ge=1, description="Most tokens of a completion")
 
 
+StopTexts = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(description="Texts that end a completion, which lacks them")
+]
+
+
 def accumulation_steps(batch_size: int, micro_batch_size: int, device_shards: int) -> int:
     """Forward passes per optimizer step; `device_shards` is data_parallel × fsdp, the devices the batch is split over.
 
@@ -482,6 +487,7 @@ class RolloutKeys(ChoiceKeys):
     completions_per_prompt: int = Field(8, ge=2, description="Completions of each problem, which form its group")
     max_completion_tokens: int = Field(512, ge=1, description="Most tokens of a completion")
     temperature: float = Field(1.0, gt=0, description="Divides the logits, in rollout and update alike")
+    stop: StopTexts = ()
     slots: int = Field(64, ge=1, description="Completions that are generated at once")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout, each on its share of groups")
     refill: int = Field(
@@ -499,7 +505,8 @@ class RewardKeys(Keys):
     """Rewards"""
 
     reward: tuple[str, ...] = Field(
-        ("correct:1.0",), description="NAME:WEIGHT of each reward, where NAME is correct, format or FILE.py:FUNCTION"
+        ("correct:1.0",),
+        description="NAME:WEIGHT of each reward, where NAME is correct, format, overlong or FILE.py:FUNCTION",
     )
     reward_workers: int = Field(1, ge=1, le=1024, description="Calls of a reward at once, each in a thread")
     reward_seconds: float = Field(60.0, gt=0, description="Longest that one call of a reward may take, in seconds")
@@ -568,7 +575,7 @@ class EvalConfig(SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataK
     task_path: str = Field("", description="Directory of your own tasks of lm-evaluation-harness, as YAML files")
     harness_chat: bool = Field(False, description="Use the chat template in tasks of lm-evaluation-harness")
     samples: int = Field(1, ge=1, description="Completions of each problem")
-    stop: tuple[str, ...] = Field((), description="Texts that end a completion")
+    stop: StopTexts = ()
     slots: int = Field(64, ge=1, description="Completions that are generated at once")
     capacity: Capacity = 4096
     labels: tuple[str, ...] = Field((), description="Choices for rows without a column choices, as in classification")

@@ -40,13 +40,14 @@ from lacuna.objective import (
     update,
 )
 from lacuna.optimizer import TrainState
-from lacuna.sampler import Completion, Request, Sampler, slots_for
+from lacuna.sampler import Completion, Request, Sampler, before_stop, slots_for
 from lacuna.tokenizer import decode
 from lacuna.trainer import Evaluation, Run, Step
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
 SHOWN_COMPLETIONS = 4
 SLOW_REWARD = 0.25  # of a step
+EMPTY_STEPS = 3  # in a row, until a line says that nothing is learned
 
 # Rewards
 
@@ -54,12 +55,13 @@ Value = float | None  # None: it does not apply to this completion
 
 
 class Answered(NamedTuple):
-    """A completion of a problem: its text, its tokens, and whether it was cut off."""
+    """A completion of a problem: its text, its tokens, whether it was cut off, and how many tokens it might have."""
 
     problem: Problem
     text: str
     tokens: tuple[int, ...] = ()
     is_truncated: bool = False
+    max_completion_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,10 @@ def run_grpo(
                 state = run.train(
                     state, steps.take, evaluation, "its completions are those of step {} in rollouts.jsonl".format
                 )
-            last = metrics.read_json_lines(config.run_directory / "metrics.jsonl")[-1:]
-            final = last[0].get("reward") if last else None
-            run.finish({"best_eval_reward": run.saver.best, "final_reward": final})
+            logged = metrics.read_json_lines(config.run_directory / "metrics.jsonl")
+            empty = sum(record.get("empty_updates") == config.updates_per_rollout for record in logged)
+            final = logged[-1].get("reward") if logged else None
+            run.finish({"best_eval_reward": run.saver.best, "final_reward": final, "empty_steps": empty})
         return state
 
 
@@ -269,6 +272,7 @@ class RolloutSteps:
         self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype)
         self.stop_ids = tuple(opened.tokenizer.ends)
         added = opened.tokenizer.backend.get_added_tokens_decoder()
+        self.empty_count = 0  # of steps in a row
         self.special_ids = {id for id, token in added.items() if token.special}
 
     def take(self, state: TrainState) -> Step:
@@ -298,6 +302,9 @@ class RolloutSteps:
         if problem := difference_too_large(facts, config):
             run.log.step(record)
             raise UserError(f"step {run.step + 1}: {problem}")
+        self.empty_count = self.empty_count + 1 if facts["empty_updates"] == config.updates_per_rollout else 0
+        if self.empty_count and self.empty_count % EMPTY_STEPS == 0:
+            run.log.info(f"WARNING: {self.empty_count} steps in a row taught nothing: {why_empty(record, config)}")
         run.place = {"problem": first + len(groups)}
         return state, record, {}
 
@@ -338,7 +345,7 @@ class RolloutSteps:
         requests = []
         for place, problem in asked:
             seed = int(np.random.default_rng([config.seed, ROLLOUT, place]).integers(2**32))
-            requests.append(Request(problem.token, config.rules, self.stop_ids, seed=seed, n=size))
+            requests.append(Request(problem.token, config.rules, self.stop_ids, config.stop, seed=seed, n=size))
         completions = self.sampler.generate(requests, self.report_completion)
         answered = [self.answered(asked[completion.request][1], completion) for completion in completions]
         values, seconds = self.values(answered, f"problems from {asked[0][0]}")
@@ -367,11 +374,12 @@ class RolloutSteps:
     def answered(self, problem: Problem, completion: Completion) -> Answered:
         """A completion as rewards see it: all its text but the token that ended it, special tokens too."""
         tokenizer, shown, text = self.inputs.opened.tokenizer, completion.tokens, completion.text
+        longest = self.config.max_completion_tokens
         if completion.finish_reason == "stop" and shown and shown[-1] in self.stop_ids:
             shown = shown[:-1]
         if self.special_ids.intersection(shown):
-            text = decode(tokenizer, shown)
-        return Answered(problem, text, completion.tokens, completion.finish_reason == "length")
+            text = "".join(before_stop(decode(tokenizer, shown), self.config.stop)[:2])
+        return Answered(problem, text, completion.tokens, completion.finish_reason == "length", longest)
 
     def values(self, answered: Sequence[Answered], name: str) -> tuple[dict[str, list[Value]], dict[str, float]]:
         """What each reward gives each completion, and the seconds of each; says so where calls were given up."""
@@ -407,12 +415,27 @@ class RolloutSteps:
         self.sampler.load(params)
         problems = self.inputs.held_out.problems
         rules = SamplingKeys(temperature=0.0, max_tokens=self.config.max_completion_tokens)
-        requests = [Request(problem.token, rules, self.stop_ids) for problem in problems]
+        requests = [Request(problem.token, rules, self.stop_ids, self.config.stop) for problem in problems]
         completions = self.sampler.generate(requests, self.report_completion)
         answered = [self.answered(*each) for each in zip(problems, completions, strict=True)]
         values, _ = self.values(answered, f"evaluation {self.run.step}")
         means = {f"eval_reward/{name}": mean_value(value) for name, value in values.items()}
         return {"eval_reward": mean_value(total_reward(self.inputs.rewards, values))} | means
+
+
+def why_empty(record: dict[str, Any], config: GrpoConfig) -> str:
+    """What keeps a step from teaching anything, and what to change."""
+    cut, alike = record["truncated_fraction"], record["zero_advantage_fraction"]
+    are_cut = f"{cut:.0%} of completions are cut off at max_completion_tokens = {config.max_completion_tokens}"
+    if config.mask_truncated and cut > 0.5:
+        return f"{are_cut}, and mask_truncated leaves them out; raise max_completion_tokens"
+    advice = (
+        "raise max_completion_tokens"
+        if cut > 0.5
+        else "ask problems that are answered rightly at times, or more completions of each (completions_per_prompt, "
+        "refill), or see in rollouts.jsonl whether the rewards tell good from bad"
+    )
+    return f"the completions of {alike:.0%} of problems are all worth the same, and {are_cut}; {advice}"
 
 
 def mean_value(values: Iterable[Value]) -> float | None:

@@ -365,12 +365,13 @@ def update(
     policies = {"reference": reference} if reference is not None else {}
     if config.updates_per_rollout > 1:
         policies["old"] = cast_weights(state.params, model, config.compute_dtype)
-    batches, tokens, slots, found = [], 0, 0, []
+    batches, tokens, slots, found, taught_count = [], 0, 0, [], 0
     for share in np.array_split(np.arange(len(groups)), config.updates_per_rollout):
         part = [groups[number] for number in share]
         if not (kept := kept_samples(part, config)):
             batches.append(None)
             continue
+        taught_count += any(sample.advantage for sample in kept)
         rows, count = packed_rows(kept, token_weights(part, config), shape, shares_prompts(model))
         tokens, slots = tokens + int(np.sum(rows.segment > 0)), slots + count * rows.segment[0].size
         batch, count = put_batch(rows, mesh), np.int32(count)
@@ -385,9 +386,10 @@ def update(
         rows, count = batch
         state, facts = optimizer.train_step(state, rows, None, recipe, model, loss, count, frozen)
         found.append(facts)
+    empty = {"empty_updates": config.updates_per_rollout - taught_count}
     if not found:
-        return state, {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
-    return state, update_facts(jax.device_get(found)) | {"tokens": tokens, "packing_efficiency": tokens / slots}
+        return state, empty | {"loss": 0.0, "gradient_norm": 0.0, "target_tokens": 0, "tokens": 0}
+    return state, empty | update_facts(jax.device_get(found)) | {"tokens": tokens, "packing_efficiency": tokens / slots}
 
 
 def difference_too_large(facts: dict[str, Any], config: GrpoConfig) -> str:

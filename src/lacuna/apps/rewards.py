@@ -23,8 +23,15 @@ from lacuna.answers import FORMAL_MARK, SEARCHED, inside_braces, is_right, marke
 from lacuna.config import RewardKeys, UserError
 from lacuna.grpo import Answered, Reward, Value
 
+OVERLONG_SHARE = 0.2  # of the most tokens, in which the penalty grows: 4,096 of 20,480 (DAPO, Yu et al. 2025)
 LOOK_SECONDS = 0.2  # between two looks for calls that hang
-BY_NAME = ("tokens", "truncated", "step", "messages")  # what a function gets that has such a parameter
+BY_NAME = (
+    "tokens",
+    "truncated",
+    "max_completion_tokens",
+    "step",
+    "messages",
+)  # what a function gets that has such a parameter
 STARRED, DOUBLE_STARRED = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 OF_ALL = ("prompts", "completions", "rows", *BY_NAME)  # and one that takes all completions at once
 
@@ -138,6 +145,7 @@ class Calls:
             "rows": [copy.deepcopy(each.problem.row) for each in chosen],
             "tokens": [each.tokens for each in chosen],
             "truncated": [each.is_truncated for each in chosen],
+            "max_completion_tokens": [each.max_completion_tokens for each in chosen],
             "messages": [copy.deepcopy(each.problem.messages) for each in chosen],
         }
         named: dict[str, Any] = {name: given[name] for name in self.reward.asked if name != "step"}
@@ -185,7 +193,26 @@ def answer_format(prompt: str, completion: str, row: dict[str, Any]) -> float:
     return float(has_one_answer(completion))
 
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"correct": correct, "gsm8k_correct": correct, "format": answer_format}
+def overlong(
+    prompt: str,
+    completion: str,
+    row: dict[str, Any],
+    tokens: Sequence[int],
+    truncated: bool,
+    max_completion_tokens: int,
+) -> float:
+    """0 for up to four fifths of the most tokens, from there on falling to -1, which a completion that is cut off has
+    (soft overlong punishment of DAPO, Yu et al. 2025)."""
+    room = OVERLONG_SHARE * max_completion_tokens
+    return -1.0 if truncated else min(0.0, (max_completion_tokens - room - len(tokens)) / room)
+
+
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    "correct": correct,
+    "gsm8k_correct": correct,
+    "format": answer_format,
+    "overlong": overlong,
+}
 
 
 def has_one_answer(text: str) -> bool:
