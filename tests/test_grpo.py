@@ -403,6 +403,82 @@ def test_a_run_logs_saves_resumes_and_replays(
         same = [again[key] == records(finished)[3][key] for key in ("loss", "gradient_norm", "entropy", "reward")]
         assert same == [True] * 4 if not change else same == [False, False, True, True]
 
+    cli.run(resumed.model_copy(update={"resume": True, "steps": 5, "learning_rate": 1e-3}))
+    capsys.readouterr()
+    arguments = ["--replay", str(resumed.run_directory), "--step", "4"]
+    cli.start("grpo", arguments)
+    printed, problems = capsys.readouterr()
+    again, record = json.loads(printed), records(finished)[4]
+    assert again.pop("skipped") == 0 and again == {name: record[name] for name in again} and not problems
+    for step in (2, 4):
+        shutil.rmtree(checkpoint.checkpoint_directory(resumed.run_directory, step))
+    cli.start("grpo", arguments)
+    assert "WARNING: step 1 differs from metrics.jsonl (other devices" in capsys.readouterr().err
+
+
+def test_groups_whose_rewards_are_alike_are_replaced_by_further_problems(
+    small: Path,
+    rewards_file: Path,
+    one_device: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {"refill": 2, "save_every": 1, "keep": 9, "seed": 4, "reward": (f"{rewards_file}:sometimes:1.0",)}
+    whole, killed = (run_config(small, rewards_file, run_name=name, **changes) for name in ("whole", "killed"))
+    cli.run(whole)
+    lines, place = read_json_lines(whole.run_directory / "rollouts.jsonl"), 0
+    asked_counts = set[int]()
+    for record in records(whole):
+        groups: dict[int, list[Any]] = {}
+        for line in lines:
+            if line["step"] == record["step"]:
+                groups.setdefault(line["place"], []).append(line)
+        alive = [len({line["reward"] for line in group}) > 1 for group in groups.values()]
+        expected = next((count for count in range(4, 8) if sum(alive[:count]) == 4), 8)
+        assert list(groups) == [*range(place, place + expected)]
+        place += expected
+        asked_counts.add(expected)
+        used = sum(
+            len(line["tokens"])
+            for is_alive, group in zip(alive, groups.values(), strict=True)
+            for line in group * is_alive
+        )
+        assert record["target_tokens"] == used and record["prompts"] == expected
+        assert record["zero_advantage_fraction"] == pytest.approx(1 - sum(alive) / expected)
+    assert 4 < min(asked_counts) < max(asked_counts) == 8, "a step that is filled, and one that can't be"
+
+    calls, usual = iter(range(99)), grpo.rewards_of
+
+    def rewards_of(*given: Any) -> Any:
+        assert next(calls) < 6, "power cut"
+        return usual(*given)
+
+    monkeypatch.setattr(grpo, "rewards_of", rewards_of)
+    with pytest.raises(AssertionError, match="power cut"):
+        cli.run(killed)
+    monkeypatch.setattr(grpo, "rewards_of", usual)
+    assert 0 < len(records(killed)) < 4
+    cli.run(killed.model_copy(update={"resume": True}))
+    assert logged(killed) == logged(whole)
+    for name in ("rollouts.jsonl", "model/model.safetensors"):
+        assert (killed.run_directory / name).read_bytes() == (whole.run_directory / name).read_bytes()
+    capsys.readouterr()
+    cli.start("grpo", ["--replay", str(whole.run_directory), "--step", "3"])
+    again, record = json.loads(capsys.readouterr().out), records(whole)[2]
+    assert again.pop("skipped") == 0 and again == {name: record[name] for name in again}
+
+
+def test_an_epoch_asks_each_source_as_often_as_its_weight_says(small: Path, rewards_file: Path) -> None:
+    path = str(small / "heldout.jsonl")
+    data = ({"path": path, "split": "train[:16]", "weight": 1.5}, {"path": path, "split": "train[16:26]"})
+    config = run_config(small, rewards_file, data=data, steps=0, epochs=3)
+    problems = Problems(tuple(problem(str(number)) for number in range(26)), (16, 10), ("", ""))
+    assert grpo.step_count(config, problems) == (3 * (24 + 10) + 3) // 4
+    order = grpo.order_of(config, problems)
+    assert [order.size(epochs) for epochs in range(4)] == [0, 34, 68, 102]
+    times = np.bincount(np.concatenate([order.epoch(epoch) for epoch in range(2)]))
+    assert times.tolist() == [3] * 16 + [2] * 10
+
 
 @pytest.mark.parametrize(
     ("line", "reason"),

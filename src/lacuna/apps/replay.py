@@ -1,51 +1,81 @@
 """Replay: one step of a grpo run computed again from its rollouts.jsonl, under this config's objective."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from pydantic import TypeAdapter, ValidationError
 
 from lacuna import checkpoint
 from lacuna.apps.rewards import load_rewards
-from lacuna.config import GrpoConfig, UserError
+from lacuna.config import GrpoConfig, RunKeys, UserError
 from lacuna.distributed import enable_compilation_cache
 from lacuna.grpo import read_inputs_of_grpo, rollout_facts, step_count, total_reward
 from lacuna.metrics import read_json_lines
 from lacuna.objective import Group, Sample, advantages, cast_weights, group_by_prompt, update
 from lacuna.optimizer import everywhere, recipe_of, saved_state, starting_state
+from lacuna.trainer import FIXED_ON_RESUME, START_ONLY
 
 SAMPLES = TypeAdapter(Sample)
 
 
-def replay(config: GrpoConfig, original: GrpoConfig) -> None:
-    """Compute a step again and print what is logged of it; `original` is the config of the run itself.
+def replay(config: GrpoConfig, last: GrpoConfig) -> None:
+    """Compute a step again and print what is logged of it, with what `config` changes of the run's `last` config.
 
-    The weights before it come from the newest checkpoint before it and the updates since, as the run itself made them.
+    The weights before it come from the newest checkpoint before it and the updates since, each as its step was made.
+    What was logged and does not come out again is named.
 
     Raises:
         UserError: no such run or step.
     """
-    config, directory = checkpoint.settled(config), Path(config.replay)
+    directory = Path(config.replay)
+    changes = {key: value for key, value in config if value != getattr(last, key)}
+    config = checkpoint.settled(config)
     steps = samples_by_step(directory / "rollouts.jsonl", config.step)
+    logged = {record["step"]: record for record in read_json_lines(directory / "metrics.jsonl")}
     inputs = read_inputs_of_grpo(config, load_rewards(config.reward))
-    opened = inputs.opened
+    opened, made = inputs.opened, {step: config_of_step(directory, step, last) for step in range(1, config.step + 1)}
     enable_compilation_cache(config)
     with jax.set_mesh(opened.mesh):
         state, frozen = starting_state(config, opened), checkpoint.frozen_params(opened)
-        reference = cast_weights(state.params, opened.model, config.compute_dtype) if config.kl_weight else None
+        is_held = any(each.kl_weight for each in (config, *made.values()))
+        reference = cast_weights(state.params, opened.model, config.compute_dtype) if is_held else None
         if saved := [step for step in checkpoint.saved_steps(directory) if step < config.step]:
             place = checkpoint.checkpoint_directory(directory, max(saved))
             state = saved_state(place, checkpoint.checked_manifest(place), opened)
-        for step in range(int(state.step) // original.updates_per_rollout + 1, config.step + 1):
-            current = config if step == config.step else original
+        for step in range(int(state.step) // last.updates_per_rollout + 1, config.step + 1):
+            current = made[step].model_copy(update=changes) if step == config.step else made[step]
             recipe = recipe_of(current, step_count(current, inputs.problems), current.updates_per_rollout)
             groups = scored_again(group_by_prompt(steps[step]), current)
             recipe = jax.device_put(recipe, everywhere(opened.mesh))
             state, facts = update(state, groups, reference, recipe, opened, current, frozen)
-    print(json.dumps({"step": config.step} | rollout_facts(groups) | facts, indent=1))
+            facts = rollout_facts(groups) | facts
+            if step < config.step or changes.keys() <= {"replay", "step"}:
+                warn_of_other_values(step, facts, logged.get(step, {}))
+    print(json.dumps({"step": config.step} | facts, indent=1))
+
+
+def config_of_step(directory: Path, step: int, last: GrpoConfig) -> GrpoConfig:
+    """The config that a step was made with: of the first checkpoint from there on, or else the run's last."""
+    later = [saved for saved in checkpoint.saved_steps(directory) if saved >= step]
+    if not later:
+        return last
+    saved = checkpoint.read_manifest(checkpoint.checkpoint_directory(directory, min(later))).run.config
+    fixed = (*FIXED_ON_RESUME, *START_ONLY, *RunKeys.model_fields)
+    return type(last).model_validate(dict(last) | {key: saved[key] for key in saved if key not in fixed})
+
+
+def warn_of_other_values(step: int, facts: dict[str, Any], record: dict[str, Any]) -> None:
+    """Name what differs from the log, to stderr."""
+    names = [name for name in facts if name in record and facts[name] != record[name]]
+    if names:
+        other = ", ".join(f"{name} is {facts[name]} and was {record[name]}" for name in names)
+        reasons = "other devices or versions, or the config of a checkpoint that is gone"
+        print(f"WARNING: step {step} differs from metrics.jsonl ({reasons}): {other}", file=sys.stderr)
 
 
 def samples_by_step(path: Path, last_step: int) -> dict[int, list[Sample]]:
