@@ -1,6 +1,7 @@
 """Eight virtual CPU devices and quick compilation for every test, and the places of reference values and data shelf."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -9,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Most of the time here goes into compiling: without these two a training step takes four times as long to compile.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most of the time here goes into compiling: without the first two a training step takes four times as long to compile,
+# and parts of a program that are compiled at once take an eighth more than all of it.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)  # with a bound JAX locks the cache, which all tests share
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # else the cache's path is a part of each program's key
 
@@ -37,8 +41,8 @@ if "LACUNA_TEST_PROGRAMS" not in os.environ:  # in the first process of a sessio
     atexit.register(shutil.rmtree, os.environ["LACUNA_TEST_PROGRAMS"], ignore_errors=True)
 PROGRAMS = Path(os.environ["LACUNA_TEST_PROGRAMS"])
 
+gc.set_threshold(100_000, 20, 20)  # tracing makes many objects; looking through all of them was a tenth of the time
 jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
@@ -49,6 +53,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     (cache / "lacuna").mkdir()
     (cache / "lacuna" / "programs").symlink_to(PROGRAMS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # to write one costs as much; a run keeps all
 
 
 @pytest.fixture(autouse=True)
