@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -458,6 +458,7 @@ def load_parameter(
     return jax.make_array_from_callback(shape, NamedSharding(mesh, partition_spec(row)), shard)
 
 
+@lru_cache
 def abstract_quantised(row: Parameter, model: ModelConfig, mesh: Mesh) -> Quantised:
     """Shapes and shardings of a stacked weight in 8 or 4 bits: it lies over the mesh as the matrix would, with outer
     scales whole on each device.
@@ -489,22 +490,29 @@ def load_quantised(
     wanted = abstract_quantised(row, model, mesh)
     over = NamedSharding(mesh, PartitionSpec(*wanted.codes.sharding.spec[1:]))
 
-    def put(stack: Quantised, layer: Quantised | Array, at: Array) -> Quantised:
-        if not isinstance(layer, Quantised):
-            layer = quantise(layer, model.bits, wanted.outputs)
-        layer = replace(layer, over=wanted.over)
-        return jax.tree.map(lambda whole, part: whole.at[at].set(part), stack, layer)
-
     def placed(layer: Any) -> Quantised | Array:
         is_read = isinstance(layer, np.ndarray)
         return jax.make_array_from_callback(layer.shape, over, layer.__getitem__) if is_read else layer
 
     with jax.set_mesh(mesh):
-        put_layer = jax.jit(put, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
         stack = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), wanted)
         for at in range(model.layers):
-            stack = jax.block_until_ready(put_layer(stack, placed(read(at)), at))
+            stack = jax.block_until_ready(put_layer(wanted)(stack, placed(read(at)), at))
     return stack
+
+
+@lru_cache
+def put_layer(wanted: Quantised) -> Any:
+    """A function, compiled once, that puts a layer into a stack of these shapes and shardings, quantised if it is not
+    yet."""
+
+    def put(stack: Quantised, layer: Quantised | Array, at: Array) -> Quantised:
+        if not isinstance(layer, Quantised):
+            layer = quantise(layer, wanted.bits, wanted.outputs)
+        layer = replace(layer, over=wanted.over)
+        return jax.tree.map(lambda whole, part: whole.at[at].set(part), stack, layer)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 
 def layer_of_file(

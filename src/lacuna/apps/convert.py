@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -59,7 +58,7 @@ class FileRow:
 
 def dequantised_matrix(matrix: Any, like: FileRow) -> np.ndarray:
     """A quantised matrix of the files in float32, in the axes that its row has in memory."""
-    values = np.asarray(dequantised(matrix, np.float32))
+    values = np.asarray(jax.jit(dequantised, static_argnums=1)(matrix, np.float32))
     return like.in_memory(weights.StoredTensor(values.dtype, [(weights.whole(values.shape), values)]))
 
 
@@ -75,7 +74,7 @@ class AsTrained:
     def __getitem__(self, layer: int) -> np.ndarray:
         values = weights.file_tensor(self.base, self.row, layer, self.model, np.float32)
         outputs = tuple(self.model.sizes[axis] for axis in self.row.file_axes.split()[0].split("*"))
-        matrix = quantise(jnp.asarray(values), self.bits, outputs)
+        matrix = jax.jit(quantise, static_argnums=(1, 2))(values, self.bits, outputs)
         return dequantised_matrix(matrix, FileRow(self.row, {}, self.model))
 
 

@@ -1,10 +1,12 @@
 """The command merge: an adapter folded into the weights under it, as a model that any runtime reads."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from lacuna import checkpoint
@@ -45,12 +47,13 @@ def run_merge(config: MergeConfig) -> None:
 def in_memory(params: PyTree, model: ModelConfig) -> PyTree:
     """Weights that are made layer by layer, as arrays."""
 
-    def whole(row: Parameter, leaf: Any) -> Array:
-        return jnp.stack([leaf[layer] for layer in range(model.layers)]) if row.has_layers else jnp.asarray(leaf)
+    def whole(row: Parameter, leaf: Any) -> np.ndarray:
+        return np.stack([leaf[layer] for layer in range(model.layers)]) if row.has_layers else np.asarray(leaf)
 
     return jax.tree.map(whole, parameter_table(model), params)
 
 
+@partial(jax.jit, static_argnums=1)
 def logits(params: PyTree, model: ModelConfig, ids: Array) -> Float[Array, "batch token vocab"]:
     """Logits in float32."""
     params = cast(params, parameter_table(model), "float32")
