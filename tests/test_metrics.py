@@ -173,11 +173,18 @@ def test_speeds_of_a_run_are_those_of_its_steps_and_the_summary_holds_totals_and
     monkeypatch.setattr(metrics, "peak_flops", lambda kind: peak)
     config = text_run(small, steps=6, log_every=1, batch_size=16, micro_batch_size=2)
     began = time.perf_counter()
-    cli.run(config)
+    rows, _ = cli.run(config)
     wall_seconds = time.perf_counter() - began
     entries = records(config)
-    for entry in entries:
-        seconds = entry["step_seconds"]
+    raw = json.loads((small / "config.json").read_text())
+    width, kept = raw["hidden_size"], raw["num_key_value_heads"] * raw["head_dim"]
+    heads, layers = raw["num_attention_heads"] * raw["head_dim"], raw["num_hidden_layers"]
+    of_layer = 2 * width * heads + 2 * width * kept + 3 * width * raw["intermediate_size"]
+    for number, entry in enumerate(entries):
+        seconds, segment = entry["step_seconds"], rows.dataset.batch(number, 16).segment
+        lengths = [np.sum(row == document) for row in segment for document in range(1, row.max() + 1)]
+        products = 6 * sum(lengths) * (layers * of_layer + width * raw["vocab_size"])
+        assert entry["flops"] == products + sum(3 * layers * 4 * heads * length**2 / 2 for length in lengths)
         assert entry["tokens_per_second"] == pytest.approx(entry["tokens"] / seconds)
         assert entry["target_tokens_per_second"] == pytest.approx(entry["target_tokens"] / seconds)
         assert entry["mfu"] == pytest.approx(entry["flops"] / (seconds * 8 * peak))  # eight devices

@@ -159,6 +159,19 @@ def test_the_figures_of_the_objective_are_those_of_its_formulas_in_float64() -> 
         np.testing.assert_allclose(facts[name], value, rtol=1e-5, err_msg=name)
 
 
+def test_the_figures_of_several_updates_are_means_over_their_tokens() -> None:
+    """A token counts the same in whichever update it was; the loss and the difference are those before any update."""
+    sums = {"clip_fraction": 3, "importance_mean": 29.5, "logprob_difference_mean": 0.5, "kl": 0.75, "entropy": 61.0}
+    facts = {"loss": 0.5, "gradient_norm": 2.0, "learning_rate": 1e-3, "logprob_difference_max": 0.25, "skipped": 0}
+    first = facts | sums | {"count": 10}
+    second = {name: 3 * value for name, value in (facts | sums).items()} | {"count": 40, "skipped": 1}
+    found = objective.update_facts([first, second])
+    assert found == {name: pytest.approx(4 * value / 50) for name, value in sums.items()} | {
+        "loss": 0.5, "gradient_norm": 6.0, "learning_rate": pytest.approx(3e-3), "logprob_difference_max": 0.25,
+        "skipped": 1, "skipped_updates": 1, "target_tokens": 50,
+    }  # fmt: skip
+
+
 def test_advantages_are_zero_without_variance_and_centred_else() -> None:
     rewards = np.array([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [3.0, 2, 1, 0]])
     plain = objective.advantages(rewards, scale_by_std=False)
