@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh  # noqa: E402
 from lacuna.apps import report  # noqa: E402
 from lacuna.config import GrpoConfig, PretrainConfig, SftConfig, TrainingConfig  # noqa: E402
 from lacuna.metrics import RunLog  # noqa: E402
+from lacuna.model import ModelConfig, initial_params  # noqa: E402
 
 settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 settings.load_profile("suite")
@@ -77,6 +78,14 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
 
 
+draw_params = jax.jit(initial_params, static_argnums=1)
+
+
+def random_params(model: ModelConfig, seed: int = 0) -> Any:
+    """Random weights, by one program."""
+    return draw_params(jax.random.key(seed), model)
+
+
 # Whole runs of a small model
 
 SIZES = {
@@ -107,11 +116,11 @@ def chat_run(small: Path, **changes: Any) -> SftConfig:
     settings: dict[str, Any] = {
         "model_name": str(small), "from_scratch": True, "run_name": "run", "output_dir": str(small.parent / "runs"),
         "data": (
-            {"path": str(small / "heldout.jsonl"), "split": "train[:60]"},
-            {"path": str(small / "heldout.jsonl"), "split": "train[60:100]", "weight": 1.5},
+            {"path": str(small / "heldout.jsonl"), "split": "train[:30]"},
+            {"path": str(small / "heldout.jsonl"), "split": "train[60:80]", "weight": 1.5},
         ),
         "eval_data": ({"path": str(small / "heldout.jsonl"), "split": "train[100:]"},),
-        "sequence_length": 256, "batch_size": 16, "compute_dtype": "float32", "learning_rate": 3e-3, "epochs": 3,
+        "sequence_length": 256, "batch_size": 8, "compute_dtype": "float32", "learning_rate": 3e-3, "epochs": 3,
     }  # fmt: skip
     return SftConfig(**settings | changes)
 

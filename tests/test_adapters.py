@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from conftest import REFERENCE, assert_trees_close, chat_run, make_small, mesh_of, records
+from conftest import REFERENCE, assert_trees_close, chat_run, make_small, mesh_of, random_params, records
 from safetensors.numpy import load_file, save_file
 from test_peft import ADAPTERS, FAMILIES
 from test_serve import serving
@@ -34,7 +34,6 @@ from lacuna.model import (
     embed,
     forward,
     head_of,
-    initial_params,
     joined,
     logits_of,
     parameter_counts,
@@ -67,7 +66,7 @@ def logits(params: Any, model: ModelConfig, ids: Any) -> jax.Array:
 def test_a_new_adapter_changes_no_bit(family: str) -> None:
     model = replace(read_model_config(REFERENCE / family), lora=LORA)
     frozen = weights.load_params(REFERENCE / family, model, mesh_of(1, 1, 1), as_stored=True)
-    trained = initial_params(jax.random.key(0), model)
+    trained = random_params(model)
     ids = np.arange(12).reshape(2, 6)
     with_adapter, without = (logits(params, model, ids) for params in (joined(frozen, trained, model), frozen))
     np.testing.assert_array_equal(with_adapter, without)
@@ -134,7 +133,7 @@ def test_sharded_equals_single_and_micro_batches_add_up() -> None:
 def test_flops_of_a_frozen_base_are_two_thirds() -> None:
     model = replace(read_model_config(REFERENCE / "qwen3"), lora=LORA)
     counts, plain = parameter_counts(model), parameter_counts(replace(model, lora=None))
-    sizes = [np.prod(leaf.shape) for leaf in jax.tree.leaves(initial_params(jax.random.key(0), model))]
+    sizes = [np.prod(leaf.shape) for leaf in jax.tree.leaves(random_params(model))]
     assert counts["trained"] == counts["decayed"] == sum(sizes) and counts["all"] == plain["all"] == plain["trained"]
     tokens, lengths = 20, np.array([8, 12])
     products = step_flops(counts["matmul"], counts["trained_matmul"], 0, 1, lengths)
@@ -226,7 +225,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with random weights."""
     directory = make_small(tmp_path_factory.mktemp("base") / "small")
     model = read_model_config(directory)
-    params = initial_params(jax.random.key(5), model)
+    params = random_params(model, 5)
     weights.write_weights(directory, params, model, {})
     return directory
 
@@ -391,7 +390,7 @@ def test_a_reference_with_the_adapter_off_is_the_base_loaded_alone(base: Path) -
     model = read_model_config(base)
     plain = weights.load_params(base, model, mesh_of(1, 1, 1))
     with_lora = replace(model, lora=LORA)
-    start, config = initial_params(jax.random.key(1), with_lora), grpo_of(base, temperature=0.7)
+    start, config = random_params(with_lora, 1), grpo_of(base, temperature=0.7)
     batch = random_batch(3, 2, 2, 32, model.vocabulary_size)
     zero = np.zeros(batch.token.shape, np.float32)
     arrays: Any = *batch, zero.astype(np.int32), *[zero] * 4
@@ -431,7 +430,7 @@ def two_adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for number, lora in enumerate((Lora(4, 8.0, True, LORA_TARGETS), Lora(2, 3.0, False, ("q_proj", "down_proj")))):
         model, place = replace(read_model_config(base), lora=lora), directory / str(number)
         random = np.random.default_rng(number)
-        trained = initial_params(jax.random.key(number), model)
+        trained = random_params(model, number)
         trained = jax.tree.map(lambda leaf, random=random: leaf + random.standard_normal(leaf.shape) / 2, trained)
         config = json.loads(weights.lora_config(lora, str(base)))
         (directory / f"source{number}").mkdir()

@@ -18,9 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import jax
 import pytest
-from conftest import TINY, make_small
+from conftest import TINY, make_small, random_params
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
@@ -34,7 +33,7 @@ from lacuna.checkpoint import save_model
 from lacuna.cli import parse
 from lacuna.config import DataSource, UserError
 from lacuna.documents import jsonl_rows, prepare
-from lacuna.model import initial_params, read_model_config
+from lacuna.model import read_model_config
 from lacuna.tokenizer import encode, load_tokenizer, render
 
 QUESTION = "Nora has 18 marbles."
@@ -47,7 +46,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = make_small(tmp_path_factory.mktemp("models") / "small")
     (source / "generation_config.json").write_text('{"temperature": 0.75, "top_k": 50}')
     model = read_model_config(source)
-    save_model(source.parent / "model", initial_params(jax.random.key(0), model), model, source)
+    save_model(source.parent / "model", random_params(model), model, source)
     return source.parent / "model"
 
 

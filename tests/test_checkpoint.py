@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import REFERENCE, TINY, chat_run, mesh_of, text_run
+from conftest import REFERENCE, TINY, chat_run, mesh_of, random_params, text_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from lacuna import checkpoint, distributed, optimizer, trainer, weights
 from lacuna.config import EvalConfig, GrpoConfig, ModelKeys, SftConfig, UserError, name_of_model, to_toml
 from lacuna.metrics import byte_size
-from lacuna.model import ModelConfig, head_of, initial_params, read_model_config
+from lacuna.model import ModelConfig, head_of, read_model_config
 
 MODEL = read_model_config(REFERENCE / "qwen3")
 
@@ -310,7 +310,7 @@ def test_an_export_states_what_its_config_left_out(family: str, left_out: dict[s
     (source := tmp_path / "source").mkdir()
     (source / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key not in left_out}))
     model = read_model_config(source)
-    checkpoint.save_model(tmp_path / "out", initial_params(jax.random.key(0), model), model, source)
+    checkpoint.save_model(tmp_path / "out", random_params(model), model, source)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == raw | left_out
     assert read_model_config(tmp_path / "out") == model
 

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, TINY, mesh_of, text_run
+from conftest import REFERENCE, TINY, mesh_of, random_params, text_run
 
 from lacuna import checkpoint, cli, weights
 from lacuna.apps.configs import ConvertConfig
@@ -29,7 +30,6 @@ from lacuna.model import (
     embed,
     forward,
     head_of,
-    initial_params,
     logits_of,
     read_model_config,
     shape_of,
@@ -118,15 +118,15 @@ def make_model(directory: Path, family: str, tokenizer: Path, seed: int = 0, **c
     raw |= SIZES | {"eos_token_id": None, "vocab_size": load_tokenizer(directory).vocabulary_size + 5} | changes
     (directory / "config.json").write_text(json.dumps(raw))
     model = read_model_config(directory)
-    params = initial_params(jax.random.key(seed), model)
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 99))
-    params = jax.tree.map(lambda leaf: leaf + 0.07 * jax.random.normal(next(keys), leaf.shape), params)
+    params = random_params(model, seed)
+    draw = np.random.default_rng(seed)
+    params = jax.tree.map(lambda leaf: leaf + 0.07 * draw.standard_normal(leaf.shape, np.float32), params)
     weights.write_weights(directory, params, model, {})
     return directory
 
 
-def our_logits(params: Any, model: ModelConfig, ids: Any) -> jax.Array:
-    token = jnp.array(ids)
+@partial(jax.jit, static_argnames="model")
+def our_logits(params: Any, model: ModelConfig, token: Any) -> jax.Array:
     position = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)
     hidden = forward(params, embed(params, token, jnp.float32), jnp.ones_like(token), position, model)
     return logits_of(hidden, head_of(params, model), model.vocabulary_size)
@@ -144,16 +144,12 @@ def prompts_of(directory: Path) -> Prompts:
     """Random prompts of three lengths after which a plain token is likeliest, each with our log-probabilities."""
     model, tokenizer = read_model_config(directory), load_tokenizer(directory)
     params = weights.load_params(directory, model, mesh_of(1, 1, 1))
-
-    @jax.jit
-    def log_probabilities(token: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(our_logits(params, model, token)[0])
-
     draw, found = random.Random(1), Prompts()
     for length in (1, 7, 60):
         while len(found) == 0 or len(found[-1][0]) != length:
             ids = [draw.randrange(tokenizer.vocabulary_size) for _ in range(length)]
-            ours = np.asarray(log_probabilities(jnp.array([ids + [0] * (60 - length)]))[length - 1])
+            logits = np.asarray(our_logits(params, model, np.array([ids + [0] * (60 - length)])), np.float64)
+            ours = logits[0, length - 1] - np.log(np.sum(np.exp(logits[0, length - 1])))
             if is_plain(tokenizer, int(np.argmax(ours))):
                 found.append((ids, ours))
     return found
@@ -260,9 +256,9 @@ def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on(tmp_path: Pat
     model = replace(read_model_config(base), lora=lora)
     (described := tmp_path / "described").mkdir()
     (described / "adapter_config.json").write_text(weights.lora_config(lora, str(base)))
-    keys = iter(jax.random.split(jax.random.key(5), 9))
+    draw = np.random.default_rng(5)
     factors = jax.tree.map(
-        lambda row: 0.3 * jax.random.normal(next(keys), shape_of(row, model.sizes)), trained_table(model)
+        lambda row: 0.3 * draw.standard_normal(shape_of(row, model.sizes), np.float32), trained_table(model)
     )
     facts = {checkpoint.BASE: checkpoint.files_digest(weights.weight_files(base)), checkpoint.BITS: "4"}
     checkpoint.save_model(tmp_path / "adapter", factors, model, described, facts, base)

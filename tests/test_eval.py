@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, TINY, chat_run, make_small, mesh_of, records
+from conftest import REFERENCE, TINY, chat_run, make_small, mesh_of, random_params, records
 from pydantic import ValidationError
 
 from lacuna import checkpoint, cli, trainer, weights
@@ -25,7 +25,7 @@ from lacuna.config import DataSource, EvalConfig, ModelKeys, UserError, to_toml
 from lacuna.documents import prepare
 from lacuna.eval import Predictions, Problem, Problems, Tasks, log_likelihoods
 from lacuna.metrics import LineFile
-from lacuna.model import ModelConfig, embed, forward, head_of, initial_params, logits_of, read_model_config
+from lacuna.model import ModelConfig, embed, forward, head_of, logits_of, read_model_config
 from lacuna.sampler import Completion
 from lacuna.tokenizer import encode, load_tokenizer
 
@@ -37,7 +37,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with random weights, its embedding so long that repeating a token is likeliest."""
     config_only = make_small(tmp_path_factory.mktemp("model") / "small")
     model = read_model_config(config_only)
-    params, directory = initial_params(jax.random.key(0), model), config_only.parent / "random"
+    params, directory = random_params(model), config_only.parent / "random"
     checkpoint.save_model(directory, params | {"embedding": 5 * params["embedding"]}, model, config_only)
     return directory
 

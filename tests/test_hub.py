@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -288,8 +289,18 @@ def first(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Fetched:
     models = [f"model acme/{name}" for name in ("tiny", "flaky", "broken", "gated", "absent", "pickled", "adapter")]
     splits = ("chats test", "chats valid", "gated train", "broken train", "absent train")
     data = [f"data acme/{split}" for split in splits]
-    wishes = (*models, *data, "tokenizer acme/bare", "model ./no/such/place")
-    return fetch(hub.endpoint, tmp_path_factory.mktemp("home"), *wishes)
+    home = tmp_path_factory.mktemp("home")
+    wishes = (*models, *data, "tokenizer acme/bare", "model ./no/such/place", *NAMED, *streams(home))
+    return fetch(hub.endpoint, home, *wishes)
+
+
+NAMED = ("settled acme/tiny", "settled acme/tiny@v2", f"settled acme/tiny@{COMMIT}", "model acme/tiny@v2")
+
+
+def streams(home: Path) -> list[str]:
+    """What a client asks for that streams, with the folder that it keeps files in."""
+    names = ("chats test", "chats valid", "gated train")
+    return [f"stream acme/{name} {home / f'streamed_{number}'}" for number, name in enumerate(names)]
 
 
 def test_a_model_by_name_is_the_local_one(first: Fetched) -> None:
@@ -307,11 +318,9 @@ def test_only_what_is_read_is_fetched(first: Fetched) -> None:
     assert set(os.listdir(first.answers["model acme/tiny"])) == files | {"model.safetensors"}
 
 
-def test_a_revision_is_asked_for_by_name_and_the_commit_that_was_read_is_kept(hub: Hub, tmp_path: Path) -> None:
-    wishes = ("settled acme/tiny", "settled acme/tiny@v2", f"settled acme/tiny@{COMMIT}", "model acme/tiny@v2")
-    found = fetch(hub.endpoint, tmp_path, *wishes).answers
-    assert [found[wish] for wish in wishes[:3]] == [f"acme/tiny@{COMMIT}"] * 3
-    assert Path(found["model acme/tiny@v2"]).name == COMMIT
+def test_a_revision_is_asked_for_by_name_and_the_commit_that_was_read_is_kept(first: Fetched, hub: Hub) -> None:
+    assert [first.answers[wish] for wish in NAMED[:3]] == [f"acme/tiny@{COMMIT}"] * 3
+    assert Path(first.answers["model acme/tiny@v2"]).name == COMMIT
     assert "GET /api/models/acme/tiny/revision/v2" in hub.asked
 
 
@@ -364,26 +373,14 @@ def test_a_later_run_fetches_what_was_broken_off_and_what_is_now_allowed(first: 
     assert later["data acme/gated train"] == CHATS[:8]
 
 
-def test_a_streamed_split_is_its_rows_at_the_revision_that_is_named_and_later_offline(
-    hub: Hub, nowhere: str, tmp_path: Path
-) -> None:
-    wish = f"stream acme/chats test {tmp_path / 'shards'}"
-    once = fetch(
-        hub.endpoint, tmp_path / "home", wish, f"stream acme/chats valid {tmp_path}", "stream acme/gated train x"
-    )
-    assert once.answers[wish] == [COMMIT, CHATS[8:]]
-    assert (
-        "train" in once.answers[f"stream acme/chats valid {tmp_path}"]
-        and "error" in once.answers["stream acme/gated train x"]
-    )
-    assert all(f"/resolve/{COMMIT}/" in each for each in hub.asked if "chats/resolve" in each and "GET" in each)
-    (copy,) = (tmp_path / "shards").glob("*.jsonl")
+def test_a_streamed_split_is_its_rows_at_the_revision_that_is_named(first: Fetched, hub: Hub) -> None:
+    chats, valid, gated = streams(first.home)
+    assert first.answers[chats] == [COMMIT, CHATS[8:]]
+    assert "train" in first.answers[valid] and "error" in first.answers[gated]
+    fetched = [each for each in hub.asked if "chats/resolve" in each and "GET" in each]
+    assert any(f"/resolve/{COMMIT}/test.jsonl" in each for each in fetched)
+    (copy,) = (first.home / "streamed_0").glob("*.jsonl")
     assert copy.read_bytes() == json_lines(CHATS[8:])
-    again = fetch(hub.endpoint, tmp_path / "other", wish, HF_HUB_OFFLINE="1")
-    assert again.answers == {wish: once.answers[wish]}
-    copy.unlink()
-    lost = fetch(hub.endpoint, tmp_path / "other", wish, HF_HUB_OFFLINE="1").answers[wish]
-    assert "hf://datasets/acme/chats@" in lost and "can't be fetched" in lost
 
 
 def test_a_streamed_data_set_stays_at_the_revision_of_its_first_start(hub: Hub, tmp_path: Path) -> None:
@@ -405,15 +402,21 @@ def test_a_streamed_data_set_stays_at_the_revision_of_its_first_start(hub: Hub, 
         hub.commit = COMMIT
 
 
-def test_offline_the_cache_is_enough(first: Fetched, nowhere: str) -> None:
-    kept = ("model acme/tiny", "tokenizer acme/bare", "data acme/chats test")
+def test_offline_the_cache_and_the_files_kept_of_streams_are_enough(first: Fetched, hub: Hub, tmp_path: Path) -> None:
+    kept, (chats, *_) = ("model acme/tiny", "tokenizer acme/bare", "data acme/chats test"), streams(first.home)
     lost = {
         "model acme/bare": "error: model_name 'acme/bare': no such directory, not complete in the hub's cache, and ",
         "model acme/new": "error: model_name 'acme/new': no such directory, not complete in the hub's cache, and ",
         "data acme/new train": "error: data path 'acme/new': no such file, and on the hub: Couldn't reach ",
     }
-    found = fetch(nowhere, first.home, *kept, *lost, HF_HUB_OFFLINE="1").answers
-    assert [found[wish] for wish in kept] == [first.answers[wish] for wish in kept]
+    shutil.copytree(first.home / "streamed_0", tmp_path / "lost")
+    next((tmp_path / "lost").glob("*.jsonl")).unlink()
+    gone = f"stream acme/chats test {tmp_path / 'lost'}"
+    before = len(hub.asked)
+    found = fetch(hub.endpoint, first.home, *kept, *lost, chats, gone, HF_HUB_OFFLINE="1").answers
+    assert len(hub.asked) == before
+    assert [found[wish] for wish in (*kept, chats)] == [first.answers[wish] for wish in (*kept, chats)]
+    assert "hf://datasets/acme/chats@" in found[gone] and "can't be fetched" in found[gone]
     for wish, beginning in lost.items():
         assert found[wish].startswith(beginning)
         assert re.search("offline", found[wish], re.IGNORECASE) and "\n" not in found[wish]

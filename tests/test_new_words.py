@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from conftest import TINY, chat_run, mesh_of, outcome
+from conftest import TINY, chat_run, mesh_of, outcome, random_params
 
 from lacuna import checkpoint, cli, weights
 from lacuna.config import DataSource, SftConfig, UserError
 from lacuna.data import load_dataset
-from lacuna.model import initial_params, read_model_config
+from lacuna.model import read_model_config
 from lacuna.optimizer import starting_state
 from lacuna.tokenizer import decode, encode, load_tokenizer, read_words
 
@@ -30,7 +29,7 @@ def words(tmp_path: Path) -> Path:
 def trained(small: Path) -> Path:
     """The small model with weights, the rows of its vocabulary around 0.3."""
     model = read_model_config(small)
-    params = initial_params(jax.random.key(1), model)
+    params = random_params(model, 1)
     params["embedding"] += 0.3
     weights.write_weights(small, params, model, {})
     return small
@@ -73,7 +72,7 @@ def test_rows_of_new_words_begin_like_old_ones(trained: Path, words: Path, is_ti
         raw = json.loads((trained / "config.json").read_text())
         (trained / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
         model = read_model_config(trained)
-        weights.write_weights(trained, initial_params(jax.random.key(2), model), model, {})
+        weights.write_weights(trained, random_params(model, 2), model, {})
     words.write_text("".join(f"<x_{n}>\n" for n in range(401)))
     old, found = model.vocabulary_size, {}
     for shape in ((1, 1, 1), (1, 2, 4)):
@@ -102,7 +101,7 @@ def test_words_take_the_rows_that_a_table_has_unused(trained: Path, words: Path)
     raw, tokens = json.loads((trained / "config.json").read_text()), load_tokenizer(trained).vocabulary_size
     (trained / "config.json").write_text(json.dumps(raw | {"vocab_size": tokens + 2}))
     model = read_model_config(trained)
-    params = initial_params(jax.random.key(1), model)
+    params = random_params(model, 1)
     weights.write_weights(trained, params | {"embedding": params["embedding"].at[tokens:].set(99.0)}, model, {})
     config = grown(trained, words)
     opened = checkpoint.open_model(config, mesh_of(1, 1, 1))
@@ -156,9 +155,7 @@ def test_a_run_with_new_words_exports_them_and_resumes(
 def test_only_the_rows_of_new_words_train_where_asked(trained: Path, words: Path, is_tied: bool) -> None:
     raw = json.loads((trained / "config.json").read_text())
     (trained / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": is_tied}))
-    weights.write_weights(
-        trained, initial_params(jax.random.key(2), read_model_config(trained)), read_model_config(trained), {}
-    )
+    weights.write_weights(trained, random_params(read_model_config(trained), 2), read_model_config(trained), {})
     rows = "".join(json.dumps({"prompt": f"{n} <a_1>\n", "completion": "<a_2><c_0>\n"}) + "\n" for n in range(16))
     (trained / "rows.jsonl").write_text(rows)
     source = {"path": str(trained / "rows.jsonl"), "prompt_format": "text", "encode_apart": True}

@@ -23,6 +23,12 @@ INSTRUCTED = (
 )
 
 
+@pytest.fixture(autouse=True)
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of hashed words that is small, as its eigenvectors take seconds."""
+    monkeypatch.setattr("lacuna.apps.semantic_ids.HASHED_WORDS", 256)
+
+
 def published_row(history: list[int], item: int) -> dict[str, Any]:
     past = [str(each) for each in history]
     return {

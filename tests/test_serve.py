@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import openai
 import pytest
-from conftest import TINY, make_small, mesh_of
+from conftest import TINY, make_small, mesh_of, random_params
 from pydantic import SecretStr
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -56,7 +56,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "small"
     source = make_small(directory.with_name("source"))
     shape = model.read_model_config(source)
-    params = model.initial_params(jax.random.key(0), replace(shape, initializer_range=0.4))
+    params = random_params(replace(shape, initializer_range=0.4))
     checkpoint.save_model(directory, params, shape, source)
     return directory
 

@@ -42,7 +42,8 @@ def finished(directory: Path, make: Callable[..., Run], **changes: Any) -> Run:
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> SftConfig:
     """A finished run on chats: packed, mixed, three epochs, accumulated, with noise."""
-    return finished(tmp_path_factory.mktemp("chats"), chat_run, eval_every=3, neftune_alpha=5.0, learning_rate=1e-2)
+    changes: dict[str, Any] = {"eval_every": 3, "neftune_alpha": 5.0, "learning_rate": 1e-2, "tensor": 2}
+    return finished(tmp_path_factory.mktemp("chats"), chat_run, **changes)
 
 
 @pytest.fixture(scope="module")
