@@ -445,3 +445,6 @@ def test_summarise_takes_totals_and_medians_and_skips_nulls() -> None:
     summary = metrics.summarise(entries)
     assert (summary["steps"], summary["tokens"], summary["tokens_per_second"]) == (3, 300, 50.0)
     assert (summary["best_eval_loss"], summary["mfu"], summary["final_loss"]) == (2.0, None, 4.0 / 3)
+    assert summary["input_wait_share"] is None  # as of a run without rows
+    times = ({"input_wait_seconds": wait, "step_seconds": 2.0} for wait in (0.5, 0.0, 1.0))
+    assert metrics.summarise([{"step": 1} | each for each in times])["input_wait_share"] == pytest.approx(1.5 / 6)

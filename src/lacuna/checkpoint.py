@@ -408,12 +408,6 @@ def check_base(source: Path, base: Path) -> None:
         )
 
 
-def base_digest(opened: OpenedModel) -> str:
-    """A hash of the files of the frozen weights."""
-    assert opened.base
-    return files_digest(weights.weight_files(opened.base))
-
-
 def stated_base(source: Path) -> str:
     """The hash of the base that an adapter was trained on, empty where it is not known."""
     if weights.is_checkpoint(source):

@@ -196,28 +196,20 @@ def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What summary.json holds of the records alone: totals, medians, first and last."""
-    known = {
-        key: [record[key] for record in records if record.get(key) is not None]
-        for key in (
-            "eval_loss",
-            "tokens",
-            "target_tokens",
-            "step_seconds",
-            "tokens_per_second",
-            "mfu",
-            "input_wait_seconds",
-        )
-    }
+
+    def known(key: str) -> list[Any]:
+        return [record[key] for record in records if record.get(key) is not None]
+
+    seconds, waits = sum(known("step_seconds")), known("input_wait_seconds")
     return {
         "steps": records[-1]["step"] if records else 0,
         "final_loss": records[-1].get("loss") if records else None,
-        "best_eval_loss": min(known["eval_loss"], default=None),
-        "tokens": sum(known["tokens"]),
-        "target_tokens": sum(known["target_tokens"]),
-        "wall_seconds": sum(known["step_seconds"]),
-        "input_wait_share": known["input_wait_seconds"]
-        and sum(known["input_wait_seconds"]) / sum(known["step_seconds"]),
-        **{key: statistics.median(known[key]) if known[key] else None for key in ("tokens_per_second", "mfu")},
+        "best_eval_loss": min(known("eval_loss"), default=None),
+        "tokens": sum(known("tokens")),
+        "target_tokens": sum(known("target_tokens")),
+        "wall_seconds": seconds,
+        "input_wait_share": sum(waits) / seconds if waits else None,
+        **{key: statistics.median(known(key)) if known(key) else None for key in ("tokens_per_second", "mfu")},
     }
 
 

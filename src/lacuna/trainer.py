@@ -245,7 +245,7 @@ class Run:
         config, directory = self.config, self.config.run_directory
         check_same("config, model or data", repr((masked_config(config), opened.model, digests, read)))
         if opened.base and is_first():
-            self.inputs |= {checkpoint.BASE: checkpoint.base_digest(opened)}
+            self.inputs |= {checkpoint.BASE: checkpoint.files_digest(weights.weight_files(opened.base))}
         self.check_unchanged(opened, digests)
         enable_compilation_cache(config)
         self.opened, self.digests, self.steps = opened, digests, self.step if self.is_out_of_patience else steps
