@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import PROGRAMS, REFERENCE, chat_run, make_small, text_run
-from mutants import FAULTS
+from mutants import FAULTS, SOURCE
 from safetensors.numpy import load_file
 
 from lacuna import cli
@@ -175,6 +175,13 @@ FAST = ("mask dropped", "EOS unsupervised", "two BOS")
 
 def test_faults_of_what_is_trained_are_caught_by_their_lines(folder: Path) -> None:
     caught(folder, FAST)
+
+
+def test_what_a_fault_replaces_is_in_its_room_once() -> None:
+    counts = {
+        name: (SOURCE / "lacuna" / f"{fault.room}.py").read_text().count(fault.text) for name, fault in FAULTS.items()
+    }
+    assert {name: count for name, count in counts.items() if count != 1} == {}
 
 
 @pytest.mark.slow

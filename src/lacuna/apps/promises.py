@@ -39,8 +39,8 @@ from lacuna.optimizer import ADAM_EPSILON
 from lacuna.sampler import Completion, Request, Sampler, slots_for
 from lacuna.tokenizer import Message, decode, render
 
-# Largest differences by the dtype of compute, a few times what rounding made of five families on CPUs: of a gradient's
-# tensor, relative to its norm; of a log-probability, in nats; of attention's values, relative to the largest
+# Largest differences by the dtype of compute: of a gradient's tensor, relative to its norm; of a log-probability, in
+# nats; of attention's values, relative to the largest. In float32 random weights make 1.4e-6, 1e-6 and 8e-7
 GRADIENT = {"float32": 1e-3, "bfloat16": 0.15}
 LOG_PROBABILITY = {"float32": 1e-3, "bfloat16": 0.15}
 KERNEL = {"float32": 1e-4, "bfloat16": 2e-2}
