@@ -102,9 +102,9 @@ def test_completions_attend_to_their_prompt_as_if_it_preceded_each() -> None:
             own = np.arange(begin[number], begin[number + 1])
             prompt = np.arange(begin[number - distance], begin[number - distance + 1]) if distance else own[:0]
             place = np.concatenate([prompt, own])
-            arrays = [x[row : row + 1, place] for x in (query, key, value, gradient)]
-            arrays[3] = arrays[3].at[:, : len(prompt)].set(0)
-            alone = formula(np.ones((1, len(place)), np.int32), *arrays)
+            arrays = [np.asarray(x)[row : row + 1, place] for x in (query, key, value, gradient)]
+            arrays[3][:, : len(prompt)] = 0
+            alone = formula(np.ones((1, len(place)), np.int32), *map(jnp.asarray, arrays))
             wanted[0][row, own] = alone[0][0, len(prompt) :]
             for sums, part in zip(wanted[1:], alone[1:], strict=True):
                 sums[row, place] += part[0]

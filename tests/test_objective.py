@@ -328,9 +328,15 @@ def test_the_entropy_is_that_of_the_distributions() -> None:
     model, params = load(REFERENCE / "qwen3")
     rows, _ = packed(samples, config, (1, 4, config.sequence_length), is_shared=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
-    _, (facts, _) = objective.policy_loss(config)(params, batch, model, None)
-    hidden = forward(params, embed(params, batch.token, "float32"), batch.segment, batch.position, model)
-    logits = np.asarray(hidden @ head_of(params, model).T / 0.8, np.float64)[np.asarray(batch.weight) > 0]
+
+    @jax.jit
+    def figures(params: Any, batch: Any) -> Any:
+        _, (facts, _) = objective.policy_loss(config)(params, batch, model, None)
+        hidden = forward(params, embed(params, batch.token, "float32"), batch.segment, batch.position, model)
+        return facts, hidden @ head_of(params, model).T / 0.8
+
+    facts, table = figures(params, batch)
+    logits = np.asarray(table, np.float64)[np.asarray(batch.weight) > 0]
     probability = np.exp(logits - logits.max(-1, keepdims=True))
     probability /= probability.sum(-1, keepdims=True)
     assert len(logits) == int(facts["count"]) == sum(len(sample.tokens) for sample in samples)

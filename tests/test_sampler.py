@@ -158,7 +158,7 @@ def test_penalties_follow_openais_formula_over_generated_tokens_only() -> None:
     count = random.integers(0, 4, (3, 50), dtype=np.int32)
     frequency, presence = np.array([0.0, 0.5, -0.25]), np.array([1.5, 0.0, 0.5])
     rules = rules_from({"frequency_penalty": frequency, "presence_penalty": presence}, 3)
-    ours = sampler.penalise(jnp.asarray(logits), slots_that_saw(count >= 0, count), rules)
+    ours = jax.jit(sampler.penalise)(jnp.asarray(logits), slots_that_saw(count >= 0, count), rules)
     expected = logits - count * frequency[:, None] - (count > 0) * presence[:, None]
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
