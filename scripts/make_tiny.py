@@ -3,7 +3,8 @@
     uv run python scripts/make_tiny.py
 
 The chats are arithmetic word problems whose answer repeats each event of the question beside its calculation, so that
-a model of a million parameters learns them in minutes; those of short.jsonl are answered by the bare result. The
+a model of a million parameters learns them in minutes; those of short.jsonl are answered by the bare result. The sums
+of sums.jsonl are too large for such a model, and those of calls.jsonl are answered by calling a calculator. The
 constants below decide how hard they are.
 """
 
@@ -19,6 +20,8 @@ FOLDER = Path(__file__).parents[1] / "configs" / "tiny"
 SEED = 0
 
 TRAIN_COUNT, SHORT_COUNT, HELDOUT_COUNT, PRETRAIN_COUNT = 4000, 4000, 500, 1500
+CALLS_COUNT, SUMS_COUNT, HELDOUT_SUMS_COUNT = 2000, 2000, 300
+TERM = (100, 999)
 STEPS = (1, 3)
 START = (3, 15)
 GROUPS, GROUP_SIZE = (2, 4), (2, 5)
@@ -215,6 +218,26 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+def large_sum(random: Random) -> tuple[int, str, int]:
+    """A sum, a difference or a product of large numbers."""
+    return random.randint(*TERM), random.choice("+-×"), random.randint(*TERM)
+
+
+TOOLS = [{"type": "function", "function": {"name": "calculate", "parameters": {"properties": {"expression": {}}}}}]
+
+
+def answered_sum(terms: tuple[int, str, int], calls: bool) -> dict[str, Any]:
+    """A chat about a sum, which the calculator works out or the answer states outright."""
+    result, (left, symbol, right) = calculate(*terms), terms
+    question, *answer = chat(f"What is {left} {symbol} {right}?", f"#### {result}")["messages"]
+    if calls:
+        arguments = {"expression": f"{left} {symbol} {right}".replace("×", "*")}
+        call = {"type": "function", "function": {"name": "calculate", "arguments": arguments}}
+        said = {"role": "tool", "name": "calculate", "content": str(result)}
+        answer = [{"role": "assistant", "content": "", "tool_calls": [call]}, said, *answer]
+    return {"tools": TOOLS, "messages": [question, *answer]}
+
+
 def write_json(name: str, value: dict[str, Any]) -> None:
     (FOLDER / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -239,6 +262,10 @@ def main() -> None:
     write_lines("short.jsonl", short)
     write_lines("heldout.jsonl", chats[:HELDOUT_COUNT])
     write_lines("pretrain.jsonl", [{"text": text} for text in texts])
+    sums = distinct(large_sum, HELDOUT_SUMS_COUNT + CALLS_COUNT + SUMS_COUNT, Random(SEED))
+    chosen = iter(sums)
+    for name, count in (("heldout_sums", HELDOUT_SUMS_COUNT), ("calls", CALLS_COUNT), ("sums", SUMS_COUNT)):
+        write_lines(f"{name}.jsonl", (answered_sum(next(chosen), name == "calls") for _ in range(count)))
     turns = [f"{message['role']}\n{message['content']}" for row in chats for message in row["messages"]]
     tokenizer = train_tokenizer([*turns, *texts])
     tokenizer.save(str(FOLDER / "tokenizer.json"))

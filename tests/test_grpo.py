@@ -25,6 +25,7 @@ from lacuna.apps.rewards import Judge, load_rewards
 from lacuna.checkpoint import OpenedModel, at, open_model
 from lacuna.config import GrpoConfig, RewardKeys, UserError
 from lacuna.distributed import make_mesh
+from lacuna.environments import Rollout
 from lacuna.eval import Problem, Problems
 from lacuna.grpo import Answered, Inputs, Reward, rewards_of
 from lacuna.metrics import LineFile, read_json_lines
@@ -136,7 +137,8 @@ def by_name(prompt, completion, row, messages, step, truncated, tokens):
     return len(messages) + 10 * step + 100 * truncated + 1000 * len(tokens)
 
 def of_all(completions, rows, **others):
-    assert sorted(others) == ["max_completion_tokens", "messages", "prompts", "step", "tokens", "truncated"]
+    assert sorted(others) == ["environments", "max_completion_tokens", "messages", "prompts", "step", "tokens",
+                              "truncated"]
     return [half(text) if row else None for text, row in zip(completions, rows)]
 
 def short(completions):
@@ -261,14 +263,14 @@ def test_special_tokens_but_for_the_one_that_ends_it_reach_a_reward() -> None:
     )  # fmt: skip
     ids = tuple(tokenizer.backend.encode("a<|im_start|>b").ids)
     completion = Completion(0, 0, (*ids, 2), "ab", (), (), (), "stop")
-    assert grpo.RolloutSteps.answered(steps, problem("1"), completion) == Answered(
-        problem("1"), "a<|im_start|>b", (*ids, 2), False, 9
-    )
+    rollout = Rollout(problem("1"), (0, 0), (1,), completion)
+    expected = Answered(problem("1"), "a<|im_start|>b", (*ids, 2), False, 9, [])
+    assert grpo.RolloutSteps.answered(steps, rollout) == expected
     ids = tuple(tokenizer.backend.encode("a<|im_start|>bcde").ids)
     stopped = Completion(0, 0, ids, "ab", (), (), (), "stop")
-    assert grpo.RolloutSteps.answered(steps, problem("1"), stopped).text == "a<|im_start|>b"
+    assert grpo.RolloutSteps.answered(steps, replace(rollout, completion=stopped)).text == "a<|im_start|>b"
     plain = Completion(0, 0, (ids[0], 2), "a", (), (), (), "stop")
-    assert grpo.RolloutSteps.answered(steps, problem("1"), plain).text == "a"
+    assert grpo.RolloutSteps.answered(steps, replace(rollout, completion=plain)).text == "a"
 
 
 def test_a_module_in_the_working_directory_can_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

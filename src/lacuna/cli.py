@@ -396,9 +396,10 @@ def run(config: Keys) -> Any:
 
         return run_recommend(config)
     if isinstance(config, EvalConfig):
+        from lacuna.apps.environments import load_environment
         from lacuna.apps.evaluate import run_eval
 
-        return run_eval(config, harness_of(config))
+        return run_eval(config, harness_of(config), load_environment(config.environment))
     if isinstance(config, GrpoConfig) and config.replay:
         from lacuna.apps.replay import replay
 
@@ -416,10 +417,10 @@ def run(config: Keys) -> Any:
     assert isinstance(config, GrpoConfig | RowsConfig)
     tasks = tasks_of(config)
     if isinstance(config, GrpoConfig):
-        from lacuna.apps.rewards import load_rewards
+        from lacuna.apps.environments import load_judges
         from lacuna.grpo import run_grpo
 
-        return run_grpo(config, load_rewards(config.reward), tasks, write_report)
+        return run_grpo(config, *load_judges(config), tasks, write_report)
     from lacuna.eval import evaluation_of_rows
     from lacuna.trainer import run_training
 
@@ -467,9 +468,10 @@ def tasks_of(config: TrainingConfig) -> Any:
             f"{config.eval_config}: tasks has loss, which a run measures on [[eval_data]]; remove it, or set "
             'tasks, as in tasks = ["generate"]'
         )
+    from lacuna.apps.environments import load_environment
     from lacuna.eval import prepare_tasks
 
-    return partial(prepare_tasks, tasks, harness_of(tasks))
+    return partial(prepare_tasks, tasks, harness_of(tasks), environment=load_environment(tasks.environment))
 
 
 # The process

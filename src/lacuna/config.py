@@ -501,6 +501,17 @@ class RolloutKeys(ChoiceKeys):
         return SamplingKeys(max_tokens=self.max_completion_tokens, **chosen)
 
 
+class TurnKeys(Keys):
+    """Turns"""
+
+    environment: str = Field(
+        "", description="FILE.py:NAME of a class whose methods are tools, or of a function that answers; empty: none"
+    )
+    max_turns: int = Field(8, ge=1, description="Most turns of the model in a rollout with an environment")
+    environment_workers: int = Field(16, ge=1, le=1024, description="Environments that are called at once, in threads")
+    environment_seconds: float = Field(60.0, gt=0, description="Longest that one call of one may take, in seconds")
+
+
 class RewardKeys(Keys):
     """Rewards"""
 
@@ -535,7 +546,7 @@ class ObjectiveKeys(Keys):
     mask_truncated: bool = Field(True, description="Leave completions cut off at max_completion_tokens out of the loss")
 
 
-class GrpoConfig(ObjectiveKeys, RewardKeys, RolloutKeys, ProblemKeys, TrainingConfig):
+class GrpoConfig(ObjectiveKeys, RewardKeys, TurnKeys, RolloutKeys, ProblemKeys, TrainingConfig):
     """Improve a model by reinforcement learning with verifiable rewards."""
 
     learning_rate: LearningRate = 1e-6
@@ -557,7 +568,9 @@ class GrpoConfig(ObjectiveKeys, RewardKeys, RolloutKeys, ProblemKeys, TrainingCo
             )
         if bool(self.replay) != bool(self.step):
             raise ValueError("replay and step belong together, as in --replay runs/grpo_tiny --step 3")
-        if not self.reward:
+        if self.environment and self.stop:
+            raise ValueError("stop and environment contradict each other: a turn ends where the template ends it")
+        if not self.reward and not self.environment:  # which may give one itself
             raise ValueError('reward is empty; name at least one, as in reward = ["correct:1.0"]')
         return self
 
@@ -568,7 +581,7 @@ Capacity = Annotated[int, Field(ge=2, description="Most tokens of prompt and ans
 OWN_TASKS = ("loss", "generate", "choices")
 
 
-class EvalConfig(SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataKeys, ModelKeys):
+class EvalConfig(SamplingKeys, RunKeys, DeviceKeys, TurnKeys, ProblemKeys, ChatKeys, DataKeys, ModelKeys):
     """Measure a model: its loss on held-out data, and its results on tasks."""
 
     tasks: tuple[str, ...] = Field(("loss",), min_length=1, description="loss, generate, choices, or lm-eval tasks")
@@ -604,6 +617,8 @@ class EvalConfig(SamplingKeys, RunKeys, DeviceKeys, ProblemKeys, ChatKeys, DataK
     def tasks_have_what_they_need(self) -> "EvalConfig":
         if own := [task for task in self.tasks if task in OWN_TASKS and not self.data]:
             raise ValueError(f"data is required for {own[0]}; give it as --data.0.path")
+        if self.environment and self.stop:
+            raise ValueError("stop and environment contradict each other: a turn ends where the template ends it")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"samples = {self.samples} at temperature = 0 are all the same; set temperature, say to 1.0"

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from lacuna.documents import (
     split_range,
     usable,
 )
+from lacuna.environments import Environment, Problem, Rollout, Rollouts, Turns, check_template, turn_figures
 from lacuna.metrics import LineFile, read_json_lines
 from lacuna.model import (
     ModelConfig,
@@ -118,23 +119,6 @@ def log_likelihoods(
 # Problems
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A row to ask: its origin, the text and tokens of its prompt, its reference answer or several of which any is
-    right, the row itself, the texts to choose from with the place of the right one, where there is a choice, and
-    whether the chat template wrote the prompt; and the messages that it was made of."""
-
-    origin: str
-    prompt: str
-    token: tuple[int, ...]
-    answer: str | list[str]
-    row: dict[str, Any] = field(repr=False)
-    choices: tuple[str, ...] = ()
-    right: int = -1
-    is_chat: bool = True
-    messages: list[Message] = field(default_factory=list, repr=False)
-
-
 class Problems(NamedTuple):
     """The problems of all sources, how many and with which digest by source, and why rows were left out."""
 
@@ -150,9 +134,10 @@ def read_problems(
     tokenizer: Tokenizer,
     longest: int,
     needs_answers: bool = True,
+    environment: Environment | None = None,
 ) -> Problems:
-    """The problems of all sources. A row is bad if its prompt has more than `longest` tokens, or if it lacks the answer
-    or the choices that are needed.
+    """The problems of all sources, with the tools of an environment. A row is bad if its prompt has more than `longest`
+    tokens, or if it lacks the answer or the choices that are needed.
 
     Raises:
         UserError: unreadable data, a bad row unless the config skips them, or nothing left.
@@ -169,14 +154,22 @@ def read_problems(
         if config.system_prompt:
             messages = [{"role": "system", "content": config.system_prompt}, *messages]
         is_chat = example.is_chat and tokenizer.template is not None
-        text, token = prompt_of(tokenizer, messages, is_chat, example.tools, example.variables)
+        tools = environment.tools if environment else example.tools
+        if environment and not is_chat:
+            raise ValueError("it is asked as plain text, and an environment needs a chat; set prompt_format to chat")
+        if tools and example.tools and tools is not example.tools:
+            raise ValueError("it has tools, and so has the environment; leave its own out (--data.0.tools-column none)")
+        text, token = prompt_of(tokenizer, messages, is_chat, tools, example.variables)
         if len(token) > longest:
             raise ValueError(f"the prompt has {len(token):,} tokens, and there is room for {longest:,}")
         has_choices = isinstance(config, EvalConfig) and "choices" in config.tasks
         choices = choices_of(row, example.reference, config) if has_choices else ()
         reference = {"answer": answer} if answer else {}
-        return Problem(origin, text, token, answer or "", row | reference, *choices, is_chat=is_chat, messages=messages)
+        made_of = {"is_chat": is_chat, "messages": messages, "variables": example.variables}
+        return Problem(origin, text, token, answer or "", row | reference, *choices, **made_of)
 
+    if environment:
+        check_template(tokenizer, environment, NO_VARIABLES)
     problems, counts, digests, bad = [], [], [], list[str]()
     for source in sources:
         rows = list(read_rows(source))
@@ -278,6 +271,7 @@ class Tasks(NamedTuple):
     opened: OpenedModel
     problems: Problems
     run_harness: RunHarness | None
+    environment: Environment | None = None
 
     @property
     def capacity(self) -> int:
@@ -285,7 +279,9 @@ class Tasks(NamedTuple):
         return self.opened.model.capacity(self.config.capacity)
 
 
-def prepare_tasks(config: EvalConfig, run_harness: RunHarness | None, opened: OpenedModel) -> Tasks:
+def prepare_tasks(
+    config: EvalConfig, run_harness: RunHarness | None, opened: OpenedModel, environment: Environment | None = None
+) -> Tasks:
     """The tasks of a config, ready to run.
 
     Raises:
@@ -295,8 +291,8 @@ def prepare_tasks(config: EvalConfig, run_harness: RunHarness | None, opened: Op
     problems = Problems()
     if {"generate", "choices"} & set(config.tasks):
         longest = opened.model.capacity(config.capacity) - 1
-        problems = read_problems(config.data, config, opened.tokenizer, longest)
-    return Tasks(config, opened, problems, run_harness)
+        problems = read_problems(config.data, config, opened.tokenizer, longest, environment=environment)
+    return Tasks(config, opened, problems, run_harness, environment)
 
 
 def run_tasks(tasks: Tasks, params: PyTree[Array], predictions: Predictions) -> dict[str, Figures]:
@@ -325,9 +321,13 @@ def complete(
 ) -> None:
     """Generate what is requested, in no more slots than that takes; `keep` gets each completion as it ends."""
     if requests:
-        config = tasks.config
-        slots = slots_for(min(config.slots, sum(request.n for request in requests)), tasks.opened.mesh)
-        Sampler(params, tasks.opened, slots, tasks.capacity, config.compute_dtype).generate(requests, keep)
+        sampler_for(tasks, params, sum(request.n for request in requests)).generate(requests, keep)
+
+
+def sampler_for(tasks: Tasks, params: PyTree[Array], count: int) -> Sampler:
+    """A sampler for that many completions."""
+    slots = slots_for(min(tasks.config.slots, count), tasks.opened.mesh)
+    return Sampler(params, tasks.opened, slots, tasks.capacity, tasks.config.compute_dtype)
 
 
 def seed_of(seed: int, name: Any) -> int:
@@ -356,17 +356,19 @@ def answer_problems(tasks: Tasks, params: PyTree[Array], predictions: Prediction
     keys: list[Key] = [("generate", row, sample) for row in range(len(problems)) for sample in range(config.samples)]
     rows = list(dict.fromkeys(place // config.samples for place in predictions.missing(keys)))
     rules = SamplingKeys(**config.model_dump(include=set(SamplingKeys.model_fields)))
-    stop_ids = tuple(tasks.opened.tokenizer.ends)
-    requests = [
-        Request(problems[row].token, rules, stop_ids, config.stop, seed_of(config.seed, row), config.samples)
-        for row in rows
-    ]
 
-    def keep(completion: Completion) -> None:
-        row = rows[completion.request]
-        predictions.add(("generate", row, completion.index), judged(problems[row], completion))
+    def keep(rollout: Rollout) -> None:
+        row = rows[rollout.key[0]]
+        turns = {"turns": asdict(rollout.turns)} if rollout.turns else {}
+        predictions.add(("generate", row, rollout.key[1]), judged(rollout.problem, rollout.completion) | turns)
+        if tasks.environment:
+            tasks.environment.give_back(rollout.instance)
 
-    complete(tasks, params, requests, keep)
+    if rows:
+        sampler = sampler_for(tasks, params, len(rows) * config.samples)
+        rollouts = Rollouts(sampler, tasks.environment, config, lambda: None, config.stop)
+        seeds = [seed_of(config.seed, row) for row in rows]
+        rollouts.of([problems[row] for row in rows], seeds, config.samples, rules, keep)
     return generation_figures([predictions.lines[key] for key in keys], config.samples)
 
 
@@ -402,6 +404,7 @@ def generation_figures(lines: Sequence[Line], samples: int) -> Figures:
         "truncated": statistics.fmean(line["finish_reason"] == "length" for line in lines),
         "unparsable": statistics.fmean(not line["parsed"] for line in lines),
         "mean_tokens": statistics.fmean(line["tokens"] for line in lines),
+        **turn_figures([Turns(**line["turns"]) for line in lines if "turns" in line]),
         "problems": len(correct),
         "samples": samples,
     }

@@ -26,7 +26,8 @@ from lacuna.checkpoint import OpenedModel, open_model
 from lacuna.config import GrpoConfig, RewardKeys, SamplingKeys, UserError
 from lacuna.data import Mixture, locate
 from lacuna.distributed import from_first, held_directory, is_first, make_mesh
-from lacuna.eval import Problem, Problems, Tasks, measure_in_training, read_problems
+from lacuna.environments import Environment, Problem, Rollout, Rollouts, turn_figures
+from lacuna.eval import Problems, Tasks, measure_in_training, read_problems
 from lacuna.model import check_trainable
 from lacuna.objective import (
     Group,
@@ -40,8 +41,8 @@ from lacuna.objective import (
     update,
 )
 from lacuna.optimizer import TrainState
-from lacuna.sampler import Completion, Request, Sampler, before_stop, slots_for
-from lacuna.tokenizer import decode
+from lacuna.sampler import Sampler, before_stop, slots_for
+from lacuna.tokenizer import Message, decode
 from lacuna.trainer import Evaluation, Run, Step
 
 ROLLOUT = 4  # names the random numbers of rollouts, as data's SHUFFLE_… name those of its order
@@ -55,13 +56,16 @@ Value = float | None  # None: it does not apply to this completion
 
 
 class Answered(NamedTuple):
-    """A completion of a problem: its text, its tokens, whether it was cut off, and how many tokens it might have."""
+    """A completion of a problem: its text, its tokens, whether it was cut off, and how many tokens it might have; with
+    an environment the text of its last turn, the whole chat, and the instance that it had, if there are such."""
 
     problem: Problem
     text: str
     tokens: tuple[int, ...] = ()
     is_truncated: bool = False
     max_completion_tokens: int = 0
+    messages: Sequence[Message] = ()
+    environment: Any = None
 
 
 @dataclass(frozen=True)
@@ -123,26 +127,30 @@ class Inputs(NamedTuple):
     problems: Problems
     held_out: Problems | None
     rewards: Sequence[Reward]
+    environment: Environment | None = None
 
 
-def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward]) -> Inputs:
-    """Devices, model, problems and rewards of a config, each checked against the others."""
+def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward], environment: Environment | None) -> Inputs:
+    """Devices, model, problems, rewards and environment of a config, each checked against the others."""
     mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor)
     opened = open_model(config, mesh, with_weights=not config.from_scratch)
     check_trainable(opened.model, config.sequence_length)
     limits = config.sequence_length - config.max_completion_tokens, any(reward.needs_answer for reward in rewards)
-    problems = read_problems(config.data, config, opened.tokenizer, *limits)
-    held_out = read_problems(config.eval_data, config, opened.tokenizer, *limits) if config.eval_data else None
+    how = config, opened.tokenizer, *limits, environment
+    problems = read_problems(config.data, *how)
+    held_out = read_problems(config.eval_data, *how) if config.eval_data else None
     if config.prompts_per_step > len(problems.problems):
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is more than the {len(problems.problems)} problems there are"
         )
-    return Inputs(opened, problems, held_out, rewards)
+    return Inputs(opened, problems, held_out, rewards, environment)
 
 
 def input_digests(config: GrpoConfig, inputs: Inputs) -> dict[str, str]:
     """Hashes of what a run reads again when it resumes, besides data: its rewards, and the policy it is held to."""
     files = {f"the file of reward {reward.name}": [reward.file] for reward in inputs.rewards if reward.file}
+    if inputs.environment and inputs.environment.file:
+        files[f"the file of environment {inputs.environment.name}"] = [inputs.environment.file]
     if config.kl_weight and not config.from_scratch:
         files[f"the weights of {config.model_name}"] = weights.weight_files(inputs.opened.source)
     return {name: checkpoint.files_digest(paths) for name, paths in files.items()}
@@ -156,21 +164,23 @@ def order_of(config: GrpoConfig, problems: Problems) -> Mixture:
 def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
     """What is logged of a rollout."""
     samples = [sample for group in groups for sample in group]
-    names = samples[0].rewards
+    names, tokens = samples[0].rewards, sum(sample.sampled_count for sample in samples)
     uncut, sampled = (
-        np.concatenate([getattr(sample, name) for sample in samples])
+        np.concatenate([np.array(getattr(sample, name))[sample.is_sampled] for sample in samples])
         for name in ("log_probabilities", "sampled_log_probabilities")
     )
     return {
         "reward": mean_value(sample.reward for sample in samples if sample.is_judged),
         "reward_std": float(np.mean([np.std([sample.reward for sample in group]) for group in groups])),
         **{f"reward/{name}": mean_value(sample.rewards[name] for sample in samples) for name in names},
-        "completion_length": float(np.mean([len(sample.tokens) for sample in samples])),
-        "completion_tokens": sum(len(sample.tokens) for sample in samples),
+        "completion_length": tokens / len(samples),
+        "completion_tokens": tokens,
         "truncated_fraction": float(np.mean([sample.is_truncated for sample in samples])),
         "zero_advantage_fraction": float(np.mean([not has_variance(group) for group in groups])),
         "prompts": len(groups),
         "cut_probability": float(np.mean(-np.expm1(np.minimum(uncut - sampled, 0)))),
+        **turn_figures(turns := [sample.turns for sample in samples if sample.turns]),
+        **({"environment_token_fraction": 1 - tokens / sum(len(sample.tokens) for sample in samples)} if turns else {}),
     }
 
 
@@ -180,6 +190,7 @@ def rollout_facts(groups: Sequence[Group]) -> dict[str, Any]:
 def run_grpo(
     config: GrpoConfig,
     rewards: Sequence[Reward],
+    environment: Environment | None,
     prepare: Callable[[OpenedModel], Tasks] | None,
     write_report: Callable[[Path], None],
 ) -> TrainState:
@@ -192,7 +203,7 @@ def run_grpo(
     config = checkpoint.settled(config)
     with held_directory(config.run_directory):
         run = Run(config, write_report)
-        inputs = read_inputs_of_grpo(config, rewards)
+        inputs = read_inputs_of_grpo(config, rewards, environment)
         opened, digests = inputs.opened, inputs.problems.digests
         run.inputs = input_digests(config, inputs) if is_first() else {}
         tasks = prepare(opened) if prepare else None
@@ -245,6 +256,9 @@ def problem_lines(config: GrpoConfig, inputs: Inputs, steps: int) -> Iterator[st
     for line in inputs.problems.bad[:5]:
         yield f"left out: {line}"
     yield f"rewards: {', '.join(f'{reward.name} × {reward.weight:g}' for reward in inputs.rewards)}"
+    if environment := inputs.environment:
+        tools = ", ".join(str(tool["function"]["name"]) for tool in environment.tools or ())
+        yield f"environment {environment.name}, up to {config.max_turns} turns, tools: {tools or 'none'}"
 
 
 class RolloutSteps:
@@ -270,7 +284,9 @@ class RolloutSteps:
         self.recipe = jax.device_put(recipe, optimizer.everywhere(opened.mesh))
         slots = slot_count(config, opened.mesh)
         self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype)
-        self.stop_ids = tuple(opened.tokenizer.ends)
+        how = config.stop, config.reward_retries, config.on_reward_error == "drop"
+        self.rollouts = Rollouts(self.sampler, inputs.environment, config, self.report_progress, *how)
+        self.stop_ids = self.rollouts.stop_ids
         added = opened.tokenizer.backend.get_added_tokens_decoder()
         self.empty_count = 0  # of steps in a row
         self.special_ids = {id for id, token in added.items() if token.special}
@@ -317,7 +333,7 @@ class RolloutSteps:
             run.save(state, None)
             run.saver.wait()
             run.saver.report(run.log.info)
-        return f"; step {run.step} is saved: fix the reward and continue with --resume"
+        return f"; step {run.step} is saved: fix it and continue with --resume"
 
     def problem(self, place: int) -> Problem:
         """The problem at a place of the run."""
@@ -342,22 +358,18 @@ class RolloutSteps:
         """The groups of problems, each with its place, each completion with its rewards and advantage, and the seconds
         of each reward."""
         config, rewards, size = self.config, self.inputs.rewards, self.config.completions_per_prompt
-        requests = []
-        for place, problem in asked:
-            seed = int(np.random.default_rng([config.seed, ROLLOUT, place]).integers(2**32))
-            requests.append(Request(problem.token, config.rules, self.stop_ids, config.stop, seed=seed, n=size))
-        completions = self.sampler.generate(requests, self.report_completion)
-        answered = [self.answered(asked[completion.request][1], completion) for completion in completions]
-        values, seconds = self.values(answered, f"problems from {asked[0][0]}")
+        seeds = [int(np.random.default_rng([config.seed, ROLLOUT, place]).integers(2**32)) for place, _ in asked]
+        given = [problem for _, problem in asked], seeds, size, config.rules, f"problems from {asked[0][0]}"
+        rollouts, answered, values, seconds = self.judged_rollouts(*given)
         total = total_reward(rewards, values)
         advantage = advantages(total.reshape(-1, size), config.scale_by_std).ravel()
         samples = [
             Sample(
                 step=self.run.step + 1,
-                place=asked[completion.request][0],
-                index=completion.index,
+                place=asked[rollout.key[0]][0],
+                index=rollout.key[1],
                 origin=problem.origin,
-                prompt_tokens=problem.token,
+                prompt_tokens=rollout.prompt,
                 tokens=completion.tokens,
                 text=text,
                 log_probabilities=completion.tempered_log_probabilities,
@@ -366,34 +378,50 @@ class RolloutSteps:
                 rewards={name: value[number] for name, value in values.items()},
                 reward=float(np.nan_to_num(total[number])),
                 advantage=float(advantage[number]),
+                turns=rollout.turns,
             )
-            for number, (completion, (problem, text, *_)) in enumerate(zip(completions, answered, strict=True))
+            for number, (rollout, (problem, text, *_)) in enumerate(zip(rollouts, answered, strict=True))
+            for completion in [rollout.completion]
         ]
         return group_by_prompt(samples), seconds
 
-    def answered(self, problem: Problem, completion: Completion) -> Answered:
-        """A completion as rewards see it: all its text but the token that ended it, special tokens too."""
-        tokenizer, shown, text = self.inputs.opened.tokenizer, completion.tokens, completion.text
-        longest = self.config.max_completion_tokens
-        if completion.finish_reason == "stop" and shown and shown[-1] in self.stop_ids:
-            shown = shown[:-1]
-        if self.special_ids.intersection(shown):
-            text = "".join(before_stop(decode(tokenizer, shown), self.config.stop)[:2])
-        return Answered(problem, text, completion.tokens, completion.finish_reason == "length", longest)
-
-    def values(self, answered: Sequence[Answered], name: str) -> tuple[dict[str, list[Value]], dict[str, float]]:
-        """What each reward gives each completion, and the seconds of each; says so where calls were given up."""
-        run = self.run
+    def judged_rollouts(
+        self, problems: Sequence[Problem], seeds: Sequence[int], count: int, rules: SamplingKeys, name: str
+    ) -> tuple[list[Rollout], list[Answered], dict[str, list[Value]], dict[str, float]]:
+        """That many rollouts of each problem, as rewards see them, and what each reward gives each, none where the
+        environment was given up, and the seconds of each reward; says so where calls were given up."""
+        config, run, environment = self.config, self.run, self.inputs.environment
+        rollouts = self.rollouts.of(problems, seeds, count, rules)
+        answered = [self.answered(rollout) for rollout in rollouts]
+        judged = [each for each, rollout in zip(answered, rollouts, strict=True) if not rollout.failure]
         if not is_first():
             run.watchdog.pause()
-        given = rewards_of(self.inputs.rewards, answered, name, run.step + 1, self.config, self.report_progress)
-        values, seconds, failures = given
-        if failures:
-            run.log.info(f"WARNING: {len(failures)} calls of rewards were given up, as {failures[0]}")
-        return values, seconds
+        values, seconds, failures = rewards_of(
+            self.inputs.rewards, judged, name, run.step + 1, config, self.report_progress
+        )
+        if given_up := [*(rollout.failure for rollout in rollouts if rollout.failure), *failures]:
+            run.log.info(f"WARNING: {len(given_up)} calls were given up, as {given_up[0]}")
+        found = {reward: iter(values[reward]) for reward in values}
+        values = {name: [None if each.failure else next(found[name]) for each in rollouts] for name in found}
+        for rollout in rollouts:
+            if environment and rollout.instance is not None and not rollout.failure:
+                environment.give_back(rollout.instance)
+        return rollouts, answered, values, seconds
 
-    def report_completion(self, completion: Completion) -> None:
-        self.report_progress()
+    def answered(self, rollout: Rollout) -> Answered:
+        """A completion as rewards see it: all the text of its last turn but the token that ended it, special tokens
+        too."""
+        problem, completion, turns = rollout.problem, rollout.completion, rollout.turns
+        shown, text = completion.tokens, completion.text
+        if turns and turns.written:
+            shown = shown[turns.written[-1][1] :]
+        if shown and shown[-1] in self.stop_ids:
+            shown = shown[:-1]
+        if self.special_ids.intersection(shown):
+            text = "".join(before_stop(decode(self.inputs.opened.tokenizer, shown), self.config.stop)[:2])
+        longest, messages = self.config.max_completion_tokens, turns.messages if turns else problem.messages
+        is_truncated = completion.finish_reason == "length"
+        return Answered(problem, text, completion.tokens, is_truncated, longest, messages, rollout.instance)
 
     def report_progress(self) -> None:
         """Report progress to the watchdog; the first step may take its time to compile."""
@@ -415,11 +443,11 @@ class RolloutSteps:
         self.sampler.load(params)
         problems = self.inputs.held_out.problems
         rules = SamplingKeys(temperature=0.0, max_tokens=self.config.max_completion_tokens)
-        requests = [Request(problem.token, rules, self.stop_ids, self.config.stop) for problem in problems]
-        completions = self.sampler.generate(requests, self.report_completion)
-        answered = [self.answered(*each) for each in zip(problems, completions, strict=True)]
-        values, _ = self.values(answered, f"evaluation {self.run.step}")
+        given = problems, range(len(problems)), 1, rules, f"evaluation {self.run.step}"
+        rollouts, _, values, _ = self.judged_rollouts(*given)
         means = {f"eval_reward/{name}": mean_value(value) for name, value in values.items()}
+        turns = turn_figures([rollout.turns for rollout in rollouts if rollout.turns])
+        means |= {f"eval_{name}": value for name, value in turns.items()}
         return {"eval_reward": mean_value(total_reward(self.inputs.rewards, values))} | means
 
 

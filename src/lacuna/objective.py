@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lacuna import optimizer
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import GrpoConfig
 from lacuna.data import first_fit
 from lacuna.distributed import put_batch, row_shards
+from lacuna.environments import Turns
 from lacuna.model import (
     ModelConfig,
     cast,
@@ -60,6 +61,20 @@ class Sample:
     rewards: dict[str, float | None]
     reward: float
     advantage: float
+    turns: Turns | None = None
+
+    @property
+    def is_sampled(self) -> Bool[np.ndarray, " token"]:
+        """Which of its tokens the model drew, and not an environment wrote."""
+        found = np.ones(len(self.tokens), bool)
+        for start, stop in self.turns.written if self.turns else ():
+            found[start:stop] = False
+        return found
+
+    @property
+    def sampled_count(self) -> int:
+        """How many tokens the model drew."""
+        return int(np.sum(self.is_sampled))
 
     @property
     def is_judged(self) -> bool:
@@ -125,10 +140,10 @@ def token_weights(groups: Sequence[Group], config: GrpoConfig) -> Callable[[Samp
     samples = [sample for group in groups for sample in group]
     match config.loss_normalisation:
         case "token":
-            token_count = sum(len(sample.tokens) for sample in samples if not is_masked(sample, config))
+            token_count = sum(sample.sampled_count for sample in samples if not is_masked(sample, config))
             return lambda _: 1 / token_count
         case "sequence":
-            return lambda sample: 1 / (len(samples) * len(sample.tokens))
+            return lambda sample: 1 / (len(samples) * sample.sampled_count)
         case "constant":
             return lambda _: 1 / (len(samples) * config.max_completion_tokens)
 
@@ -173,7 +188,8 @@ def packed_rows(
     Where prompts are shared, samples of one prompt that lie in one row have it in common: it is there once, all but
     its last token, and each sample continues it.
     """
-    parts = [part for group in group_by_prompt(kept) for part in parts_of_group(group, shape[2], is_shared)]
+    same = groupby(kept, key=lambda sample: (sample.place, sample.prompt_tokens))
+    parts = [part for _, group in same for part in parts_of_group(list(group), shape[2], is_shared)]
     parts.sort(key=lambda part: -slots_of_part(part))
     row_of = first_fit(np.array([slots_of_part(part) for part in parts], np.int64), shape[2])
     arrays: Any = [np.zeros(shape, np.int32 if name in INTEGERS else np.float32) for name in RolloutBatch._fields]
@@ -197,7 +213,7 @@ def place_part(part: Group, row: RolloutBatch, weight_of: Callable[[Sample], flo
         row.token[here], row.target[here] = (last, *sample.tokens[:-1]), sample.tokens
         row.segment[here], row.prompt_offset[here] = document + number + goes_on, (number + 1) * goes_on
         row.position[here] = len(prompt) + np.arange(count)
-        row.weight[here], row.advantage[here] = weight_of(sample), sample.advantage
+        row.weight[here], row.advantage[here] = weight_of(sample) * sample.is_sampled, sample.advantage
         row.sampled[here], row.uncut[here] = sample.sampled_log_probabilities, sample.log_probabilities
 
 

@@ -599,18 +599,14 @@ class Sampler:
 
     def extend(self, number: int, index: int, tokens: Sequence[int]) -> None:
         """Continue a completion that is held with these tokens, which count as its own, and then with what it draws."""
-        running = self.running[self._held_slot(number, index)]
-        assert running and tokens
+        (running,) = [each for each in self.running if each and (each.number, each.index) == (number, index)]
         running.given, running.is_waiting = tuple(tokens), False
         running.stream = TextStream(self.tokenizer, tokens)
 
     def release(self, number: int, index: int) -> None:
-        """Free the slot of a completion that is held."""
-        self.running[self._held_slot(number, index)] = None
-
-    def _held_slot(self, number: int, index: int) -> int:
-        here = [(each.number, each.index) if each and each.is_waiting else None for each in self.running]
-        return here.index((number, index))
+        """Free the slot of a completion that is held, if it has one."""
+        key = number, index
+        self.running = [None if each and (each.number, each.index) == key else each for each in self.running]
 
     def cancel(self, number: int) -> None:
         """Drop a request: at the next `advance` its slots become free, and no more parts of it are returned."""

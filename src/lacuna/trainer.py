@@ -75,6 +75,7 @@ FIXED_ON_RESUME = (
     "packing", "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data",
     "lora_rank", "lora_alpha", "lora_targets", "lora_scaling", "system_prompt", "prompt_template", "prompts_per_step",
     "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
+    "environment", "max_turns",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
 COMMAND_OF: dict[type[TrainingConfig], str] = {PretrainConfig: "pretrain", SftConfig: "sft", GrpoConfig: "grpo"}

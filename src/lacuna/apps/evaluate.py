@@ -26,15 +26,16 @@ from lacuna.distributed import (
     make_mesh,
     writing_to,
 )
+from lacuna.environments import Environment
 from lacuna.eval import Figures, Predictions, ReportProgress, RunHarness, Tasks, held_out_loss, prepare_tasks, run_tasks
 from lacuna.model import check_sequence_length, parameter_counts
 from lacuna.tokenizer import ends_in_words
 
 FREE_ON_RESUME = {"run_name", "output_dir", "overwrite", "batch_size", "slots", "data_parallel", "fsdp", "tensor",
-                  "compilation_cache"}  # fmt: skip
+                  "compilation_cache", "environment_workers", "environment_seconds"}  # fmt: skip
 
 
-def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
+def run_eval(config: EvalConfig, run_harness: RunHarness | None = None, environment: Environment | None = None) -> None:
     """The command eval: figures of each task into summary.json, each answer into predictions.jsonl.
 
     Raises:
@@ -53,11 +54,12 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None) -> None:
         if "loss" in config.tasks:
             check_sequence_length(opened.model, config.sequence_length)
             dataset = load_dataset(config.data, opened.tokenizer, config, is_stream=False, is_shuffled=False)
-        tasks = prepare_tasks(config, run_harness, opened)
+        tasks = prepare_tasks(config, run_harness, opened, environment)
         enable_compilation_cache(config)
         print_inputs(tasks, dataset)
         if is_first():
-            begin_evaluation(config, opened, tasks.problems.digests)
+            files = [environment.file] if environment and environment.file else []
+            begin_evaluation(config, opened, [*tasks.problems.digests, *map(metrics.file_hash, files)])
         from_first("evaluation begun", "")
         with (
             closing(metrics.LineFile(directory / "predictions.jsonl")) as kept,

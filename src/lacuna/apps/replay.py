@@ -11,7 +11,7 @@ import jax
 from pydantic import TypeAdapter, ValidationError
 
 from lacuna import checkpoint
-from lacuna.apps.rewards import load_rewards
+from lacuna.apps.environments import load_judges
 from lacuna.config import GrpoConfig, RunKeys, UserError
 from lacuna.distributed import enable_compilation_cache
 from lacuna.grpo import read_inputs_of_grpo, rollout_facts, step_count, total_reward
@@ -37,7 +37,7 @@ def replay(config: GrpoConfig, last: GrpoConfig) -> None:
     config = checkpoint.settled(config)
     steps = samples_by_step(directory / "rollouts.jsonl", config.step)
     logged = {record["step"]: record for record in read_json_lines(directory / "metrics.jsonl")}
-    inputs = read_inputs_of_grpo(config, load_rewards(config.reward))
+    inputs = read_inputs_of_grpo(config, *load_judges(config))
     opened, made = inputs.opened, {step: config_of_step(directory, step, last) for step in range(1, config.step + 1)}
     enable_compilation_cache(config)
     with jax.set_mesh(opened.mesh):
@@ -99,7 +99,7 @@ def samples_by_step(path: Path, last_step: int) -> dict[int, list[Sample]]:
 
 def scored_again(groups: Sequence[Group], config: GrpoConfig) -> list[list[Sample]]:
     """The groups with the sums of rewards and the advantages that this config gives them."""
-    rewards = load_rewards(config.reward)
+    rewards, _ = load_judges(config)
     if missing := [reward.name for reward in rewards if reward.name not in groups[0][0].rewards]:
         raise UserError(f"reward {missing[0]} is not in rollouts.jsonl, which has {', '.join(groups[0][0].rewards)}")
     samples = [sample for group in groups for sample in group]

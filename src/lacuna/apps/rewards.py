@@ -9,31 +9,25 @@ import importlib
 import importlib.util
 import inspect
 import math
-import queue
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from lacuna.answers import FORMAL_MARK, SEARCHED, inside_braces, is_right, marked_answer, meaning
 from lacuna.config import RewardKeys, UserError
+from lacuna.environments import LOOK_SECONDS, Calls
 from lacuna.grpo import Answered, Reward, Value
 
 OVERLONG_SHARE = 0.2  # of the most tokens, in which the penalty grows: 4,096 of 20,480 (DAPO, Yu et al. 2025)
-LOOK_SECONDS = 0.2  # between two looks for calls that hang
-BY_NAME = (
-    "tokens",
-    "truncated",
-    "max_completion_tokens",
-    "step",
-    "messages",
-)  # what a function gets that has such a parameter
+# what a function gets that has such a parameter
+BY_NAME = ("tokens", "truncated", "max_completion_tokens", "step", "messages", "environment")
 STARRED, DOUBLE_STARRED = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-OF_ALL = ("prompts", "completions", "rows", *BY_NAME)  # and one that takes all completions at once
+OF_ALL = ("prompts", "completions", "rows", *BY_NAME[:-1], "environments")  # and one that takes all at once
+ALL = {"completions", "environments"}  # one of which it has
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Judge:
 
     A function takes the prompt as the model was asked, the completion, and a copy of the data row, in which "answer" is
     the reference answer. It returns a finite number, or None where it does not apply. One with a parameter
-    `completions` takes lists of all of them, by name, and returns a list.
+    `completions` or `environments` takes lists of all of them, by name, and returns a list.
     """
 
     name: str
@@ -52,7 +46,7 @@ class Judge:
     @property
     def takes_all(self) -> bool:
         """Whether one call is for all completions."""
-        return "completions" in self.asked
+        return not ALL.isdisjoint(self.asked)
 
     def __call__(
         self,
@@ -62,83 +56,31 @@ class Judge:
         failures: list[str],
         report: Callable[[], None],
     ) -> list[Value]:
-        """The value of each completion; `failures` gets a line for each call that is given up."""
-        return Calls(self, answered, step, keys, failures).made(report)
-
-
-# Calls
-
-
-class Calls:
-    """The calls of one reward for the completions of a step; `failures` gets a line for each that is given up."""
-
-    def __init__(
-        self, reward: Judge, answered: Sequence[Answered], step: int, keys: RewardKeys, failures: list[str]
-    ) -> None:
-        self.reward, self.answered, self.step, self.keys, self.failures = reward, answered, step, keys, failures
-        places = [list(range(len(answered)))] if reward.takes_all else [[place] for place in range(len(answered))]
-        self.open, self.began = dict(enumerate(places)), dict[int, float]()
-        self.waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.outcomes: queue.SimpleQueue[tuple[int, list[Value], str]] = queue.SimpleQueue()
-        for call in self.open:
-            self.waiting.put(call)
-
-    def made(self, report: Callable[[], None]) -> list[Value]:
-        """The value of each completion, once all calls have ended or are given up, or one is if that is to stop."""
-        values: list[Value] = [None] * len(self.answered)
-        for _ in range(min(self.keys.reward_workers, len(self.open))):
-            threading.Thread(target=self.work, daemon=True).start()
-        while self.open:
-            try:
-                call, found, problem = self.outcomes.get(timeout=LOOK_SECONDS)
-            except queue.Empty:
-                self.give_up_hung()
-                continue
-            finally:
-                report()
-            places = self.open.pop(call, [])  # none if it was given up before
-            for place, value in zip(places, found, strict=False):
-                values[place] = value
-            if places and problem:
-                problem_asked, text, *_ = self.answered[places[0]]
-                where = f"reward {self.reward.name} on {problem_asked.origin}"
-                self.failures.append(f"{where}: {problem}; the completion begins {text[:80]!r}")
-                if self.keys.on_reward_error == "stop":
-                    break
-        while not self.waiting.empty():  # those that were not begun when one failed
-            self.waiting.get()
+        """The value of each completion, once all calls have ended or are given up, or one is if that is to stop;
+        `failures` gets a line for each that is given up."""
+        values: list[Value] = [None] * len(answered)
+        places = [[place] for place in range(len(answered))]
+        if self.takes_all:
+            places = [list(range(len(answered)))] if answered else []
+        calls = Calls(keys.reward_workers, keys.reward_seconds, "reward_seconds")
+        for number, at in enumerate(places):
+            calls.put(number, partial(self.values, [answered[place] for place in at], step), keys.reward_retries)
+        while calls.open:
+            for number, found, problem in calls.take(LOOK_SECONDS):
+                for place, value in zip(places[number], found or (), strict=False):
+                    values[place] = value
+                if problem:
+                    problem_asked, text, *_ = answered[places[number][0]]
+                    where = f"reward {self.name} on {problem_asked.origin}"
+                    failures.append(f"{where}: {problem}; the completion begins {text[:80]!r}")
+                    if keys.on_reward_error == "stop":
+                        calls.clear()
+                        return values
+            report()
         return values
 
-    def give_up_hung(self) -> None:
-        """Give up the calls that are over their limit, each with its thread, in place of which another starts."""
-        now, limit = time.monotonic(), self.keys.reward_seconds
-        for call in self.open:
-            if now - self.began.get(call, now) > limit:
-                del self.began[call]
-                self.outcomes.put((call, [], f"it took more than {limit:g} s (reward_seconds)"))
-                threading.Thread(target=self.work, daemon=True).start()
-
-    def work(self) -> None:
-        """Make calls, one after the other, until none waits."""
-        while True:
-            try:
-                call = self.waiting.get_nowait()
-            except queue.Empty:
-                return
-            found, problem = list[Value](), ""
-            for _ in range(self.keys.reward_retries + 1):
-                self.began[call] = time.monotonic()
-                try:
-                    found, problem = self.value(self.open[call]), ""
-                except (Exception, SystemExit) as error:
-                    problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                if not problem:
-                    break
-            self.outcomes.put((call, found, problem))
-
-    def value(self, places: Sequence[int]) -> list[Value]:
+    def values(self, chosen: Sequence[Answered], step: int) -> list[Value]:
         """What the function gives these completions. Raises whatever it raises, or UserError if that is no value."""
-        chosen = [self.answered[place] for place in places]
         given: dict[str, list[Any]] = {
             "prompts": [each.problem.prompt for each in chosen],
             "completions": [each.text for each in chosen],
@@ -146,24 +88,31 @@ class Calls:
             "tokens": [each.tokens for each in chosen],
             "truncated": [each.is_truncated for each in chosen],
             "max_completion_tokens": [each.max_completion_tokens for each in chosen],
-            "messages": [copy.deepcopy(each.problem.messages) for each in chosen],
+            "messages": [copy.deepcopy(each.messages or each.problem.messages) for each in chosen],
+            "environment": [each.environment for each in chosen],
+            "environments": [each.environment for each in chosen],
         }
-        named: dict[str, Any] = {name: given[name] for name in self.reward.asked if name != "step"}
-        positional = [] if self.reward.takes_all else [given[name][0] for name in OF_ALL[:3]]
-        if not self.reward.takes_all:
+        named: dict[str, Any] = {name: given[name] for name in self.asked if name != "step"}
+        positional = [] if self.takes_all else [given[name][0] for name in OF_ALL[:3]]
+        if not self.takes_all:
             named = {name: values[0] for name, values in named.items()}
-        if "step" in self.reward.asked:
-            named["step"] = self.step
-        found = self.reward.function(*positional, **named)
-        if inspect.isawaitable(found):
-            found = asyncio.run_coroutine_threadsafe(awaited(found), event_loop()).result()
-        values = list(found) if self.reward.takes_all else [found]
-        if len(values) != len(places):
-            raise UserError(f"it gave {len(values)} values for {len(places)} completions")
+        if "step" in self.asked:
+            named["step"] = step
+        found = awaited_value(self.function(*positional, **named))
+        values = list(found) if self.takes_all else [found]
+        if len(values) != len(chosen):
+            raise UserError(f"it gave {len(values)} values for {len(chosen)} completions")
         numbers = [None if value is None else float(value) for value in values]
         if wrong := [number for number in numbers if number is not None and not math.isfinite(number)]:
             raise UserError(f"it gave {wrong[0]}")
         return numbers
+
+
+def awaited_value(found: Any) -> Any:
+    """What a function gave, waited for if it is async."""
+    return (
+        asyncio.run_coroutine_threadsafe(awaited(found), event_loop()).result() if inspect.isawaitable(found) else found
+    )
 
 
 async def awaited(value: Any) -> Any:
@@ -246,7 +195,7 @@ def load_rewards(specs: Sequence[str]) -> list[Reward]:
             name, number = spec, 1.0
         if not math.isfinite(number):
             raise UserError(f"reward {spec!r}: its weight is {weight}; write a finite number")
-        function, file = (BUILT_IN[name], None) if name in BUILT_IN else users_function(name, spec)
+        function, file = (BUILT_IN[name], None) if name in BUILT_IN else reward_function(name, spec)
         short = name.rpartition(":")[2]
         judge = Judge(short, function, asked_by_name(function, spec))
         rewards.append(Reward(short, number, judge, function is correct, file))
@@ -263,7 +212,7 @@ def asked_by_name(function: Callable[..., Any], spec: str) -> tuple[str, ...]:
     except (TypeError, ValueError):  # of some functions written in C
         return ()
     kinds = {name: each.kind for name, each in parameters.items()}
-    known, first = (OF_ALL, 0) if "completions" in kinds else (BY_NAME, 3)
+    known, first = (BY_NAME, 3) if ALL.isdisjoint(kinds) else (OF_ALL, 0)
     asked = [name for name in list(kinds)[first:] if kinds[name] not in (STARRED, DOUBLE_STARRED)]
     if unknown := [name for name in asked if name not in known and parameters[name].default is inspect.Parameter.empty]:
         raise UserError(
@@ -273,12 +222,19 @@ def asked_by_name(function: Callable[..., Any], spec: str) -> tuple[str, ...]:
     return tuple(name for name in known if name in asked or DOUBLE_STARRED in kinds.values())
 
 
-def users_function(name: str, spec: str) -> tuple[Callable[..., Any], Path | None]:
-    """A function of a Python file or an importable module, and its file. What lies beside the file, or in the working
-    directory, can be imported."""
-    place, _, function_name = name.rpartition(":")
-    if not place:
+def reward_function(name: str, spec: str) -> tuple[Callable[..., Any], Path | None]:
+    """A function of the user's own, and its file."""
+    if ":" not in name:
         raise UserError(f"reward {spec!r}: no such reward; ours are {', '.join(BUILT_IN)}, yours FILE.py:FUNCTION")
+    return users_object(name, f"reward {spec!r}")
+
+
+def users_object(name: str, what: str) -> tuple[Callable[..., Any], Path | None]:
+    """A function or class of a Python file or an importable module, and its file. What lies beside the file, or in the
+    working directory, can be imported."""
+    place, _, object_name = name.rpartition(":")
+    if not place:
+        raise UserError(f"{what} should be FILE.py:NAME or module:NAME")
     file = Path(place)
     folder = str(file.parent.resolve() if place.endswith(".py") else Path.cwd())
     if folder not in sys.path:
@@ -286,21 +242,21 @@ def users_function(name: str, spec: str) -> tuple[Callable[..., Any], Path | Non
     try:
         if place.endswith(".py"):
             if not file.is_file():
-                raise UserError(f"reward {spec!r}: {place}: no such file; paths start from {Path.cwd()}")
+                raise UserError(f"{what}: {place}: no such file; paths start from {Path.cwd()}")
             known = importlib.util.find_spec(file.stem) if file.stem.isidentifier() else None
             is_free = known is not None and known.origin is not None and Path(known.origin) == file.resolve()
-            found = importlib.util.spec_from_file_location(file.stem if is_free else f"reward {place}", place)
-            assert found and found.loader
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module  # where dataclasses of the user look for themselves
-            found.loader.exec_module(module)
+            located = importlib.util.spec_from_file_location(file.stem if is_free else f"reward {place}", place)
+            assert located and located.loader
+            module = importlib.util.module_from_spec(located)
+            sys.modules[located.name] = module  # where dataclasses of the user look for themselves
+            located.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"reward {spec!r}: {place} fails on import: {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"reward {spec!r}: {place} has no function {function_name}")
-    return function, Path(module.__file__) if module.__file__ else None
+        raise UserError(f"{what}: {place} fails on import: {type(error).__name__}: {error}") from error
+    found = getattr(module, object_name, None)
+    if not callable(found):
+        raise UserError(f"{what}: {place} has no function {object_name}")
+    return found, Path(module.__file__) if module.__file__ else None

@@ -25,8 +25,8 @@ from safetensors.numpy import load_file
 from lacuna import checkpoint, cli, objective, optimizer, weights
 from lacuna.apps.configs import ConvertConfig
 from lacuna.apps.convert import run_convert, stored_params
+from lacuna.apps.environments import load_judges
 from lacuna.apps.replay import samples_by_step
-from lacuna.apps.rewards import load_rewards
 from lacuna.config import (
     DataSource,
     GrpoConfig,
@@ -225,7 +225,7 @@ class Subject:
     def inputs(self) -> Any:
         """Model and data as a run reads them."""
         if isinstance(self.config, GrpoConfig):
-            return read_inputs_of_grpo(self.config, load_rewards(self.config.reward))
+            return read_inputs_of_grpo(self.config, *load_judges(self.config))
         return read_inputs(self.config, not self.config.from_scratch, {})
 
     @property
