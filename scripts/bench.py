@@ -8,6 +8,7 @@
     uv run python scripts/bench.py generate MODEL bfloat16 1 32 256
     uv run python scripts/bench.py grpo @ configs/grpo_tiny.toml --steps 10 --reward scripts/bench.py:distinct:1
     uv run python scripts/bench.py serve --model-name MODEL --compute-dtype float32
+    uv run python scripts/bench.py recommend PYTHON --model-name runs/recommend_tiny --prepared prepared/tiny --limit 64
 
 `train` takes any config and option of pretrain or sft and runs the real command in a scratch directory with everything
 on: reading, packing, logging, saving. Step times are medians over the steps after the third; the matrix rate is
@@ -29,6 +30,11 @@ faster of two rates (copy, matrix times vector) measured before and after.
 `serve` takes any config and option of the command, starts it, asks 64 questions one at a time, and then has 64 clients
 ask them concurrently for a minute, each sending the next as soon as it has its answer; every answer is compared with
 the first.
+
+`recommend` takes any option of recommend eval and times its beam search, and in turn with it, five times, a plain loop
+with transformers' beam search under `prefix_allowed_tokens_fn`, which PYTHON, of an environment with transformers,
+runs (scripts/peer_recommend.py): the same float32 weights, rows, catalogue, beams and rows at once. Times are after a
+first call, and include what the host does; reading, encoding and writing are not timed on either side.
 """
 
 import http.client
@@ -50,18 +56,19 @@ from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 from lacuna import cli, optimizer
-from lacuna.apps.configs import ServeConfig
+from lacuna.apps.configs import RecommendConfig, ServeConfig
 from lacuna.cli import parse, prepare_process
 from lacuna.config import GrpoConfig, ModelKeys, PretrainConfig, RowsConfig, SftConfig
 
 WARM_STEPS = 3
+ROUNDS = 5
 SAVE_EVERY = 5
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 CLIENTS, LOAD_SECONDS = 64, 60.0
 
 
 def main() -> None:
-    """The subcommands peak, train, step, save, generate, grpo and serve."""
+    """The subcommands peak, train, step, save, generate, grpo, serve and recommend."""
     started = time.time() - process_age()
     match sys.argv[1:]:
         case ["peak"]:
@@ -84,6 +91,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=".") as scratch:
                 fixed = ["--output-dir", scratch, "--run-name", "bench"]
                 print(json.dumps({"label": "grpo"} | reinforce(parse(GrpoConfig, [*arguments, *fixed], "bench grpo"))))
+        case ["recommend", python, *arguments]:
+            prepare_process()
+            config = parse(RecommendConfig, [*arguments, "--compute-dtype", "float32"], "bench recommend")
+            print(json.dumps({"label": "recommend"} | recommend(config, python)))
         case ["serve", *arguments]:
             print(json.dumps({"label": "serve"} | serve(arguments)))
         case _:
@@ -334,6 +345,59 @@ def generate(model_name: str, dtype: Literal["float32", "bfloat16"], sizes: list
         "bytes_per_second": rates,
         **found,
         "device_kind": jax.devices()[0].device_kind,
+        "versions": metrics.versions(),
+    }
+
+
+def recommend(config: RecommendConfig, python: str) -> dict[str, Any]:
+    """Figures of the beam search of recommend eval beside transformers', round by round."""
+    from lacuna import checkpoint, metrics
+    from lacuna.apps import ranking
+    from lacuna.distributed import make_mesh
+    from lacuna.sampler import Sampler
+    from lacuna.tokenizer import encode
+
+    questions, opened = ranking.read_questions(config), checkpoint.open_model(config, make_mesh(1, 0, 1))
+    catalogue = ranking.read_catalogue(questions.sids, opened.tokenizer, config.model_name)
+    prompts = [encode(opened.tokenizer, prompt, add_special_tokens=True).tolist() for prompt in questions.prompts]
+    room = opened.model.capacity(config.capacity)
+    sampler = Sampler(checkpoint.opened_params(opened), opened, 1, room, "float32", catalogue.forest)
+    asked = {"model": str(opened.source), "prompts": prompts, "paths": list(catalogue.sids), "beams": config.beams}
+    asked |= {"batch_size": config.batch_size}
+
+    def ours() -> tuple[float, list[list[list[int]]]]:
+        began = time.perf_counter()
+        found = dict(ranking.recommendations(sampler, catalogue, prompts, config))
+        seconds = time.perf_counter() - began
+        return seconds, [[list(beam.tokens) for beam in found[row].beams] for row in range(len(prompts))]
+
+    peer = [python, str(Path(__file__).with_name("peer_recommend.py"))]
+    with subprocess.Popen(peer, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        to_peer, from_peer = process.stdin, process.stdout
+        assert to_peer and from_peer
+
+        def theirs(line: str = "{}") -> Any:
+            print(line, file=to_peer, flush=True)
+            return json.loads(from_peer.readline() or sys.exit("transformers' loop ended"))
+
+        theirs(json.dumps(asked)), theirs(), ours()
+        rounds = [(ours(), theirs()) for _ in range(ROUNDS)]
+        to_peer.close()
+    ratios = [other[0] / own[0] for own, other in rounds]
+    (_, own), (_, other) = rounds[-1]
+    pairs = list(zip(own, other, strict=True))
+    return {
+        "model": config.model_name,
+        "users": len(prompts),
+        "prompt_tokens": statistics.median(map(len, prompts)),
+        "items": len(catalogue.sids),
+        "beams": config.beams,
+        "users_per_second": len(prompts) / statistics.median(seconds for (seconds, _), _ in rounds),
+        "transformers_users_per_second": len(prompts) / statistics.median(seconds for _, (seconds, _) in rounds),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "same_ten_share": statistics.mean(a[:10] == b[:10] for a, b in pairs),
+        "load": os.getloadavg()[0],
         "versions": metrics.versions(),
     }
 
