@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from lacuna import cli
+from lacuna.apps import recommend
 from lacuna.apps.configs import PrepareConfig
 from lacuna.apps.semantic_ids import k_means, semantic_ids, title_vectors
 from lacuna.config import UserError
@@ -86,8 +89,10 @@ def test_the_published_layout_becomes_words_and_a_catalogue(prepared: Path) -> N
         "title_to_title": 2,
         "title_history_to_sid": 2,
         "sid_next_item_as_tested": 2,
+        "sid_sequence": 1,
+        "sid_alike": 30,
     }
-    assert rows["valid"].keys() == rows["train"].keys() - {"sid_item_alignment"}
+    assert rows["valid"].keys() == rows["train"].keys() - {"sid_item_alignment", "sid_alike"}
     assert rows["test"].keys() == rows["valid"].keys() - {"sid_next_item_as_tested"}
     assert lines_of(prepared / "train" / "sequences.jsonl")[1] == {"history": [SIDS["0"], SIDS["1"]], "item": SIDS["2"]}
 
@@ -137,6 +142,44 @@ def test_each_task_asks_in_the_published_words(prepared: Path) -> None:
         "expect?\n\n### Response:\n",
         "completion": f"{second}\n",
     }
+
+
+def test_bare_rows_ask_of_each_step_once(prepared: Path, tmp_path: Path) -> None:
+    """In training each step of the steps' file is one position of one row; in a test each is a row."""
+    assert lines_of(prepared / "test" / "sid_sequence.jsonl") == [
+        {"prompt": f"{SIDS['1']}\n{SIDS['0']}\n", "completion": f"{SIDS['1']}\n"}
+    ]
+    draw = np.random.default_rng(0)
+    events = [(f"u{user}", str(draw.choice(list("pqrs"))), time) for user in range(40) for time in range(user % 7)]
+    prepare_files(*write_shop(tmp_path / "one", events))
+    train = tmp_path / "one" / "out" / "train"
+    steps = Counter((*row["history"], row["item"]) for row in lines_of(train / "sequences.jsonl"))
+    rows = [(row["prompt"] + row["completion"]).splitlines() for row in lines_of(train / "sid_sequence.jsonl")]
+    assert Counter(tuple(row[:end]) for row in rows for end in range(2, len(row) + 1)) == steps
+    assert all(row["prompt"].count("\n") == 1 for row in lines_of(train / "sid_sequence.jsonl"))
+
+
+def test_walks_go_from_each_item_to_items_alike(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    vectors, names = draw.normal(size=(40, 6)), [f"i{item}" for item in range(40)]
+    np.save(tmp_path / "vectors.npy", vectors)
+    (tmp_path / "items.csv").write_text("item\n" + "".join(f"{name}\n" for name in names))
+    (tmp_path / "shop.csv").write_text("user,item,time\n" + "".join(f"u,i{item % 3},{item}\n" for item in range(60)))
+    files = {"data": "shop.csv", "items": "items.csv", "vectors": "vectors.npy", "out": "out"}
+    cli.run(PrepareConfig(codebook=4, **{key: str(tmp_path / name) for key, name in files.items()}))
+    sids = [line.split("\t")[0] for line in (tmp_path / "out" / "catalogue.txt").read_text().splitlines()]
+    place, words = {sid: at for at, sid in enumerate(sids)}, [re.findall("<.*?>", sid)[:2] for sid in sids]
+    rows = lines_of(tmp_path / "out" / "train" / "sid_alike.jsonl")
+    walks = [[place[sid] for sid in (row["prompt"] + row["completion"]).splitlines()] for row in rows]
+    assert Counter(walk[0] for walk in walks) == dict.fromkeys(range(40), recommend.WALKS)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    angle = np.arccos(np.clip(unit @ unit.T, -1, 1)) + 9 * np.eye(40)
+    is_near = angle.argsort(1).argsort(1) < recommend.NEAREST
+    steps = Counter(step for walk in walks for step in zip(walk, walk[1:], strict=False))
+    assert all(is_near[a, b] or words[a] == words[b] for a, b in steps)
+    by_angle = sum(count for (a, b), count in steps.items() if words[a] != words[b])
+    assert sum(steps.values()) / 4 < by_angle < sum(steps.values())
+    assert {b for _, b in steps} > {0, 1, 2} and max(Counter(b for walk in walks for b in walk[1:])) < 40
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,8 @@ class RecommendConfig(RunKeys, DeviceKeys, ModelKeys):
 
     prepared: str = Field(min_length=1, description="Directory that recommend prepare wrote")
     split: Literal["valid", "test"] = Field("test", description="Rows to measure on")
-    task: Literal["sid_next_item", "title_history_to_sid"] = Field(
-        "sid_next_item", description="What is asked: the next item after semantic ids, or after titles"
+    task: Literal["sid_next_item", "sid_sequence", "title_history_to_sid"] = Field(
+        "sid_next_item", description="What is asked: the next item after semantic ids, the same bare, or after titles"
     )
     beams: int = Field(50, ge=1, description="Items to recommend, and hypotheses of the search for them")
     exact: bool = Field(False, description="Score every item of the catalogue instead of searching")

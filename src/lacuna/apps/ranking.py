@@ -22,7 +22,7 @@ from lacuna import checkpoint, metrics
 from lacuna.apps.configs import RecommendConfig
 from lacuna.apps.constraints import Beams, beam_search, forest_of
 from lacuna.apps.evaluate import begin_evaluation, progress_bar
-from lacuna.apps.recommend import SPLITS, user_input
+from lacuna.apps.recommend import SHARED_WORDS, SPLITS, user_input
 from lacuna.checkpoint import OpenedModel
 from lacuna.config import UserError
 from lacuna.distributed import (
@@ -42,7 +42,6 @@ from lacuna.sampler import Forest, Sampler
 from lacuna.tokenizer import Tokenizer, encode, encode_continuation, end_of_text_id
 
 CUTOFFS = 1, 3, 5, 10, 20, 50
-SHARED_WORDS = 2  # of a semantic id, that make items alike for the counting rule
 WRITTEN = "eval_predictions.json", "eval_predictions.metrics.json", "run_summary.json"
 RankFigures = dict[str, Any]
 PastSteps = Sequence[tuple[Sequence[str], str]]  # of each the history and the item after it

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lacuna.apps.configs import PrepareConfig
-from lacuna.apps.semantic_ids import semantic_ids, title_vectors
+from lacuna.apps.semantic_ids import Vectors, nearest_vectors, semantic_ids, title_vectors
 from lacuna.checkpoint import replace_directory
 from lacuna.config import LINES, UserError, did_you_mean, printable
 from lacuna.distributed import held_directory, writing_to
@@ -36,7 +36,9 @@ CATEGORY_WORDS = {
     "Books": "books",
 }
 LONGEST_HISTORY = 10  # of the published rows
+SHARED_WORDS = 2  # of a semantic id, that make items alike
 WORDS_OF_ITEM = 3
+WALKS, NEAREST, MOST_WALKED = 10, 10, 30_000
 
 
 class Item(NamedTuple):
@@ -60,11 +62,13 @@ class Step(NamedTuple):
 
 
 class Interactions(NamedTuple):
-    """The items by id, in order, and each split's steps; `bad` says why rows were left out."""
+    """The items by id, in order, and each split's steps; `bad` says why rows were left out, and `vectors` has a row for
+    each item, none where there are no titles to make them of."""
 
     items: dict[str, Item]
     steps: dict[str, list[Step]]
     bad: list[str]
+    vectors: Vectors
 
 
 Pair = tuple[str, str]  # prompt and completion
@@ -101,7 +105,8 @@ def published_interactions(config: PrepareConfig) -> Interactions:
     for split, folder in zip(SPLITS, (config.train, "valid", "test"), strict=True):
         rows = csv_rows(only_file(root / folder, name, ".csv"))
         steps[split] = list(usable(rows, partial(published_step, items), config.on_bad_data == "skip", bad))
-    return Interactions(items, steps, bad)
+    titles = [item.title for item in items.values()]
+    return Interactions(items, steps, bad, title_vectors(titles) if all(titles) else np.zeros((0, 1), np.float32))
 
 
 def existing(path: Path, root: Path, category: str) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def plain_interactions(config: PrepareConfig) -> Interactions:
     steps = steps_by_time(events, config) if config.split == "time" else steps_by_user(events, config)
     if not steps["train"]:
         raise UserError(f"{path}: no user has two items or more to learn from; add interactions")
-    return Interactions(items, steps, bad)
+    return Interactions(items, steps, bad, vectors)
 
 
 class Event(NamedTuple):
@@ -317,8 +322,8 @@ def framed(instruction: str, user: str, end: str = "\n\n") -> str:
 
 
 def user_input(prompt: str) -> str:
-    """What a framed prompt says between its headings."""
-    return prompt.partition(USER)[2].removesuffix(RESPONSE)
+    """What a framed prompt says between its headings, or all of another."""
+    return (prompt.partition(USER)[2] or prompt).removesuffix(RESPONSE)
 
 
 def joined_sids(items: dict[str, Item], step: Step) -> str:
@@ -389,6 +394,49 @@ def titles_to_sid(found: Interactions, split: str, words: str, seed: int) -> Ite
         yield framed(HISTORY_TO_SID, asked), f"{found.items[step.target].sid}\n"
 
 
+def sequence(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
+    """Semantic ids alone, one a line, for models from scratch: of each user's items, learned as one text, every one is
+    an answer once. A row that another one of the training file continues is left out."""
+    continued = Counter(step.history for step in found.steps[split])
+    for step in found.steps[split]:
+        items = *step.history, step.target
+        if split == SPLITS[0] and continued[items]:
+            continued[items] -= 1
+            continue
+        sids = [f"{found.items[name].sid}\n" for name in items]
+        asked = 1 if split == SPLITS[0] else len(step.history)
+        yield "".join(sids[:asked]), "".join(sids[asked:])
+
+
+def alike(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
+    """The same of what nobody chose: walks from each item to items alike, which a model from scratch can't know. A step
+    goes to one of the nearest vectors, or to one that shares the first words of its semantic id, and rather to what was
+    chosen often. Walks end as often as histories do, so that an end says nothing of what was chosen."""
+    names, draw = list(found.items), random.Random(seed)
+    if split != SPLITS[0] or not 1 < len(found.vectors) <= MOST_WALKED:
+        return
+    chosen = Counter(
+        name for step in found.steps[split] for name in (*step.history[: 1 // len(step.history)], step.target)
+    )
+    weights, sharing = np.array([chosen[name] + 0.5 for name in names]), defaultdict[Any, list[int]](list)
+    for place, item in enumerate(found.items.values()):
+        sharing[item.words[:SHARED_WORDS]].append(place)
+    near, cosines = nearest_vectors(found.vectors, NEAREST)
+    likely = np.cumsum(np.maximum(cosines, 1e-3) ** 3 * np.sqrt(weights[near]), 1).tolist()
+    peers = {key: np.cumsum(weights[places]).tolist() for key, places in sharing.items()}
+    ends = 1 / np.mean([len(row[1].splitlines()) for row in sequence(found, split, words, seed)])
+    for start in [*range(len(names))] * WALKS:
+        walk = [start]
+        while len(walk) == 1 or draw.random() > ends:
+            key = found.items[names[walk[-1]]].words[:SHARED_WORDS]
+            ways = near[walk[-1]].tolist(), likely[walk[-1]]
+            if len(sharing[key]) > 1 and draw.random() < 0.5:
+                ways = sharing[key], peers[key]
+            walk += draw.choices(ways[0], cum_weights=ways[1])
+        sids = [f"{found.items[names[place]].sid}\n" for place in walk]
+        yield sids[0], "".join(sids[1:])
+
+
 Task = Callable[[Interactions, str, str, int], Iterator[Pair]]
 TASKS: dict[str, Task] = {
     "sid_next_item": next_item,
@@ -397,8 +445,10 @@ TASKS: dict[str, Task] = {
     "title_to_title": title_to_title,
     "title_history_to_sid": titles_to_sid,
     "sid_next_item_as_tested": next_item_as_tested,
+    "sid_sequence": sequence,
+    "sid_alike": alike,
 }
-WITHOUT_TITLES = "sid_next_item", "sid_next_item_as_tested"
+WITHOUT_TITLES = "sid_next_item", "sid_next_item_as_tested", "sid_sequence", "sid_alike"
 
 # The command
 
@@ -461,7 +511,9 @@ def write_prepared(directory: Path, found: Interactions, config: PrepareConfig) 
                     write_lines(path, ({"prompt": prompt, "completion": answer} for prompt, answer in rows))
                     print(f"{split}/{task}: {len(rows):,} rows, the first {rows[0][0]!r} → {rows[0][1]!r}")
     if not has_titles:
-        print("some items have no title, so there is only the task sid_next_item")
+        print("some items have no title, so there are only tasks without titles")
+    if len(items) > MOST_WALKED:
+        print(f"no sid_alike: {len(items):,} items are more than the {MOST_WALKED:,} that it compares with each other")
     return counts
 
 

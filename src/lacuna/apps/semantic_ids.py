@@ -20,7 +20,7 @@ COLLISION_LEVEL = "d"
 ROUNDS = 20
 LEARNED_FROM = 2**17  # vectors that centres are learned from; all are assigned
 CHUNK_VALUES = 2**24  # distances that are held at once
-HASHED_WORDS, TITLE_CHANNELS = 2048, 64
+HASHED_WORDS, TITLE_CHANNELS = 2048, 256
 
 Vectors = Float[np.ndarray, "item channel"]
 
@@ -80,6 +80,22 @@ def nearest_centres(points: Vectors, centres: Vectors) -> Int[np.ndarray, " item
     rows, offset = max(CHUNK_VALUES // len(centres), 1), np.square(centres).sum(1)
     chunks = (points[begin : begin + rows] for begin in range(0, len(points), rows))
     return np.concatenate([np.argmin(offset - 2 * chunk @ centres.T, 1) for chunk in chunks])
+
+
+def nearest_vectors(
+    vectors: Vectors, count: int
+) -> tuple[Int[np.ndarray, "item near"], Float[np.ndarray, "item near"]]:
+    """The `count` other vectors at the smallest angles to each, or all where there are fewer, and the cosines."""
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+    rows, count, found = max(CHUNK_VALUES // len(unit), 1), min(count, len(unit) - 1), []
+    with progress() as line:
+        for begin in line.track(range(0, len(unit), rows), description="Comparing items"):
+            cosines = unit[begin : begin + rows] @ unit.T
+            cosines[np.arange(len(cosines)), np.arange(begin, begin + len(cosines))] = -np.inf
+            near = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
+            found.append((near, np.take_along_axis(cosines, near, 1)))
+    near, cosines = (np.concatenate(part) for part in zip(*found, strict=True))
+    return near, cosines
 
 
 def title_vectors(titles: Sequence[str]) -> Vectors:
