@@ -1,6 +1,7 @@
 """Rewards, and runs of grpo against themselves: sharded, resumed, replayed."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -21,7 +22,7 @@ from test_objective import random_samples
 
 from lacuna import checkpoint, cli, grpo, objective, optimizer, trainer
 from lacuna.apps.replay import samples_by_step
-from lacuna.apps.rewards import Judge, load_rewards
+from lacuna.apps.rewards import Judge, load_rewards, rank, rule
 from lacuna.checkpoint import OpenedModel, at, open_model
 from lacuna.config import GrpoConfig, RewardKeys, UserError
 from lacuna.distributed import make_mesh
@@ -680,3 +681,13 @@ def test_nothing_is_compiled_after_the_first_steps(
     assert {name for step, name in compiled if step > 0} <= {"jit(prefill)"}  # of prompts longer than those before
     assert [each for each in compiled if each[0] > 3] == []
     assert f"compiled programs are kept in {config.cache_dir}" in (config.run_directory / "run.log").read_text()
+
+
+def test_items_are_judged_by_rule_and_by_their_rank_in_a_group() -> None:
+    rows = [{"answer": "<a_1>\n"}] * 3 + [{"answer": "x"}] * 2
+    prompts, texts = ["p"] * 3 + ["q"] * 2, ["<a_2>\n", ' "<a_1>"\n', "<a_1> <a_1>", "y", "z"]
+    assert [rule(*each) for each in zip(prompts, texts, rows, strict=True)] == [0, 1, 0, 0, 0]
+    total = 1 + 1 / math.log2(3) + 1 / 2
+    assert rank(prompts, texts, rows) == pytest.approx([-1 / total, 0, -1 / 2 / total, 0, 0])
+    with pytest.raises(ValueError, match="no reference answer"):
+        rank(["p"], ["y"], [{}])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, chat_run, make_small
+from conftest import TINY, chat_run, grpo_config, make_small, records
 
 from lacuna import cli
 from lacuna.apps import ranking
@@ -14,6 +14,7 @@ from lacuna.apps.configs import PrepareConfig, RecommendConfig
 from lacuna.apps.constraints import Beams, beam_search
 from lacuna.apps.ranking import ranking_figures
 from lacuna.config import UserError
+from lacuna.metrics import read_json_lines
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,40 @@ def test_devices_share_the_rows_or_the_model(shop: Path, tmp_path: Path) -> None
         cli.run(config)
     one, other = (written(config)[0] for config in ways)
     assert [each["predict"][:5] for each in one] == [each["predict"][:5] for each in other]
+
+
+def test_reinforcement_draws_items_of_the_catalogue_alone(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Drawn from the model's distribution over allowed tokens, and the model's own log-probabilities beside them."""
+    config = grpo_config(
+        model_name=str(shop / "runs" / "run"), output_dir=str(tmp_path), sequence_length=512, steps=2,
+        data=({"path": str(shop / "prepared" / "train" / "sid_next_item_as_tested.jsonl"), "prompt_format": "text"},),
+        constrain=str(shop / "prepared" / "catalogue.txt"), reward=("rule:1.0", "rank:1.0"), learning_rate=1e-3,
+        compilation_cache=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="max_completion_tokens = 3 is less than the 6 of an item"):
+        cli.run(config.model_copy(update={"max_completion_tokens": 3}))
+    cli.run(config)
+    sids = {line.split("\t")[0] for line in (shop / "prepared" / "catalogue.txt").read_text().splitlines()}
+    lines = read_json_lines(config.run_directory / "rollouts.jsonl")
+    assert len(lines) == 32 and {line["text"].removesuffix("\n") for line in lines} <= sids
+    assert not any(line["is_truncated"] for line in lines)
+    own, drawn = (
+        np.concatenate([line[key] for line in lines]) for key in ("log_probabilities", "sampled_log_probabilities")
+    )
+    assert np.all(own <= drawn + 1e-5) and np.any(drawn > own + 1e-3) and np.any(drawn < -0.1)
+    for group in (lines[at : at + 4] for at in range(0, 32, 4)):
+        assert len({tuple(line["prompt_tokens"]) for line in group}) == 1
+        values = [line["rewards"]["rank"] for line in group]
+        right = [line["rewards"]["rule"] for line in group]
+        discount = 1 / np.log2(np.arange(4) + 2)
+        expected = np.where(np.array(right) > 0, 0, -discount / discount.sum()) * any(right)
+        np.testing.assert_allclose(values, expected)
+    capsys.readouterr()
+    cli.start("grpo", ["--replay", str(config.run_directory), "--step", "2"])
+    again, last = json.loads(capsys.readouterr().out), records(config)[-1]
+    assert all(again[key] == last[key] for key in ("loss", "gradient_norm", "reward"))
 
 
 def test_a_model_without_the_words_and_a_directory_without_files_are_refused(shop: Path, tmp_path: Path) -> None:

@@ -418,9 +418,11 @@ def run(config: Keys) -> Any:
     tasks = tasks_of(config)
     if isinstance(config, GrpoConfig):
         from lacuna.apps.environments import load_judges
+        from lacuna.apps.ranking import catalogue_forest
         from lacuna.grpo import run_grpo
 
-        return run_grpo(config, *load_judges(config), tasks, write_report)
+        constrain = catalogue_forest if config.constrain else None
+        return run_grpo(config, *load_judges(config), tasks, write_report, constrain)
     from lacuna.eval import evaluation_of_rows
     from lacuna.trainer import run_training
 

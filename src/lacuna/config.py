@@ -489,6 +489,7 @@ class RolloutKeys(ChoiceKeys):
     temperature: float = Field(1.0, gt=0, description="Divides the logits, in rollout and update alike")
     stop: StopTexts = ()
     slots: int = Field(64, ge=1, description="Completions that are generated at once")
+    constrain: str = Field("", description="File of the only completions to allow, as catalogue.txt; empty: all")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout, each on its share of groups")
     refill: int = Field(
         1, ge=1, description="Times prompts_per_step that a step may ask to replace groups whose rewards are all alike"
@@ -517,7 +518,7 @@ class RewardKeys(Keys):
 
     reward: tuple[str, ...] = Field(
         ("correct:1.0",),
-        description="NAME:WEIGHT of each reward, where NAME is correct, format, overlong or FILE.py:FUNCTION",
+        description="NAME:WEIGHT of each reward; NAME is correct, format, overlong, rule, rank or FILE.py:FUNCTION",
     )
     reward_workers: int = Field(1, ge=1, le=1024, description="Calls of a reward at once, each in a thread")
     reward_seconds: float = Field(60.0, gt=0, description="Longest that one call of a reward may take, in seconds")
@@ -570,6 +571,8 @@ class GrpoConfig(ObjectiveKeys, RewardKeys, TurnKeys, RolloutKeys, ProblemKeys, 
             raise ValueError("replay and step belong together, as in --replay runs/grpo_tiny --step 3")
         if self.environment and self.stop:
             raise ValueError("stop and environment contradict each other: a turn ends where the template ends it")
+        if self.constrain and self.environment:
+            raise ValueError("constrain and environment contradict each other: a turn is no item; leave one out")
         if not self.reward and not self.environment:  # which may give one itself
             raise ValueError('reward is empty; name at least one, as in reward = ["correct:1.0"]')
         return self

@@ -221,7 +221,8 @@ class Rollouts:
         if self.environment:
             return Conversations(self, self.environment, problems, seeds, count, rules, keep).run()
         pairs = list(zip(problems, seeds, strict=True))
-        requests = [Request(problem.token, rules, self.stop_ids, self.stop, seed, count) for problem, seed in pairs]
+        given, root = (rules, self.stop_ids, self.stop), 0 if self.sampler.constraint else -1
+        requests = [Request(problem.token, *given, seed, count, root=root) for problem, seed in pairs]
 
         def rollout_of(completion: Completion) -> Rollout:
             problem = problems[completion.request]

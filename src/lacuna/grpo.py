@@ -41,7 +41,7 @@ from lacuna.objective import (
     update,
 )
 from lacuna.optimizer import TrainState
-from lacuna.sampler import Sampler, before_stop, slots_for
+from lacuna.sampler import Forest, Sampler, before_stop, slots_for
 from lacuna.tokenizer import Message, decode
 from lacuna.trainer import Evaluation, Run, Step
 
@@ -147,10 +147,13 @@ def read_inputs_of_grpo(config: GrpoConfig, rewards: Sequence[Reward], environme
 
 
 def input_digests(config: GrpoConfig, inputs: Inputs) -> dict[str, str]:
-    """Hashes of what a run reads again when it resumes, besides data: its rewards, and the policy it is held to."""
+    """Hashes of what a run reads again when it resumes, besides data: its rewards, the completions that
+    it allows, and the policy it is held to."""
     files = {f"the file of reward {reward.name}": [reward.file] for reward in inputs.rewards if reward.file}
     if inputs.environment and inputs.environment.file:
         files[f"the file of environment {inputs.environment.name}"] = [inputs.environment.file]
+    if config.constrain:
+        files["what constrain names"] = [Path(config.constrain)]
     if config.kl_weight and not config.from_scratch:
         files[f"the weights of {config.model_name}"] = weights.weight_files(inputs.opened.source)
     return {name: checkpoint.files_digest(paths) for name, paths in files.items()}
@@ -193,9 +196,10 @@ def run_grpo(
     environment: Environment | None,
     prepare: Callable[[OpenedModel], Tasks] | None,
     write_report: Callable[[Path], None],
+    constrain: Callable[[GrpoConfig, OpenedModel], Forest] | None = None,
 ) -> TrainState:
-    """The command grpo, from config to exported model; `prepare` makes the tasks to run now and then. The state it
-    ended with.
+    """The command grpo, from config to exported model; `prepare` makes the tasks to run now and then, `constrain` the
+    completions that alone are allowed. The state it ended with.
 
     Raises:
         UserError: whatever about config, model, data, rewards or devices can't be trained with.
@@ -207,6 +211,7 @@ def run_grpo(
         opened, digests = inputs.opened, inputs.problems.digests
         run.inputs = input_digests(config, inputs) if is_first() else {}
         tasks = prepare(opened) if prepare else None
+        constraint = constrain(config, opened) if constrain else None
         count = step_count(config, inputs.problems)
         with run.begun(opened, digests, count, problem_lines(config, inputs, count)) as state:
             reference = None
@@ -214,7 +219,8 @@ def run_grpo(
                 first = optimizer.starting_state(config, opened) if run.resumed else state
                 reference = cast_weights(first.params, opened.model, config.compute_dtype)
             with closing(metrics.LineFile(config.run_directory / "rollouts.jsonl", run.step)) as kept:
-                steps = RolloutSteps(config, inputs, run, reference, tasks, run.whole(state.params), kept)
+                params = run.whole(state.params)
+                steps = RolloutSteps(config, inputs, run, reference, tasks, params, kept, constraint)
                 evaluation = Evaluation([], "", steps.measure) if inputs.held_out or tasks else None
                 if inputs.held_out and run.step == 0:
                     with run.off_the_clock():
@@ -273,6 +279,7 @@ class RolloutSteps:
         tasks: Tasks | None,
         params: PyTree[Array],
         kept: metrics.LineFile,
+        constraint: Forest | None = None,
     ) -> None:
         self.config, self.inputs, self.run, self.kept = config, inputs, run, kept
         self.reference, self.tasks = reference, tasks
@@ -283,7 +290,7 @@ class RolloutSteps:
         self.epoch_size = lambda epoch: order.size(epoch + 1) - order.size(epoch)
         self.recipe = jax.device_put(recipe, optimizer.everywhere(opened.mesh))
         slots = slot_count(config, opened.mesh)
-        self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype)
+        self.sampler = Sampler(params, opened, slots, config.sequence_length, config.compute_dtype, constraint)
         how = config.stop, config.reward_retries, config.on_reward_error == "drop"
         self.rollouts = Rollouts(self.sampler, inputs.environment, config, self.report_progress, *how)
         self.stop_ids = self.rollouts.stop_ids

@@ -24,7 +24,7 @@ from lacuna.apps.constraints import Beams, beam_search, forest_of
 from lacuna.apps.evaluate import begin_evaluation, progress_bar
 from lacuna.apps.recommend import SHARED_WORDS, SPLITS, user_input
 from lacuna.checkpoint import OpenedModel
-from lacuna.config import UserError
+from lacuna.config import GrpoConfig, UserError
 from lacuna.distributed import (
     check_same,
     enable_compilation_cache,
@@ -212,6 +212,25 @@ def read_catalogue(sids: Sequence[str], tokenizer: Tokenizer, source: str) -> Ca
             )
         paths[*ids, *newline, end] = sid
     return Catalogue(paths, forest_of([paths]), max(map(len, paths)))
+
+
+def catalogue_forest(config: GrpoConfig, opened: OpenedModel) -> Forest:
+    """The trie of the first column of the file that `constrain` names.
+
+    Raises:
+        UserError: no such file, a word in it is no token, or no room for its longest line.
+    """
+    path = Path(config.constrain)
+    if not path.is_file():
+        raise UserError(f"constrain = {path}: no such file; recommend prepare writes catalogue.txt")
+    sids = dict.fromkeys(line.split("\t")[0] for line in path.read_text("utf-8").split("\n") if line)
+    catalogue = read_catalogue(list(sids), opened.tokenizer, config.model_name)
+    if catalogue.depth > config.max_completion_tokens:
+        raise UserError(
+            f"max_completion_tokens = {config.max_completion_tokens} is less than the {catalogue.depth} of an item; "
+            "raise it"
+        )
+    return catalogue.forest
 
 
 def recommendations(

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,34 @@ def overlong(
     return -1.0 if truncated else min(0.0, (max_completion_tokens - room - len(tokens)) / room)
 
 
+def rule(prompt: str, completion: str, row: dict[str, Any]) -> float:
+    """1 where a completion is the row's completion but for newlines, quotes and spaces around it, else 0 (MiniOneRec,
+    Kong et al. 2025)."""
+    if "answer" not in row:
+        raise ValueError("the row has no reference answer; set completion_column to its column")
+    return float(completion.strip('\n" ') == str(row["answer"]).strip('\n" '))
+
+
+def rank(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """In a group with a right completion, what confident errors cost: -1 over log2(place + 2), over the sum of these
+    for all places, for each wrong one, 0 for a right one; 0 in other groups (as `ranking_only` of MiniOneRec)."""
+    found = list[float]()
+    asked = zip(prompts, completions, rows, strict=True)
+    for _, group in groupby(asked, key=lambda each: (each[0], each[2])):
+        is_right = [rule(*each) > 0 for each in group]
+        discounts = [1 / math.log2(place + 2) for place in range(len(is_right))]
+        costs = [-discount / sum(discounts) for discount in discounts]
+        found += [0.0 if right or not any(is_right) else cost for right, cost in zip(is_right, costs, strict=True)]
+    return found
+
+
 BUILT_IN: dict[str, Callable[..., Any]] = {
     "correct": correct,
     "gsm8k_correct": correct,
     "format": answer_format,
     "overlong": overlong,
+    "rule": rule,
+    "rank": rank,
 }
 
 
@@ -198,7 +222,7 @@ def load_rewards(specs: Sequence[str]) -> list[Reward]:
         function, file = (BUILT_IN[name], None) if name in BUILT_IN else reward_function(name, spec)
         short = name.rpartition(":")[2]
         judge = Judge(short, function, asked_by_name(function, spec))
-        rewards.append(Reward(short, number, judge, function is correct, file))
+        rewards.append(Reward(short, number, judge, function in (correct, rule, rank), file))
     names = [reward.name for reward in rewards]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"reward: {twice.pop()} is named twice; keep one, with its weight")
