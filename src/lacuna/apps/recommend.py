@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ CATEGORY_WORDS = {
 LONGEST_HISTORY = 10  # of the published rows
 SHARED_WORDS = 2  # of a semantic id, that make items alike
 WORDS_OF_ITEM = 3
-WALKS, NEAREST, MOST_WALKED = 10, 10, 30_000
+CUTS, WALKS, NEAREST, MOST_WALKED = 10, 10, 10, 30_000
 
 
 class Item(NamedTuple):
@@ -394,18 +394,31 @@ def titles_to_sid(found: Interactions, split: str, words: str, seed: int) -> Ite
         yield framed(HISTORY_TO_SID, asked), f"{found.items[step.target].sid}\n"
 
 
-def sequence(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
-    """Semantic ids alone, one a line, for models from scratch: of each user's items, learned as one text, every one is
-    an answer once. A row that another one of the training file continues is left out."""
-    continued = Counter(step.history for step in found.steps[split])
-    for step in found.steps[split]:
+def whole_histories(steps: Sequence[Step]) -> Iterator[tuple[str, ...]]:
+    """The items of each user, as far as steps tell: those of a step that another one continues are left out."""
+    continued = Counter(step.history for step in steps)
+    for step in steps:
         items = *step.history, step.target
-        if split == SPLITS[0] and continued[items]:
+        if continued[items]:
             continued[items] -= 1
-            continue
-        sids = [f"{found.items[name].sid}\n" for name in items]
-        asked = 1 if split == SPLITS[0] else len(step.history)
-        yield "".join(sids[:asked]), "".join(sids[asked:])
+        else:
+            yield items
+
+
+def sequence(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
+    """Semantic ids alone, one a line, for models from scratch. In training each user's items are cut into pieces,
+    between two of them with even chance, and ten times anew: whole histories would soon be known by heart."""
+    lines, draw = {name: f"{item.sid}\n" for name, item in found.items.items()}, random.Random(seed)
+    if split != SPLITS[0]:
+        yield from (("".join(lines[name] for name in step.history), lines[step.target]) for step in found.steps[split])
+        return
+    for items in [*whole_histories(found.steps[split])] * CUTS:
+        begin = 0
+        for end in range(1, len(items) + 1):
+            if end == len(items) or draw.random() < 0.5:
+                if end - begin > 1:
+                    yield lines[items[begin]], "".join(lines[name] for name in items[begin + 1 : end])
+                begin = end
 
 
 def alike(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pair]:
@@ -424,7 +437,7 @@ def alike(found: Interactions, split: str, words: str, seed: int) -> Iterator[Pa
     near, cosines = nearest_vectors(found.vectors, NEAREST)
     likely = np.cumsum(np.maximum(cosines, 1e-3) ** 3 * np.sqrt(weights[near]), 1).tolist()
     peers = {key: np.cumsum(weights[places]).tolist() for key, places in sharing.items()}
-    ends = 1 / np.mean([len(row[1].splitlines()) for row in sequence(found, split, words, seed)])
+    ends = 1 / np.mean([len(items) - 1 for items in whole_histories(found.steps[split])])
     for start in [*range(len(names))] * WALKS:
         walk = [start]
         while len(walk) == 1 or draw.random() > ends:
