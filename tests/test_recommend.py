@@ -156,9 +156,9 @@ def test_bare_rows_are_pieces_of_histories(prepared: Path, tmp_path: Path) -> No
     (tmp_path / "items.csv").write_text("item\n" + "".join(f"{name}\n" for name in names))
     events = "".join(f"u{place // 8},{name},{place}\n" for place, name in enumerate(names))
     (tmp_path / "shop.csv").write_text(f"user,item,time\n{events}")
-    files = {"data": "shop.csv", "items": "items.csv", "vectors": "vectors.npy", "out": "out"}
+    files = {"data": "shop.csv", "items": "items.csv", "vectors": "vectors.npy", "out": "bare"}
     cli.run(PrepareConfig(codebook=16, **{key: str(tmp_path / name) for key, name in files.items()}))
-    train = tmp_path / "out" / "train"
+    train = tmp_path / "bare" / "train"
     steps = [(*row["history"], row["item"]) for row in lines_of(train / "sequences.jsonl")]
     rows = [(row["prompt"] + row["completion"]).splitlines() for row in lines_of(train / "sid_sequence.jsonl")]
     assert all(row["prompt"].count("\n") == 1 for row in lines_of(train / "sid_sequence.jsonl"))
