@@ -11,6 +11,7 @@ directories ADAPTER and BASE by peft over transformers, prints the largest diffe
 with 1 where the former is over 1e-5 of the largest logit.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -117,7 +118,10 @@ def write_configs() -> None:
 def check(adapter: str, base: str, expected: str) -> bool:
     with np.load(expected) as file:
         input_ids, ours = file["input_ids"], file["logits"]
-    model = PeftModel.from_pretrained(load(Path(base)), adapter).eval()
+    model, described = load(Path(base)), Path(adapter) / "config.json"
+    if described.is_file():  # with new words the vocabulary has grown, which AutoPeftModelForCausalLM sees to
+        model.resize_token_embeddings(json.loads(described.read_text())["vocab_size"], mean_resizing=False)
+    model = PeftModel.from_pretrained(model, adapter).eval()
     narrow = logits_of(model, input_ids).numpy()
     theirs = wide_logits(model, input_ids)
     difference, own, largest = (np.abs(x).max() for x in (ours - theirs, narrow - theirs, theirs))

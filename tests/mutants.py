@@ -116,12 +116,12 @@ FAULTS = {
     ),
     "devices not summed": Fault(
         "1 = all devices", "sft", "model",
-        "(hidden_gradient, jnp.sum(head_gradients, axis=0).astype(head.dtype))",
-        "(hidden_gradient, head_gradients[0].astype(head.dtype))",
+        "jnp.sum(head_gradients, axis=0).astype(trained.dtype)",
+        "head_gradients[0].astype(trained.dtype)",
     ),
     "sampler on the base": Fault(
-        "sampler has the adapter", "lora", "model",
-        "return replace(weight.cast(dtype), base=base)", "return replace(weight, a=None, b=None, base=base)",
+        "sampler has the adapter", "lora", "linear",
+        "return replace(self.cast(dtype), base=", "return replace(self, a=None, b=None, base=",
     ),
     "adapter not used": Fault(
         "adapter on ≠ off", "lora", "linear", "if weight.a is not None:", "if weight.a is None:",

@@ -1,5 +1,6 @@
 """Adapters: what they compute, cost, save and export, and runs that train them."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,8 @@ import numpy as np
 import openai
 import pytest
 from conftest import REFERENCE, assert_trees_close, chat_run, make_small, mesh_of, random_params, records
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
 from test_peft import ADAPTERS, FAMILIES
 from test_serve import serving
@@ -46,10 +49,12 @@ LORA = Lora(3, 6.0, True, LORA_TARGETS)
 
 def opened_adapter(family: str, name: str) -> tuple[ModelConfig, Any, Any]:
     """The model, the frozen weights and the adapter of a reference that peft made."""
-    model = replace(read_model_config(REFERENCE / family), lora=weights.read_lora(ADAPTERS / family / name))
+    stated: dict[str, Any] = {"lora": weights.read_lora(ADAPTERS / family / name)}
+    stated |= {"trained_rows": weights.read_trained_rows(ADAPTERS / family / name)}
+    model = replace(read_model_config(REFERENCE / family), **stated)
     mesh = mesh_of(1, 1, 1)
-    frozen = weights.load_params(REFERENCE / family, model, mesh, as_stored=True)
-    return model, frozen, weights.load_adapter(ADAPTERS / family / name, model, mesh)
+    frozen = weights.load_params(REFERENCE / family, weights.base_of(model), mesh, as_stored=True)
+    return model, frozen, weights.load_params(ADAPTERS / family / name, model, mesh)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -65,7 +70,7 @@ def logits(params: Any, model: ModelConfig, ids: Any) -> jax.Array:
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])
 def test_a_new_adapter_changes_no_bit(family: str) -> None:
     model = replace(read_model_config(REFERENCE / family), lora=LORA)
-    frozen = weights.load_params(REFERENCE / family, model, mesh_of(1, 1, 1), as_stored=True)
+    frozen = weights.load_params(REFERENCE / family, weights.base_of(model), mesh_of(1, 1, 1), as_stored=True)
     trained = random_params(model)
     ids = np.arange(12).reshape(2, 6)
     with_adapter, without = (logits(params, model, ids) for params in (joined(frozen, trained, model), frozen))
@@ -104,7 +109,7 @@ def flat(factor: Any, split: int) -> Any:
 def test_each_row_may_have_an_adapter_of_its_own() -> None:
     random = np.random.default_rng(0)
     x, base, a, b = (random.standard_normal(shape) for shape in ((3, 5, 4, 2), (4, 2, 6), (3, 4, 2, 7), (3, 7, 6)))
-    found = linear(jnp.asarray(x), Frozen(jnp.asarray(base), jnp.asarray(a), jnp.asarray(b)))
+    found = linear(jnp.asarray(x), Frozen(jnp.asarray(base), jnp.asarray(a), jnp.asarray(b), is_by_row=True))
     flat_x = x.reshape(3, 5, 8)
     expected = flat_x @ base.reshape(8, 6) + flat_x @ a.reshape(3, 8, 7) @ b
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -127,6 +132,34 @@ def test_sharded_equals_single_and_micro_batches_add_up() -> None:
     assert_trees_close(other[1], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama2"])
+def test_rows_apart_have_the_loss_and_the_gradient_of_the_whole_table(family: str) -> None:
+    """Of a tied embedding and of two tables, on one device and on eight; the rows lie in no order."""
+    model, frozen, trained = opened_adapter(family, "new_tokens")
+    ids = np.array([159, 3, 150])
+    model = replace(model, trained_rows=tuple((name, tuple(ids.tolist())) for name, _ in model.trained_rows))
+    batch = random_batch(2, 2, 4, 16, model.vocabulary_size)
+    whole, plain = dict(frozen), replace(model, lora=None, trained_rows=())
+    for name, _ in model.trained_rows:
+        whole[name] = frozen[name].at[ids].set(trained[name])
+    bare = jax.tree.map(jnp.zeros_like, trained["layers"])
+    expected_loss, expected = loss_and_gradient(whole, batch, plain)
+    mesh, apart = mesh_of(2, 2, 2), trained | {"layers": bare}
+    loss, found = loss_and_gradient(apart, batch, model, frozen=frozen)
+    with jax.set_mesh(mesh):
+        like = checkpoint.abstract_params(weights.base_of(model), mesh), checkpoint.abstract_params(model, mesh)
+        placed = [
+            jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), tree, shapes)
+            for tree, shapes in zip((frozen, apart), like, strict=True)
+        ]
+        parted = loss_and_gradient(placed[1], put_batch(batch, mesh), model, frozen=placed[0])
+    for ours in ((loss, found), parted):
+        np.testing.assert_allclose(ours[0], expected_loss, rtol=1e-6)
+        for name, _ in model.trained_rows:
+            np.testing.assert_allclose(ours[1][name], expected[name][ids], rtol=1e-4, atol=1e-6)
+    assert family == "qwen3" or "head" in found
+
+
 # What they cost
 
 
@@ -140,11 +173,17 @@ def test_flops_of_a_frozen_base_are_two_thirds() -> None:
     assert products == tokens * (4 * plain["matmul"] + 6 * sum(sizes))
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient_and_its_moments(stored: str) -> None:
-    """With layers recomputed: what else the backward pass keeps are the inputs of each matrix with an adapter."""
+@pytest.mark.parametrize(("stored", "vocabulary"), [("float32", 0), ("bfloat16", 20_000)])
+def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient_and_its_moments(
+    stored: str, vocabulary: int
+) -> None:
+    """With layers recomputed: what else the backward pass keeps are the inputs of each matrix with an adapter. And with
+    rows of words apart from a vocabulary of which a copy would be seen."""
     plain = sized(hidden_size=128, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4, head_dim=32)
     model, mesh = replace(plain, file_dtype=stored, lora=Lora(4, 16.0, True, LORA_TARGETS)), mesh_of(1, 1, 1)
+    if vocabulary:
+        sizes = {"vocabulary_size": vocabulary, "padded_vocabulary": vocabulary}
+        model = replace(model, trained_rows=(("embedding", (7, 5, vocabulary - 1)),), **sizes)
     batch = random_batch(0, 1, 1, 8, model.vocabulary_size)
     loss = ROW_LOSS._replace(rematerialisation="layer")
 
@@ -172,7 +211,8 @@ def test_a_step_holds_no_more_than_a_pass_over_the_base_the_adapter_its_gradient
     adapter, base = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (state.params, frozen))
     assert base > 10 * adapter  # so that a copy of the base, or of a layer's part for each adapter, would be seen
     assert with_adapters - without < 4 * adapter + 0.01 * without
-    assert without < (1.5 if stored == "float32" else 2.5) * base  # a CPU copies bfloat16 once, as integers
+    head = 4 * vocabulary * model.embed  # in float32
+    assert without < (1.5 if stored == "float32" else 2.5) * base + head  # a CPU copies bfloat16 once, as integers
 
 
 def held_bytes(lowered: Any) -> int:
@@ -184,14 +224,14 @@ def held_bytes(lowered: Any) -> int:
 # In and out
 
 
-@pytest.mark.parametrize("family", ["llama2", "qwen2"])
-@pytest.mark.parametrize("name", ["all_linear", "query_value"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama2", "all_linear"), ("qwen2", "query_value"), ("llama2", "new_tokens"), ("qwen3", "new_tokens")],
+)
 def test_what_is_exported_is_what_peft_wrote(family: str, name: str, tmp_path: Path) -> None:
     source, (model, _, trained) = ADAPTERS / family / name, opened_adapter(family, name)
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / weights.ADAPTER).write_text(
-        weights.lora_config(weights.read_lora(source), "acme/base@" + "1" * 40)
-    )
+    (tmp_path / "config" / weights.ADAPTER).write_text(weights.adapter_config(model, "acme/base@" + "1" * 40))
     (tmp_path / "out").mkdir()
     weights.write_weights(tmp_path / "out", trained, model, {"base_sha256": "abc"})
     ours, theirs = (load_file(path / weights.ADAPTER_WEIGHTS) for path in (tmp_path / "out", source))
@@ -202,16 +242,20 @@ def test_what_is_exported_is_what_peft_wrote(family: str, name: str, tmp_path: P
     assert weights.read_lora(tmp_path / "config") == weights.read_lora(source) == model.lora
     written, read = (json.loads((path / weights.ADAPTER).read_text()) for path in (tmp_path / "config", source))
     assert written["base_model_name_or_path"] == "acme/base" and written["revision"] == "1" * 40
+    assert written["trainable_token_indices"] == read["trainable_token_indices"]
     assert written.keys() <= read.keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merged_equals_adapter_on(family: str, tmp_path: Path) -> None:
-    model, frozen, trained = opened_adapter(family, "all_linear")
-    named = ModelKeys(model_name=str(ADAPTERS / family / "all_linear"), base_name=str(REFERENCE / family))
-    place, plain, mesh = checkpoint.find_model(named), replace(model, lora=None), mesh_of(1, 1, 1)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*((family, "all_linear") for family in FAMILIES), ("qwen3", "new_tokens"), ("llama2", "new_tokens")],
+)
+def test_merged_equals_adapter_on(family: str, name: str, tmp_path: Path) -> None:
+    model, frozen, trained = opened_adapter(family, name)
+    named = ModelKeys(model_name=str(ADAPTERS / family / name), base_name=str(REFERENCE / family))
+    place, plain, mesh = checkpoint.find_model(named), weights.base_of(model), mesh_of(1, 1, 1)
     weights.write_weights(tmp_path, merged_params(place, model), plain, {})
-    merged, ids = weights.load_params(tmp_path, plain, mesh), np.arange(12).reshape(2, 6)
+    merged, ids = weights.load_params(tmp_path, plain, mesh), np.arange(148, 160).reshape(2, 6)
     np.testing.assert_allclose(
         logits(merged, plain, ids), logits(joined(frozen, trained, model), model, ids), atol=1e-5, rtol=1e-5
     )
@@ -263,7 +307,7 @@ def test_a_run_saves_the_adapter_and_its_moments_alone_and_exports_it(adapted: S
     assert {path.name for path in (directory / "model").glob("*")} >= {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    exported = weights.load_adapter(directory / "model", opened.model, opened.mesh)
+    exported = weights.load_params(directory / "model", opened.model, opened.mesh)
     last = checkpoint.open_model(ModelKeys(model_name=str(directory / "checkpoints/step_00000006")), mesh_of(1, 2, 2))
     assert_trees_close(exported, checkpoint.trained_params(last), 0, 0)
     cli.run(ConvertConfig(model_name=str(directory / "best"), to="peft", output=str(directory.parent / "exported")))
@@ -350,13 +394,166 @@ def test_what_names_no_base_or_an_adapter_as_base_is_refused(adapted: SftConfig,
     (directory / weights.ADAPTER_WEIGHTS).write_bytes((directory / weights.ADAPTER_WEIGHTS).read_bytes()[:1000])
     with pytest.raises(UserError, match="adapter_model.safetensors: damaged"):
         checkpoint.opened_params(checkpoint.open_model(ModelKeys(model_name=str(directory)), mesh_of(1, 1, 1)))
-    other = replace(read_model_config(base), feedforward=32, lora=LORA)
+    other = replace(read_model_config(base), feedforward=32)
     with pytest.raises(UserError, match=f"{base}: the weights do not fit config.json"):  # that of the base
         weights.checked_tensors(base, other)
     with pytest.raises(UserError, match="base_name = 'x', but .* is no adapter"):
         checkpoint.find_model(ModelKeys(model_name=str(base), base_name="x"))
     with pytest.raises(UserError, match="is no adapter, so there is nothing to merge"):
         cli.run(MergeConfig(model_name=str(base), output=str(tmp_path / "out")))
+
+
+def test_a_base_is_hashed_once_and_shown_while_it_is_loaded(
+    adapted: SftConfig, base: Path, one_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where training goes on from an adapter, and by a server of two adapters of it."""
+    hashed, shown, usual = list[str](), io.StringIO(), weights.file_hash
+    monkeypatch.setattr(weights, "file_hash", lambda path: hashed.append(path.name) or usual(path))
+    monkeypatch.setattr(weights, "progress", lambda: Progress(console=Console(file=shown, force_terminal=True)))
+    weights.digest_of.cache_clear()
+    keys = adapted.model_dump(exclude_unset=True) | {"model_name": str(adapted.run_directory), "run_name": "hashed"}
+    keys = {key: value for key, value in keys.items() if not key.startswith("lora")} | {"steps": 1, "eval_every": 0}
+    cli.run(SftConfig(**keys))
+    assert hashed == ["model.safetensors"]
+    opened = checkpoint.open_model(ModelKeys(model_name=str(base)), mesh_of(1, 1, 1))
+    for name in (adapted.run_directory, Path(adapted.output_dir) / "hashed"):
+        generator.adapter_of(opened, str(name), 0)
+    assert hashed == ["model.safetensors"]
+    assert "Hashing weights" in shown.getvalue() and "Loading weights" in shown.getvalue()
+
+
+def test_what_can_be_no_adapter_is_refused_before_anything_is_read(
+    adapted: SftConfig, base: Path, tmp_path: Path, one_device: None
+) -> None:
+    with pytest.raises(UserError, match="lora_rank = 40, but q_proj has a side of 32|lora_rank = 40, but .* of 32"):
+        checkpoint.open_model(adapter_run(base, lora_rank=40), mesh_of(1, 1, 1))
+    directory = Path(shutil.copytree(adapted.run_directory / "model", tmp_path / "adapter"))
+    stated = json.loads((directory / weights.ADAPTER).read_text())
+    (directory / weights.ADAPTER).write_text(json.dumps(stated | {"lora_dropout": 0.05}))
+    config = checkpoint.settled(SftConfig(model_name=str(directory), run_name="x", data=adapted.data))
+    lines = trainer.model_lines(config, checkpoint.open_model(config, mesh_of(1, 1, 1)))
+    assert any(line.startswith("lora_dropout = 0.05 of") for line in lines)
+    (directory / weights.ADAPTER).write_text(json.dumps(stated | {"r": 0}))
+    with pytest.raises(UserError, match="r = 0, so the adapter changes nothing"):
+        weights.read_lora(directory)
+    (directory / weights.ADAPTER).write_text(json.dumps(stated | {"trainable_token_indices": [3, 3]}))
+    with pytest.raises(UserError, match="trainable_token_indices = .* there twice"):
+        weights.read_trained_rows(directory)
+    (directory / weights.ADAPTER).write_text(json.dumps(stated))
+    (directory / weights.ADAPTER_WEIGHTS).unlink()
+    missing = EvalConfig(model_name=str(directory), data=({"path": "not_read"},), output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"but no {weights.ADAPTER_WEIGHTS}; save the adapter again"):
+        cli.run(missing)
+
+
+def test_a_merge_needs_no_tokenizer_and_leaves_nothing_where_it_is_interrupted(
+    adapted: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(shutil.copytree(adapted.run_directory / "model", tmp_path / "adapter"))
+    (directory / "tokenizer.json").unlink()
+    base = Path(shutil.copytree(adapted.model_name, tmp_path / "base"))
+    (base / "tokenizer.json").unlink()
+    merge = MergeConfig(model_name=str(directory), base_name=str(base), output=str(tmp_path / "out" / "merged"))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "file_tensor", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(merge)
+    assert list((tmp_path / "out").iterdir()) == []
+    cli.run(merge)
+    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+
+
+# New words
+
+
+WORDS = ("<a_1>", "<b_2>", "<|im_end|>", "<c_3>")
+
+
+@pytest.fixture(scope="module")
+def worded(base: Path, tmp_path_factory: pytest.TempPathFactory) -> SftConfig:
+    """A run of four steps on a base of 8 bits, with three new words and a token that is there, in two parts."""
+    words = tmp_path_factory.mktemp("words") / "words.txt"
+    words.write_text("".join(f"{word}\n" for word in WORDS))
+    rows = [{"prompt": f"{n} <a_1>\n", "completion": "<b_2><c_3>\n"} for n in range(16)]
+    (words.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(words.parent / "rows.jsonl"), "prompt_format": "text", "encode_apart": True}
+    shared: dict[str, Any] = {"new_tokens": str(words), "data": (source,), "eval_data": (), "eval_every": 0, "steps": 4}
+    config = adapter_run(base, run_name="worded", batch_size=4, base_bits=8, **shared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_mesh", lambda *_: mesh_of(1, 1, 1))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        cli.run(config)
+    return config
+
+
+def test_rows_of_words_train_beside_an_adapter_and_nothing_else_of_the_vocabulary(
+    worded: SftConfig, base: Path, tmp_path: Path, one_device: None
+) -> None:
+    directory, losses = worded.run_directory, [record["loss"] for record in records(worded)]
+    assert losses[-1] < losses[0] - 0.1
+    opened = checkpoint.open_model(ModelKeys(model_name=str(directory)), mesh_of(1, 1, 1))
+    old, model = read_model_config(base).vocabulary_size, opened.model
+    end = opened.tokenizer.backend.token_to_id("<|im_end|>") or 0
+    assert model.trained_rows == (("embedding", (end, old, old + 1, old + 2)),) and model.bits == 8
+    assert [opened.tokenizer.backend.token_to_id(word) for word in WORDS] == [old, old + 1, end, old + 2]
+    stated = json.loads((directory / "model" / weights.ADAPTER).read_text())
+    assert stated["trainable_token_indices"] == [end, old, old + 1, old + 2]
+    exported = load_file(directory / "model" / weights.ADAPTER_WEIGHTS)
+    assert exported["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"].shape == (
+        4,
+        model.embed,
+    )
+    size = 4 * parameter_counts(model)["trained"]
+    assert size == sum(tensor.nbytes for tensor in exported.values())
+    file = checkpoint.shard_path(checkpoint.checkpoint_directory(directory, 4), 0)
+    assert 3 * size < file.stat().st_size < 3.2 * size + 20_000
+    cli.run(MergeConfig(model_name=str(directory), output=str(tmp_path / "merged")))
+    before, after = (weights.model_tensors(place) for place in (base, tmp_path / "merged"))
+    was, now = (np.asarray(tensors["model.embed_tokens.weight"]) for tensors in (before, after))
+    kept = np.delete(np.arange(old), end)
+    np.testing.assert_array_equal(now[kept], was[kept])
+    assert len(now) == old + 3 and (now[end] != was[end]).any()
+    config = checkpoint.settled(worded)
+    begun = checkpoint.open_model(config, mesh_of(1, 1, 1))
+    rows = optimizer.starting_state(config, begun, checkpoint.frozen_params(begun)).params["embedding"]
+    np.testing.assert_array_equal(rows[0], was[end])  # it was there, and begins as it was
+    assert (now[[end, old, old + 1, old + 2]] != np.asarray(rows)).any(axis=1).all()
+    ids, merged = np.array([[5, old, end, old + 2]]), read_model_config(tmp_path / "merged")
+    wanted = logits(weights.load_params(tmp_path / "merged", merged, mesh_of(1, 1, 1)), merged, ids)
+    np.testing.assert_allclose(logits(checkpoint.opened_params(opened), model, ids), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_with_words_resumes_bit_for_bit_and_goes_on_from_its_adapter(
+    worded: SftConfig, base: Path, one_device: None
+) -> None:
+    cut = worded.model_copy(update={"run_name": "cut_words", "resume": True})
+    for name in ("config.toml", "metrics.jsonl", "source", "checkpoints/step_00000002"):
+        source, target = worded.run_directory / name, cut.run_directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    cli.run(cut)
+    whole, again = ((each.run_directory / "model" / weights.ADAPTER_WEIGHTS) for each in (worded, cut))
+    assert whole.read_bytes() == again.read_bytes()
+    keys: dict[str, Any] = worded.model_dump(exclude_unset=True) | {"model_name": str(worded.run_directory)}
+    keys = {key: value for key, value in keys.items() if not key.startswith("lora")}
+    config = checkpoint.settled(SftConfig(**keys))
+    opened = checkpoint.open_model(config, mesh_of(1, 1, 1))
+    state = optimizer.starting_state(config, opened, checkpoint.frozen_params(opened))
+    assert_trees_close(state.params, checkpoint.trained_params(opened), 0, 0)
+    Path(config.new_tokens).with_name("more.txt").write_text("<d_4>\n")
+    more = config.model_copy(update={"new_tokens": str(Path(config.new_tokens).with_name("more.txt"))})
+    with pytest.raises(UserError, match="is an adapter with rows of other tokens, or none"):
+        checkpoint.open_model(more, mesh_of(1, 1, 1))
+    with pytest.raises(UserError, match="which has rows of its own for 4 tokens"):
+        generator.adapter_of(
+            checkpoint.open_model(ModelKeys(model_name=str(base)), mesh_of(1, 1, 1)), keys["model_name"], 0
+        )
+    with pytest.raises(ValueError, match="train_only and lora_rank contradict"):
+        adapter_run(base, new_tokens=config.new_tokens, train_only="new_tokens")
 
 
 # Reinforcement
@@ -375,11 +572,13 @@ def grpo_of(base: Path, **changes: Any) -> GrpoConfig:
 
 
 def test_the_sampler_has_the_adapter_at_every_step_and_the_reference_is_the_adapter_at_the_start(
-    base: Path, adapted: SftConfig, one_device: None
+    base: Path, adapted: SftConfig, worded: SftConfig, one_device: None
 ) -> None:
     fresh = grpo_of(base, kl_weight=0.1)
-    continued = grpo_of(base, kl_weight=0.1, model_name=str(adapted.run_directory), run_name="continued", steps=2)
-    for each in (fresh, continued):
+    shared: dict[str, Any] = {"kl_weight": 0.1, "steps": 2}
+    continued = grpo_of(base, model_name=str(adapted.run_directory), run_name="continued", **shared)
+    with_words = grpo_of(base, model_name=str(worded.run_directory), run_name="with_words", **shared)
+    for each in (fresh, continued, with_words):
         cli.run(each)
         found = records(each)
         assert max(record["logprob_difference_max"] for record in found) < 1e-5
@@ -393,7 +592,7 @@ def test_a_reference_with_the_adapter_off_is_the_base_loaded_alone(base: Path) -
     start, config = random_params(with_lora, 1), grpo_of(base, temperature=0.7)
     batch = random_batch(3, 2, 2, 32, model.vocabulary_size)
     zero = np.zeros(batch.token.shape, np.float32)
-    arrays: Any = *batch, zero.astype(np.int32), *[zero] * 4
+    arrays: Any = *batch, zero.astype(np.int32), *[zero] * 6
     rows = objective.RolloutBatch(*arrays)
     loss, count = objective.policy_loss(config), np.int32(2)
     found = objective.log_probabilities(joined(plain, start, with_lora), rows, count, with_lora, loss)
@@ -432,7 +631,7 @@ def two_adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         random = np.random.default_rng(number)
         trained = random_params(model, number)
         trained = jax.tree.map(lambda leaf, random=random: leaf + random.standard_normal(leaf.shape) / 2, trained)
-        config = json.loads(weights.lora_config(lora, str(base)))
+        config = json.loads(weights.adapter_config(model, str(base)))
         (directory / f"source{number}").mkdir()
         (directory / f"source{number}" / weights.ADAPTER).write_text(json.dumps(config))
         checkpoint.save_model(place, trained, model, directory / f"source{number}", {}, base)

@@ -255,12 +255,12 @@ def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on(tmp_path: Pat
     lora = Lora(4, 8.0, True, ("q_proj", "down_proj"))
     model = replace(read_model_config(base), lora=lora)
     (described := tmp_path / "described").mkdir()
-    (described / "adapter_config.json").write_text(weights.lora_config(lora, str(base)))
+    (described / "adapter_config.json").write_text(weights.adapter_config(model, str(base)))
     draw = np.random.default_rng(5)
     factors = jax.tree.map(
         lambda row: 0.3 * draw.standard_normal(shape_of(row, model.sizes), np.float32), trained_table(model)
     )
-    facts = {checkpoint.BASE: checkpoint.files_digest(weights.weight_files(base)), checkpoint.BITS: "4"}
+    facts = {checkpoint.BASE: weights.files_digest(weights.weight_files(base)), checkpoint.BITS: "4"}
     checkpoint.save_model(tmp_path / "adapter", factors, model, described, facts, base)
     ids = np.arange(24).reshape(2, 12)
     opened = checkpoint.open_model(ModelKeys(model_name=str(tmp_path / "adapter")), mesh_of(1, 1, 1))
@@ -339,7 +339,7 @@ def test_what_would_be_lost_or_overwritten_is_refused(tmp_path: Path) -> None:
         convert(source, source)
     with pytest.raises(ValueError, match="q8_0 is only for GGUF"):
         ConvertConfig(model_name=str(source), output="x", type="q8_0")
-    with pytest.raises(UserError, match="is no adapter, so there is nothing for --to peft"):
+    with pytest.raises(UserError, match="is no low-rank adapter, so there is nothing for --to peft"):
         convert(source, tmp_path / "adapter", to="peft")
     with pytest.raises(UserError, match="onto = original, but no adapter is merged"):
         convert(source, tmp_path / "plain", onto="original")

@@ -17,10 +17,10 @@ from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from lacuna import checkpoint, cli, grpo, optimizer, sampler, trainer
-from lacuna.apps import generator
-from lacuna.apps.configs import MergeConfig
+from lacuna.apps import evaluate, generator
+from lacuna.apps.configs import MergeConfig, ServeConfig
 from lacuna.apps.programs import collectives, read_program
-from lacuna.config import LORA_TARGETS, GrpoConfig, ModelKeys, SftConfig, UserError
+from lacuna.config import LORA_TARGETS, EvalConfig, GrpoConfig, ModelKeys, SamplingKeys, SftConfig, UserError
 from lacuna.data import Batch
 from lacuna.model import (
     MATRICES,
@@ -39,7 +39,7 @@ from lacuna.model import (
     shape_of,
 )  # fmt: skip
 from lacuna.quantised import Quantised, dequantised, quantise
-from lacuna.weights import STATE, StoredTensor, header_facts, load_params, open_tensors, write_weights
+from lacuna.weights import STATE, StoredTensor, base_of, header_facts, load_params, open_tensors, write_weights
 
 REFERENCE = Path(__file__).parent / "reference" / "quantised"
 LORA = Lora(4, 8.0, True, LORA_TARGETS)
@@ -208,7 +208,7 @@ def batch_of(rows: int, length: int, vocabulary: int) -> Batch:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_adapter_s_gradient_is_that_over_the_dequantised_matrices(wide: Path, bits: int) -> None:
     model = replace(read_model_config(wide), bits=bits, lora=LORA)
-    frozen = load_params(wide, model, mesh_of(1, 1, 1), as_stored=True)
+    frozen = load_params(wide, base_of(model), mesh_of(1, 1, 1), as_stored=True)
     dense = frozen | {"layers": dict(frozen["layers"])}
     for name, row in MATRICES.items():
         dense["layers"][name] = jax.jit(in_memory, static_argnums=(0, 2))(row, frozen["layers"][name], model)
@@ -351,6 +351,32 @@ def small_run(wide: Path, tmp_path: Path, one_device: None) -> SftConfig:
     config = run_of(wide, tmp_path, steps=1, lora_rank=0, base_bits=0)
     cli.run(config)
     return config
+
+
+def test_eval_and_serve_take_the_base_in_four_bits_as_a_model_of_its_dequantised_weights(
+    wide: Path, tmp_path: Path, one_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (evaluate, generator):
+        monkeypatch.setattr(room, "make_mesh", lambda *_: mesh_of(1, 1, 1))
+    model = read_model_config(wide)
+    quantised = load_params(wide, replace(model, bits=4), mesh_of(1, 1, 1))
+    layers = {
+        name: in_memory(MATRICES[name], leaf, model) if name in MATRICES else leaf
+        for name, leaf in quantised["layers"].items()
+    }
+    checkpoint.save_model(tmp_path / "dense", quantised | {"layers": layers}, model, wide)
+    source, found = {"path": str(wide / "heldout.jsonl"), "split": "train[:20]"}, {}
+    for name, bits in ((tmp_path / "dense", 0), (wide, 4)):
+        shared: dict[str, Any] = {"model_name": str(name), "base_bits": bits, "compute_dtype": "float32"}
+        run = {"output_dir": str(tmp_path), "run_name": f"eval_{bits}", "sequence_length": 256, "batch_size": 4}
+        cli.run(EvalConfig(data=(source,), **shared | run))
+        summary = json.loads((tmp_path / f"eval_{bits}" / "summary.json").read_text())
+        assert (summary["base"], summary["base_bits"], summary["adapter"]) == (str(name), bits or None, None)
+        serving = generator.load_generator(ServeConfig(capacity=128, **shared), 2).sampler
+        rules = SamplingKeys(temperature=0.0, max_tokens=9)
+        answers = serving.generate([sampler.Request(prompt, rules) for prompt in ((5, 9, 33), (40, 2))])
+        found[bits] = summary["eval_loss"], [answer.tokens for answer in answers]
+    assert found[4][0] == pytest.approx(found[0][0], rel=1e-6) and found[4][1] == found[0][1]
 
 
 @pytest.mark.parametrize(

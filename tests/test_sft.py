@@ -123,7 +123,7 @@ def test_a_second_run_of_the_same_name_is_refused_before_anything_is_written(tex
     before = {path: path.stat().st_mtime_ns for path in texts.run_directory.rglob("*")}
     with pytest.raises(UserError, match="--resume .* --overwrite"):
         cli.run(texts)
-    with pytest.raises(UserError, match="seed was 0 and is 1. It may change: .*learning_rate, .*steps, .*save_every"):
+    with pytest.raises(UserError, match="seed was 0 and is 1, which a run can't change when it resumes; leave that"):
         cli.run(texts.model_copy(update={"seed": 1, "resume": True}))
     assert {path: path.stat().st_mtime_ns for path in texts.run_directory.rglob("*")} == before
 
@@ -208,7 +208,7 @@ def test_what_an_aborted_start_left_is_not_exported(small: Path) -> None:
     left = config.run_directory / checkpoint.SOURCE
     left.mkdir(parents=True)
     (left / "config.json").write_text("of another model")
-    opened = checkpoint.open_model(config, mesh_of(1, 1, 1))
+    opened = checkpoint.open_model(config, mesh_of(1, 1, 1), with_weights=False)
     trainer.prepare_directory(config, opened, 0, print)
     assert (left / "config.json").read_bytes() == (small / "config.json").read_bytes()
     (small / "config.json").write_text("changed since")

@@ -6,7 +6,6 @@ one with its final name is complete. Nothing is unpickled.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import threading
 import time
 import tomllib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import replace
@@ -282,8 +281,10 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
         UserError: no such model, or one that is not supported or does not fit the mesh or the config.
     """
     place = find_model(config, with_weights)
+    for directory in (place.source, place.base or place.source) if with_weights else ():
+        weights.weight_files(directory)  # refused now, if it would be when they are read
     described, tokenizer = place.tokenizer, tokenizer_of(place, config)
-    model, attention_line = model_on(place, config, mesh, tokenizer.vocabulary_size if tokenizer.new_words else 0)
+    model, attention_line = model_on(place, config, mesh, tokenizer)
     if tokenizer.vocabulary_size > model.vocabulary_size:
         last = str(tokenizer.backend.id_to_token(tokenizer.vocabulary_size - 1))
         files = [path for name in TOKENIZER_FILES if (path := described / name).is_file()]
@@ -292,10 +293,6 @@ def open_model(config: ModelKeys, mesh: Mesh, with_weights: bool = True) -> Open
             f"{next((path.name for path in files if last.encode() in path.read_bytes()), 'tokenizer.json')}, and "
             f"config.json's vocab_size is {model.vocabulary_size}; do they belong together?"
         )
-    if model.is_frozen and tokenizer.new_words:
-        raise UserError(f"{place.source}: an adapter trains no rows for new_tokens; merge it first, or leave them out")
-    if isinstance(config, VocabularyKeys) and config.train_only:
-        model = replace(model, trained_from=first_word(config.new_tokens, tokenizer))
     return OpenedModel(place.source, model, tokenizer, mesh, attention_line, place)
 
 
@@ -306,17 +303,11 @@ def tokenizer_of(place: Place, config: ModelKeys) -> Tokenizer:
     return load_tokenizer(place.tokenizer, *template, words=words)
 
 
-def first_word(path: str, tokenizer: Tokenizer) -> int:
-    """The id of the first of a file's words. Raises UserError if they are not the last tokens, which train alone."""
-    ids = sorted(tokenizer.backend.token_to_id(word) or 0 for word in set(read_words(Path(path))))
-    if ids != list(range(ids[0], tokenizer.vocabulary_size)):
-        raise UserError(f"{path}: its words are not the model's last tokens; leave train_only out")
-    return ids[0]
-
-
-def model_on(place: Place, config: ModelKeys, mesh: Mesh, tokens: int = 0) -> tuple[ModelConfig, str]:
-    """A model, grown to a number of `tokens` if it has fewer, with its vocabulary padded, its attention chosen for the
-    mesh, and its adapter, and a line about attention.
+def model_on(
+    place: Place, config: ModelKeys, mesh: Mesh, tokenizer: Tokenizer | None = None
+) -> tuple[ModelConfig, str]:
+    """A model, grown by the new words of a tokenizer, with its vocabulary padded, its attention chosen for the mesh,
+    and its adapter, and a line about attention.
 
     A head in the files that is not the embedding counts, whatever config.json says, as in transformers and vLLM.
 
@@ -324,24 +315,36 @@ def model_on(place: Place, config: ModelKeys, mesh: Mesh, tokens: int = 0) -> tu
         UserError: the model is not supported, or does not fit the mesh or the config.
     """
     model = read_model_config(place.described)
-    model = replace(model, vocabulary_size=max(model.vocabulary_size, tokens))
+    tokens = tokenizer.vocabulary_size if tokenizer and tokenizer.new_words else 0
     is_random = isinstance(config, TrainingConfig) and config.from_scratch
     own_head = model.is_tied and not is_random and weights.has_own_head(place.base or place.described)
-    shards = mesh.shape[AXIS_RULES["vocab"]]
+    is_tied, shards = model.is_tied and not own_head, mesh.shape[AXIS_RULES["vocab"]]
     backend, line = choose_backend(config, mesh, model.head)
-    padded = math.ceil(model.vocabulary_size / shards) * shards
-    lora = weights.read_lora(place.adapter) if place.base else None
+    lora, rows = (
+        (weights.read_lora(place.adapter), weights.read_trained_rows(place.adapter)) if place.base else (None, ())
+    )
     if isinstance(config, TrainingConfig) and config.lora_rank and not place.base:
         lora = Lora(config.lora_rank, config.lora_alpha, config.lora_scaling == "stabilised", config.lora_targets)
-    bits = config.base_bits or (stated_bits(place.source) if place.base else 0) or model.bits or 16
+        weights.check_rank(lora, model)
+    if tokenizer and isinstance(config, VocabularyKeys) and config.new_tokens and (lora or config.train_only):
+        ids = {tokenizer.backend.token_to_id(word) or 0 for word in read_words(Path(config.new_tokens))}
+        wanted = tuple((name, tuple(sorted(ids))) for name in (["embedding"] if is_tied else ["embedding", "head"]))
+        if place.base and rows != wanted:
+            raise UserError(
+                f"new_tokens = {config.new_tokens}: {place.source} is an adapter with rows of other tokens, or none; "
+                "leave new_tokens out, or merge it first: lacuna merge"
+            )
+        rows = wanted
+    grown = max(model.vocabulary_size, tokens, *(1 + max(ids) for _, ids in rows))
+    bits = config.base_bits or (stated_base(place.source)[1] if place.base else 0) or model.bits or 16
     if model.file_bits not in (0, bits):
         raise UserError(
             f"base_bits = {bits}, but {place.base or place.source} holds weights of {model.file_bits} bits; leave "
             "base_bits out, or name the model that they were made from"
         )
     model = replace(
-        model, is_tied=model.is_tied and not own_head, padded_vocabulary=padded, attention=backend, lora=lora,
-        bits=bits % 16,
+        model, is_tied=is_tied, vocabulary_size=grown, padded_vocabulary=math.ceil(grown / shards) * shards,
+        attention=backend, lora=lora, bits=bits % 16, trained_rows=rows,
     )  # fmt: skip
     check_divisible(mesh, model.sizes)
     return model, f"{line}; lm_head.weight is not the embedding, so tie_word_embeddings is false" if own_head else line
@@ -359,16 +362,19 @@ def opened_params(opened: OpenedModel) -> PyTree[Array]:
 def trained_params(opened: OpenedModel) -> PyTree[Array]:
     """The float32 weights that training changes, from a checkpoint, PEFT's or Hugging Face layout; rows of new words
     are zero."""
-    source, mesh = opened.source, opened.mesh
-    model = stored = opened.model
-    if model.is_frozen and not model.lora:
+    source, mesh, model = opened.source, opened.mesh, opened.model
+    if model.is_frozen and not model.is_adapter:
         return {"layers": {}}
-    if opened.tokenizer.new_words:
-        stored = replace(model, vocabulary_size=read_model_config(opened.place.described).vocabulary_size)
+    stored = model if model.is_adapter else in_files(model, source)  # without rows of new words
     if weights.is_checkpoint(source):
         shapes = ({"params": abstract_params(each, mesh)} for each in (model, unpadded(stored)))
         return load_checkpoint(source, checked_manifest(source), *shapes)["params"]
-    return weights.load_adapter(source, model, mesh) if model.lora else weights.load_params(source, stored, mesh)
+    return weights.load_params(source, stored, mesh)
+
+
+def in_files(model: ModelConfig, source: Path) -> ModelConfig:
+    """The model with as many rows of the vocabulary as its files have."""
+    return replace(model, vocabulary_size=read_model_config(described_in(source)).vocabulary_size)
 
 
 def frozen_params(opened: OpenedModel) -> PyTree[Array] | None:
@@ -380,10 +386,14 @@ def frozen_params(opened: OpenedModel) -> PyTree[Array] | None:
     if not opened.base:
         return None
     check_base(opened.source, opened.base)
-    model, mesh = opened.model, opened.mesh
+    model, mesh, rows = weights.base_of(opened.model), opened.mesh, dict(opened.model.trained_rows)
+    stored = in_files(model, opened.base)
+    for name in ("embedding",) if model.is_tied else ("embedding", "head"):
+        if lacking := {*range(stored.vocabulary_size, model.vocabulary_size)} - {*rows.get(name, ())}:
+            raise UserError(f"{opened.base}: its {name} has no row for token {min(lacking)}, nor has {opened.source}")
     if not weights.is_checkpoint(opened.base):
-        return weights.load_params(opened.base, model, mesh, as_stored=True)
-    dense = replace(model, lora=None, bits=0)
+        return weights.load_params(opened.base, stored, mesh, as_stored=True)
+    dense = replace(model, bits=0)
     if not model.bits:
         return trained_params(opened._replace(source=opened.base, model=dense))
     checked_manifest(opened.base)
@@ -400,26 +410,22 @@ def frozen_params(opened: OpenedModel) -> PyTree[Array] | None:
 
 def check_base(source: Path, base: Path) -> None:
     """Raises UserError if these are not the weights that an adapter states it was trained on."""
-    stated = stated_base(source) if source != base else ""
-    if stated and stated != files_digest(weights.weight_files(base)):
+    stated = stated_base(source)[0] if source != base else ""
+    if stated and stated != weights.files_digest(weights.weight_files(base)):
         raise UserError(
             f"{base}: not the weights that the adapter {source} was trained on, by their SHA-256; restore them, or "
             "name the right ones by --base-name"
         )
 
 
-def stated_base(source: Path) -> str:
-    """The hash of the base that an adapter was trained on, empty where it is not known."""
+def stated_base(source: Path) -> tuple[str, int]:
+    """The hash of the base that an adapter was trained on, empty where it is not known, and the bits of a weight there,
+    0 where not known, or not quantised."""
     if weights.is_checkpoint(source):
-        return read_manifest(source).run.inputs.get(BASE, "")
-    return weights.header_facts(source / weights.ADAPTER_WEIGHTS).get(BASE, "")
-
-
-def stated_bits(source: Path) -> int:
-    """The bits of a weight of the base that an adapter was trained on, 0 where not known, or not quantised."""
-    if weights.is_checkpoint(source):
-        return read_manifest(source).run.model.get("bits", 0)
-    return int(weights.header_facts(source / weights.ADAPTER_WEIGHTS).get(BITS, 0))
+        run = read_manifest(source).run
+        return run.inputs.get(BASE, ""), run.model.get("bits", 0)
+    facts = weights.header_facts(source / weights.ADAPTER_WEIGHTS)
+    return facts.get(BASE, ""), int(facts.get(BITS, 0))
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
@@ -443,7 +449,8 @@ def abstract_frozen(model: ModelConfig, mesh: Mesh) -> PyTree[jax.ShapeDtypeStru
             return weights.abstract_quantised(row, model, mesh)
         return leaf.update(dtype=jnp.dtype(model.file_dtype))
 
-    return jax.tree.map(abstract, parameter_table(model), abstract_params(replace(model, lora=None, bits=0), mesh))
+    dense = replace(weights.base_of(model), bits=0)
+    return jax.tree.map(abstract, parameter_table(model), abstract_params(dense, mesh))
 
 
 def unpadded(model: ModelConfig) -> ModelConfig:
@@ -470,7 +477,7 @@ def save_model(
         copy_description(source, described or source, scratch, model)
         weights.write_weights(scratch, params, model, facts or {})
         return replace_directory(scratch, directory)
-    except OSError:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
@@ -486,7 +493,7 @@ def copy_description(
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     shutil.copyfile(described / "config.json", directory / "config.json")
-    for name in (*TOKENIZER_FILES, *[weights.ADAPTER] * bool(model.lora)):
+    for name in (*TOKENIZER_FILES, *[weights.ADAPTER] * model.is_adapter):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     for name, text in (changed or {}).items():
@@ -573,14 +580,6 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     content = manifest.model_dump(mode="json")
     text = json.dumps({"sha256": content_hash(content), "manifest": content}, indent=1)
     (directory / "manifest.json").write_text(text + "\n")
-
-
-def files_digest(paths: Iterable[Path]) -> str:
-    """A hash of the content of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(bytes.fromhex(file_hash(path)))
-    return digest.hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -418,7 +418,9 @@ class TrainingConfig(RecordKeys, RunKeys, DeviceKeys, AdapterKeys, OptimizationK
 class VocabularyKeys(Keys):
     """New words"""
 
-    new_tokens: str = Field("", description="File of words, one a line, that become tokens of the model")
+    new_tokens: str = Field(
+        "", description="File of words, one a line, that become tokens; with adapters they train too"
+    )
     new_token_init: Literal["mean", "normal"] = Field(
         "mean", description="Rows that new words begin with: around the mean of the old ones, or N(0, 0.02²)"
     )
@@ -441,8 +443,10 @@ class RowsConfig(VocabularyKeys, TrainingConfig):
 
     @model_validator(mode="after")
     def new_words_can_train(self) -> "RowsConfig":
-        if self.new_tokens and self.lora_rank:
-            raise ValueError("lora_rank trains no rows for new_tokens; keep one of them")
+        if self.train_only and self.lora_rank:
+            raise ValueError(
+                "train_only and lora_rank contradict each other: with adapters new_tokens train too; leave one out"
+            )
         if self.train_only and (not self.new_tokens or self.from_scratch):
             raise ValueError("train_only = new_tokens needs new_tokens = FILE, and weights, so no from_scratch")
         return self

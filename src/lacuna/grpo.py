@@ -156,7 +156,7 @@ def input_digests(config: GrpoConfig, inputs: Inputs) -> dict[str, str]:
         files["what constrain names"] = [Path(config.constrain)]
     if config.kl_weight and not config.from_scratch:
         files[f"the weights of {config.model_name}"] = weights.weight_files(inputs.opened.source)
-    return {name: checkpoint.files_digest(paths) for name, paths in files.items()}
+    return {name: weights.files_digest(paths) for name, paths in files.items()}
 
 
 def order_of(config: GrpoConfig, problems: Problems) -> Mixture:
@@ -216,7 +216,7 @@ def run_grpo(
         with run.begun(opened, digests, count, problem_lines(config, inputs, count)) as state:
             reference = None
             if config.kl_weight:
-                first = optimizer.starting_state(config, opened) if run.resumed else state
+                first = optimizer.starting_state(config, opened, run.frozen) if run.resumed else state
                 reference = cast_weights(first.params, opened.model, config.compute_dtype)
             with closing(metrics.LineFile(config.run_directory / "rollouts.jsonl", run.step)) as kept:
                 params = run.whole(state.params)

@@ -1,4 +1,4 @@
-"""Products with a weight: one that trains, or a frozen one with the factors of its adapter."""
+"""Products with a weight: one that trains, or a frozen one with the factors of its adapter, or with rows that train."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, Shaped
@@ -23,22 +24,27 @@ Outputs = Float[Array, "token outputs"]
 Matrix = Float[Array, "inputs outputs"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale"])
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale", "is_by_row"])
 @dataclass(frozen=True)
 class Frozen:
     """A matrix that does not train, in the dtype in which it is stored, and the factors of its adapter, if it has one.
-    Factors with one more axis than those of a matrix, after that of layers, are of several adapters: to choose from, or
-    one for each row of a batch."""
+    Factors may have one more axis than those of a matrix, after that of layers, of several adapters to choose from, or
+    where it `is_by_row`, of one for each row of a batch."""
 
     base: Any
     a: Any = None
     b: Any = None
     scale: float = 1.0
+    is_by_row: bool = False
 
     def cast(self, dtype: DTypeLike) -> "Frozen":
         """The same with its factors in a dtype."""
         a, b = jax.tree.map(lambda factor: factor.astype(dtype), (self.a, self.b))
         return replace(self, a=a, b=b)
+
+    def astype(self, dtype: DTypeLike) -> "Frozen":
+        """The same in a dtype, but for what is quantised."""
+        return replace(self.cast(dtype), base=getattr(self.base, "astype", lambda _: self.base)(dtype))
 
     @property
     def stack(self) -> "Frozen":
@@ -47,13 +53,58 @@ class Frozen:
         return replace(self, base=jax.lax.bitcast_convert_type(self.base, jnp.uint16)) if is_copied else self
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "rows"], meta_fields=["ids"])
+@dataclass(frozen=True)
+class Words:
+    """An embedding or a head that does not train, in the dtype in which it is stored, but for the rows of some tokens,
+    which are apart and take the place of its own; those need not be there."""
+
+    base: Any
+    rows: Any
+    ids: tuple[int, ...]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = np.array(self.base, np.float32)
+        values = np.pad(values, ((0, max(1 + max(self.ids) - len(values), 0)), (0, 0)))
+        values[np.array(self.ids)] = self.rows
+        return values
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "vocab embed"]:
+        """One matrix in a dtype."""
+        return self.base.astype(dtype).at[np.array(self.ids)].set(self.rows.astype(dtype))
+
+    def __getitem__(self, token: Int[Array, "batch token"]) -> Float[Array, "batch token embed"]:
+        place = np.full(len(self.base), -1, np.int32)
+        place[np.array(self.ids)] = np.arange(len(self.ids))
+        found = jnp.asarray(place)[token]
+        return jnp.where((found >= 0)[..., None], self.rows[found], self.base[token])
+
+
+def scores(hidden: Float[Array, "*tokens embed"], head: Any) -> Float[Array, "*tokens vocab"]:
+    """The product of hidden states with each row of a head, in float32."""
+    if isinstance(head, Words):
+        return scores(hidden, head.base).at[..., np.array(head.ids)].set(scores(hidden, head.rows))
+    return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def gradient_of_scores(
+    gradient: Float[Array, "*tokens vocab"], head: Any
+) -> tuple[Float[Array, "*tokens embed"], Float[Array, "*tokens trained"]]:
+    """The gradient of hidden states, in float32, and that of the scores of rows that train, of all if none is apart."""
+    if not isinstance(head, Words):
+        return jnp.einsum("...v,ve->...e", gradient, head, preferred_element_type=jnp.float32), gradient
+    ids = np.array(head.ids)
+    of_rows, of_others = gradient[..., ids], gradient.at[..., ids].set(0)
+    return gradient_of_scores(of_others, head.base)[0] + gradient_of_scores(of_rows, head.rows)[0], of_rows
+
+
 @jax.jit
 def for_rows(params: PyTree, adapter: Int[Array, " row"]) -> PyTree:
     """Weights with a choice of adapters, of which each row of a batch gets that of its number; the rest as it was."""
 
     def choose(weight: Any) -> Any:
         is_choice = isinstance(weight, Frozen) and weight.a is not None
-        return replace(weight, a=weight.a[adapter], b=weight.b[adapter]) if is_choice else weight
+        return replace(weight, a=weight.a[adapter], b=weight.b[adapter], is_by_row=True) if is_choice else weight
 
     return jax.tree.map(choose, params, is_leaf=lambda weight: isinstance(weight, Frozen))
 
@@ -71,7 +122,7 @@ def linear(
     product = base_product(x, weight.base)
     if weight.a is not None:
         factor = plain_product
-        if weight.a.ndim == x.ndim:  # an adapter for each row
+        if weight.is_by_row:
             factor = jax.vmap(lambda row, factor: plain_product(row[None], factor)[0])
         product = product + factor(weight.scale * factor(x, weight.a), weight.b)
     return checkpoint_name(product, PRODUCT)

@@ -22,9 +22,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 from lacuna.attention import RESIDUAL, attention, pad_tokens
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES, platform, row_shards, shard, shard_rows
-from lacuna.linear import PRODUCT, Frozen, linear, product_over_tokens
-from lacuna.quantised import Quantised, stored_bits
-from lacuna.tokenizer import read_json
+from lacuna.linear import PRODUCT, Frozen, Words, gradient_of_scores, linear, product_over_tokens, scores
+from lacuna.quantised import stored_bits
+from lacuna.tokenizer import read_json, read_keys
 
 PAGE = 64  # tokens of the cache
 NEW_ROWS_STD = 0.02  # of new words without regard to the old ones, as MiniOneRec's port to JAX begins them
@@ -32,7 +32,8 @@ NEW_ROWS_STD = 0.02  # of new words without regard to the old ones, as MiniOneRe
 Tokens = Int[Array, "batch token"]
 PerToken = Float[Array, "batch token"]
 Hidden = Float[Array, "batch token embed"]
-Head = Float[Array, "vocab embed"]
+TrainedRows = tuple[tuple[str, tuple[int, ...]], ...]  # the name of each table, and tokens
+Head = Float[Array, "vocab embed"] | Words
 PerSlot = Int[Array, " slot"]
 Logits = Float[Array, "batch token vocab"]
 Rotation = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"]]  # cosine and sine
@@ -69,8 +70,8 @@ class ModelConfig:
     up to which it does not apply and from which in full, and what multiplies cosine and sine.
     `unrotated_layers` are those without rotary embedding (Yang et al. 2025). With `lora` only adapters train, and all
     that config.json describes is their frozen base. The layers' matrices are of `bits`, 8 or 4 where they are quantised
-    and all is frozen, else 0, and of `file_bits` in the files; `scale_bits` are those of a scale. If `trained_from` is
-    not 0, only the vocabulary's rows from there on train.
+    and all is frozen, else 0, and of `file_bits` in the files; `scale_bits` are those of a scale. Of embedding
+    and head `trained_rows` has the tokens whose rows train where all else is frozen, but for an adapter.
     """
 
     family: str
@@ -96,7 +97,7 @@ class ModelConfig:
     padded_vocabulary: int
     attention: str
     lora: Lora | None = None
-    trained_from: int = 0
+    trained_rows: TrainedRows = ()
     bits: int = 0
     file_bits: int = 0
     scale_bits: int = 8
@@ -104,13 +105,19 @@ class ModelConfig:
     @property
     def is_frozen(self) -> bool:
         """Whether the weights that config.json describes stay as they are."""
-        return bool(self.lora or self.bits)
+        return bool(self.is_adapter or self.bits)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether what trains is no model by itself: low-rank factors, or rows of the vocabulary."""
+        return bool(self.lora or self.trained_rows)
 
     @property
     def held(self) -> str:
         """What is not as config.json has it, in words that go on; nothing if all is."""
         adapter = f", with an adapter of rank {self.lora.rank}" if self.lora else ""
-        return f", its matrices in {self.bits} bits" * bool(self.bits) + adapter
+        rows = f", with own rows of {len(self.trained_rows[0][1]):,} tokens" if self.trained_rows else ""
+        return f", its matrices in {self.bits} bits" * bool(self.bits) + adapter + rows
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -119,6 +126,7 @@ class ModelConfig:
             "layer": self.layers, "vocab": self.padded_vocabulary, "embed": self.embed, "kv_head": self.kv_heads,
             "group": self.group, "head": self.head, "feedforward": self.feedforward,
             "rank": self.lora.rank if self.lora else 0,
+            **{f"{name}_row": len(ids) for name, ids in self.trained_rows},
         }  # fmt: skip
 
     def capacity(self, wanted: int) -> int:
@@ -156,6 +164,11 @@ class Parameter:
             "b": Parameter(f"layer rank {apart[outputs]}", "adapter_b", f"{stem}lora_B.weight", f"{outputs} rank"),
         }
 
+    def rows(self, axes: str) -> "Parameter":
+        """The row of those rows of an embedding or a head that train apart."""
+        stem = self.file_name.removesuffix("weight")
+        return replace(self, axes=axes, file_axes=axes, file_name=f"{stem}token_adapter.trainable_tokens_delta")
+
     @property
     def has_layers(self) -> bool:
         """Whether the row is of the layers, stacked."""
@@ -179,6 +192,7 @@ MATRICES = {
     "down": Parameter("layer feedforward embed", "residual", "mlp.down_proj.weight", "embed feedforward"),
 }
 MODULES = {row.module: name for name, row in MATRICES.items()}
+VOCABULARY = {"embedding": EMBEDDING, "head": HEAD}
 INPUT_NORMS = {
     "attention_norm": Parameter("layer embed", "norm", "input_layernorm.weight", "embed"),
     "feedforward_norm": Parameter("layer embed", "norm", "post_attention_layernorm.weight", "embed"),
@@ -232,11 +246,12 @@ def parameter_table(model: ModelConfig) -> PyTree[Parameter]:
 
 
 def trained_table(model: ModelConfig) -> PyTree[Parameter]:
-    """What training changes: every weight, or only the adapters, if any."""
+    """What training changes: every weight, or only the adapters, if any, and rows of the vocabulary."""
     if not model.is_frozen:
         return parameter_table(model)
     targets = model.lora.targets if model.lora else ()
-    return {"layers": {MODULES[module]: MATRICES[MODULES[module]].adapter for module in targets}}
+    rows = {name: VOCABULARY[name].rows(f"{name}_row embed") for name, _ in model.trained_rows}
+    return {"layers": {MODULES[module]: MATRICES[MODULES[module]].adapter for module in targets}} | rows
 
 
 def shape_of(row: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -260,19 +275,15 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     sizes = model.sizes | {"vocab": model.vocabulary_size}
     whole, trained = jax.tree.leaves(parameter_table(model)), jax.tree.leaves(trained_table(model))
     count = {row: math.prod(shape_of(row, sizes)) for row in (*whole, *trained)}
-    matmul = sum(count[row] for row in whole if row.role in ("matmul", "residual"))
-    matmul += count[EMBEDDING] if model.is_tied else 0
+    idle = ("norm", "bias") if model.is_tied else ("norm", "bias", "embedding")
     adapters = sum(count[row] for row in trained if row.role.startswith("adapter"))
-    counts = {
+    return {
         "all": sum(count[row] for row in whole),
         "trained": sum(count[row] for row in trained),
         "decayed": sum(count[row] for row in trained if row.decays),
-        "matmul": matmul + adapters,
-        "trained_matmul": adapters if model.lora else matmul,
+        "matmul": sum(count[row] for row in whole if row.role not in idle) + adapters,
+        "trained_matmul": sum(count[row] for row in trained if row.role not in idle),
     }
-    rows = (model.vocabulary_size - model.trained_from) * model.embed
-    part = dict.fromkeys(("trained", "decayed"), rows * (2 - model.is_tied)) | {"trained_matmul": rows}
-    return counts | (part if model.trained_from else {})
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -310,28 +321,6 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,), "mlp_bias": (), "rope_interleaved": (),
     "num_experts": (), "num_local_experts": (),
 }  # fmt: skip
-
-
-LARGEST = {int: 2**31, float: 1e38}
-
-
-def read_keys(fields: Mapping[str, Any], keys: Mapping[str, tuple[type, Any]], where: str) -> dict[str, Any]:
-    """The value of each key, or its default; refuses what is missing or not of its type.
-
-    A number is above 0, or 0 where that is the default, and not beyond all sense.
-    """
-    values = {}
-    for key, (kind, default) in keys.items():
-        value = default if fields.get(key) is None else fields[key]
-        if value is None:
-            raise UserError(f"{where}: {key!r} is missing")
-        is_of_kind = type(value) in ((int, float) if kind is float else (kind,))
-        if is_of_kind and kind in (int, float):
-            is_of_kind = 0 < value < LARGEST[kind] or value == default == 0
-        if not is_of_kind:
-            raise UserError(f"{where}: {key!r} = {value!r} is not a {kind.__name__} that a model can have")
-        values[key] = kind(value)
-    return values
 
 
 def yarn_scaling(
@@ -489,20 +478,20 @@ def initial_params(key: Key[Array, ""], model: ModelConfig) -> PyTree[Float[Arra
     return jax.tree.map_with_path(draw, trained_table(model))
 
 
-def begin_rows(params: PyTree[Array], key: Key[Array, ""], first: int, count: int, init: str) -> PyTree[Array]:
-    """The weights with `count` rows for new words from row `first` on, in the embedding and in a head of its own.
+def begin_rows(params: PyTree[Array], key: Key[Array, ""], first: int, count: int, init: str) -> dict[str, Array]:
+    """`count` rows for new words from row `first` on, of the embedding and of a head of its own.
 
     "mean" draws them from a normal with the mean and the standard deviation of each channel of the rows before (Hewitt
     2021): to what came before a new word is then as likely as an old one. The logits of a trained model are mostly far
     below zero, so rows around zero would take the probability of all old words.
     """
-    grown = {}
-    for name in params.keys() & {"embedding", "head"}:
-        old, own_key = params[name][:first], jax.random.fold_in(key, zlib.crc32(name.encode()))
+    begun = {}
+    for name in params.keys() & VOCABULARY.keys():
+        own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        old = params[name][:first].astype(jnp.float32)
         mean, spread = (jnp.mean(old, axis=0), jnp.std(old, axis=0)) if init == "mean" else (0.0, NEW_ROWS_STD)
-        rows = mean + spread * jax.random.normal(own_key, (count, old.shape[1]))
-        grown[name] = params[name].at[first : first + count].set(rows)
-    return params | grown
+        begun[name] = mean + spread * jax.random.normal(own_key, (count, old.shape[1]))
+    return begun
 
 
 def joined(frozen: PyTree | None, trained: PyTree, model: ModelConfig) -> PyTree:
@@ -512,7 +501,8 @@ def joined(frozen: PyTree | None, trained: PyTree, model: ModelConfig) -> PyTree
     factors, layers, scale = trained["layers"], dict(frozen["layers"]), model.lora.scale if model.lora else 1.0
     for name in MATRICES:
         layers[name] = Frozen(layers[name], **factors.get(name, {}), scale=scale)
-    return frozen | {"layers": layers}
+    words = {name: Words(frozen[name], trained[name], ids) for name, ids in model.trained_rows}
+    return frozen | {"layers": layers} | words
 
 
 def cast(params: PyTree, table: PyTree[Parameter], dtype: DTypeLike) -> PyTree:
@@ -523,7 +513,7 @@ def cast(params: PyTree, table: PyTree[Parameter], dtype: DTypeLike) -> PyTree:
     """
 
     def ready(row: Parameter, weight: Any) -> Any:
-        if row.role == "norm" or row.axes.startswith("vocab"):
+        if row.role == "norm" or not row.has_layers:
             return weight
         return weight.cast(dtype) if isinstance(weight, Frozen) else weight.astype(dtype)
 
@@ -648,9 +638,6 @@ def decoding_params(params: PyTree[Array], model: ModelConfig, dtype: DTypeLike)
     """
 
     def ready(row: Parameter, weight: Any) -> Any:
-        if isinstance(weight, Frozen):
-            base = weight.base if isinstance(weight.base, Quantised) else weight.base.astype(dtype)
-            return replace(weight.cast(dtype), base=base)
         return weight if row.role == "norm" else weight.astype(dtype)
 
     params = jax.tree.map(ready, parameter_table(model), params)
@@ -735,17 +722,17 @@ def cached_attention(
     return (jnp.sum(mixed, axis=2) / total[..., None]).astype(values.dtype)
 
 
-def head_of(params: PyTree[Array], model: ModelConfig) -> Head:
+def head_of(params: PyTree[Array], model: ModelConfig) -> Any:
     """The output matrix: the embedding itself where the model ties them."""
     return params["embedding"] if model.is_tied else params["head"]
 
 
 def logits_of(hidden: Hidden, head: Head, vocabulary_size: int) -> Logits:
     """Float32 logits; those of a padded vocabulary are -inf, so they have no probability and no gradient."""
-    logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=jnp.float32)
-    if head.shape[0] == vocabulary_size:
+    logits = scores(hidden, head)
+    if logits.shape[-1] == vocabulary_size:
         return logits
-    return jnp.where(jnp.arange(head.shape[0]) < vocabulary_size, logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocabulary_size, logits, -jnp.inf)
 
 
 LOSS_CHUNK = 512  # tokens on a device, but off CPUs
@@ -777,6 +764,8 @@ def _scan_tokens(
 
 def whole_head(head: Head, dtype: DTypeLike) -> Head:
     """The head for the chunks, gathered before the loop over them, which would gather it for each."""
+    if isinstance(head, Words):
+        return replace(head, base=whole_head(head.base, dtype), rows=head.rows.astype(dtype))
     return shard(head.astype(dtype), AXIS_RULES["vocab"])
 
 
@@ -831,7 +820,8 @@ def summed_token_loss(
     temperature: float = 1.0,
 ) -> tuple[Float[Array, ""], TokenStatistics]:
     """The sum over targets of `loss_of` their log-probabilities and `fields`, and the targets' statistics; of a head
-    that `is_frozen` there is no gradient. Logits are divided by the temperature in float32.
+    that `is_frozen` there is no gradient, but of its rows that are apart. Logits are divided by the temperature in
+    float32.
 
     It works in chunks of tokens, and the forward pass already computes each chunk's gradient from its logits: they are
     computed once, and the array [batch, token, vocab] never exists. Each device sums the head's gradient over its own
@@ -844,7 +834,7 @@ def summed_token_loss(
 def _token_loss_forward(
     hidden: Hidden, head: Head, target: Tokens, fields: PyTree, loss_of: LossOf, vocabulary_size: int, is_frozen: bool,
     temperature: float,
-) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Array]]:  # fmt: skip
+) -> tuple[tuple[Array, TokenStatistics], tuple[Array, Any]]:  # fmt: skip
     parts = row_shards(jax.sharding.get_abstract_mesh())
     compute_head = whole_head(head, hidden.dtype)
 
@@ -855,23 +845,26 @@ def _token_loss_forward(
         loss, slope = jax.value_and_grad(loss_of)(-statistics.loss, fields)
         logit_gradient = (is_target - probability) * (slope / temperature)[..., None]
         logit_gradient = jax.lax.optimization_barrier(logit_gradient.astype(hidden.dtype))
-        of_parts = (x.reshape(parts, -1, x.shape[-1]) for x in (logit_gradient, hidden))
+        hidden_gradient, of_rows = gradient_of_scores(logit_gradient, compute_head)
+        of_parts = (x.reshape(parts, -1, x.shape[-1]) for x in (of_rows, hidden))
         head_gradients = jax.vmap(product_over_tokens)(*of_parts)
-        hidden_gradient = jnp.einsum("btv,ve->bte", logit_gradient, compute_head, preferred_element_type=jnp.float32)
         return (total[0] + loss, total[1] + head_gradients), (hidden_gradient.astype(hidden.dtype), statistics)
 
-    zeros = shard(jnp.zeros((parts, *head.shape), jnp.float32), ROW_AXES, AXIS_RULES["vocab"])
+    trained, axis = (head.rows, None) if isinstance(head, Words) else (head, AXIS_RULES["vocab"])
+    zeros = shard(jnp.zeros((parts, *trained.shape), jnp.float32), ROW_AXES, axis)
     most = LOSS_CHUNK if is_frozen or platform() == "cpu" else TRAINED_HEAD_CHUNK
     (loss, head_gradients), per_token = _scan_tokens(step, (jnp.zeros(()), zeros), (hidden, target, fields), most)
     hidden_gradient, statistics = per_token
-    return (loss, statistics), (hidden_gradient, jnp.sum(head_gradients, axis=0).astype(head.dtype))
+    gradient: Any = jnp.sum(head_gradients, axis=0).astype(trained.dtype)
+    gradient = replace(head, base=None, rows=gradient) if isinstance(head, Words) else gradient
+    return (loss, statistics), (hidden_gradient, gradient)
 
 
 def _token_loss_backward(
-    loss_of: Callable, vocabulary_size: int, is_frozen: bool, temperature: float, residual: tuple[Array, Array],
+    loss_of: Callable, vocabulary_size: int, is_frozen: bool, temperature: float, residual: tuple[Array, Any],
     gradient: tuple[Array, Any],
-) -> tuple[Array, Array, None, None]:  # fmt: skip
-    hidden_gradient, head_gradient = ((part * gradient[0]).astype(part.dtype) for part in residual)
+) -> tuple[Array, Any, None, None]:  # fmt: skip
+    hidden_gradient, head_gradient = jax.tree.map(lambda part: (part * gradient[0]).astype(part.dtype), residual)
     return hidden_gradient, head_gradient, None, None
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
@@ -20,7 +21,6 @@ from lacuna.config import SftConfig, TrainingConfig, VocabularyKeys
 from lacuna.data import Batch
 from lacuna.model import (
     ModelConfig,
-    Parameter,
     begin_rows,
     cast,
     cross_entropy,
@@ -107,7 +107,6 @@ def train_step(
 
     def add_micro_batch(number: Int[Array, ""], total: tuple[PyTree, dict]) -> tuple[PyTree, dict]:
         (value, (sums, largest)), gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)(compute, number)
-        gradient = jax.tree.map(partial(trained_part, model), table, gradient, jax.tree.map(jnp.zeros_like, gradient))
         summed = jax.tree.map(jnp.add, total[0], (gradient, value, sums))
         return summed, jax.tree.map(jnp.maximum, total[1], largest)
 
@@ -133,21 +132,12 @@ def train_step(
     def descend(row: Any, param: Array, mean: Array, square: Array) -> Array:
         direction = mean / (jnp.sqrt(square) + ADAM_EPSILON)
         new = param - rate * (direction + recipe.weight_decay * param if row.decays else direction)
-        return trained_part(model, row, jnp.where(is_finite, new, param), param)
+        return jnp.where(is_finite, new, param)
 
     params = jax.tree.map(descend, table, state.params, mean, square)
     skipped = jnp.where(is_finite, 0, state.skipped + 1)
     facts = {"loss": value, "learning_rate": rate, "gradient_norm": norm, "skipped": skipped}
     return TrainState(params, moments, state.step + 1, skipped), facts | sums | largest
-
-
-def trained_part(model: ModelConfig, row: Parameter, weight: Array, other: Array) -> Array:
-    """A weight where it trains, the other one elsewhere: all of it, or only the vocabulary's last rows."""
-    if not model.trained_from:
-        return weight
-    if not row.axes.startswith("vocab"):
-        return other
-    return jnp.where(jnp.arange(len(weight))[:, None] >= model.trained_from, weight, other)
 
 
 def learning_rate(step: Int[Array, ""], recipe: Recipe) -> Float[Array, ""]:
@@ -230,19 +220,29 @@ def saved_shapes(model: ModelConfig) -> TrainState:
     return jax.eval_shape(lambda key: fresh_state(initial_params(key, checkpoint.unpadded(model))), jax.random.key(0))
 
 
-def starting_state(config: TrainingConfig, opened: OpenedModel) -> TrainState:
-    """Weights as the config wants them, random or loaded, and empty moments, each created on its devices. A new adapter
-    is random, whatever its base."""
-    model = opened.model
+def starting_state(config: TrainingConfig, opened: OpenedModel, frozen: PyTree | None = None) -> TrainState:
+    """Weights as the config wants them, random or loaded, and empty moments, each created on its devices. The factors
+    of a new adapter are random, whatever its base, and its rows begin as those of the base, which is `frozen`."""
+    model, key = opened.model, jax.random.key(config.seed)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, opened.mesh))
-    if config.from_scratch or opened.source == opened.base:
-        random = jax.jit(lambda key: fresh_state(initial_params(key, model)), out_shardings=shardings)
-        return random(jax.random.key(config.seed))
-    params = checkpoint.trained_params(opened)
-    if isinstance(config, VocabularyKeys) and (count := len(opened.tokenizer.new_words)):
-        settings = opened.tokenizer.vocabulary_size - count, count, config.new_token_init
-        begin = jax.jit(begin_rows, static_argnums=(2, 3, 4), out_shardings=shardings.params, donate_argnums=0)
-        params = begin(params, jax.random.key(config.seed), *settings)
+    if config.from_scratch or (model.is_frozen and not opened.place.base):
+        params = jax.jit(initial_params, static_argnums=1, out_shardings=shardings.params)(key, model)
+    else:
+        params = checkpoint.trained_params(opened)
+    if isinstance(config, VocabularyKeys) and config.new_tokens and not (config.from_scratch or opened.place.base):
+        count, init = len(opened.tokenizer.new_words), config.new_token_init
+        first = opened.tokenizer.vocabulary_size - count
+
+        def begin(params: PyTree, frozen: PyTree | None) -> PyTree:
+            new = begin_rows(params if frozen is None else frozen, key, first, count, init)
+            if frozen is None:
+                return params | {name: params[name].at[first : first + count].set(new[name]) for name in new}
+            for name, ids in model.trained_rows:
+                old = frozen[name][np.array(ids)[: len(ids) - count]].astype(jnp.float32)
+                params = params | {name: jnp.concatenate([old, new[name]])}
+            return params
+
+        params = jax.jit(begin, out_shardings=shardings.params, donate_argnums=0)(params, frozen)
     return jax.jit(fresh_state, out_shardings=shardings, donate_argnums=0)(params)
 
 

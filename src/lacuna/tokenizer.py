@@ -217,6 +217,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+LARGEST = {int: 2**31, float: 1e38}
+
+
+def read_keys(fields: Mapping[str, Any], keys: Mapping[str, tuple[type, Any]], where: str) -> dict[str, Any]:
+    """The value of each key, or its default; refuses what is missing or not of its type.
+
+    A number is above 0, or 0 where that is the default, and not beyond all sense.
+    """
+    values = {}
+    for key, (kind, default) in keys.items():
+        value = default if fields.get(key) is None else fields[key]
+        if value is None:
+            raise UserError(f"{where}: {key!r} is missing")
+        is_of_kind = type(value) in ((int, float) if kind is float else (kind,))
+        if is_of_kind and kind in (int, float):
+            is_of_kind = 0 < value < LARGEST[kind] or value == default == 0
+        if not is_of_kind:
+            raise UserError(f"{where}: {key!r} = {value!r} is not a {kind.__name__} that a model can have")
+        values[key] = kind(value)
+    return values
+
+
 def answer_ends(tokenizer: Tokenizer) -> dict[int, str]:
     """Each id that ends an answer, with what says so: generation_config.json, or config.json where that names none; the
     tokenizer's eos_token; and the token that the chat template writes after an answer, which training teaches.

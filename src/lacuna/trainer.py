@@ -51,6 +51,7 @@ from lacuna.distributed import (
     row_shards,
     writing_to,
 )
+from lacuna.linear import Words
 from lacuna.metrics import RunLog, byte_size
 from lacuna.model import ModelConfig, check_trainable, joined, parameter_counts
 from lacuna.optimizer import (
@@ -64,7 +65,7 @@ from lacuna.optimizer import (
     train_step,
 )
 from lacuna.streaming import RowData, load_rows
-from lacuna.tokenizer import changed_files, decode, ends_in_words
+from lacuna.tokenizer import changed_files, decode, ends_in_words, read_json
 
 SKIPS_IN_A_ROW = 5
 
@@ -73,8 +74,8 @@ SKIPS_IN_A_ROW = 5
 FIXED_ON_RESUME = (
     "model_name", "base_bits", "from_scratch", "data", "sequence_length", "batch_size", "seed", "compute_dtype",
     "packing", "train_on", "chat_template", "template_date", "template_variables", "neftune_alpha", "on_bad_data",
-    "lora_rank", "lora_alpha", "lora_targets", "lora_scaling", "system_prompt", "prompt_template", "prompts_per_step",
-    "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
+    "train_only", "lora_rank", "lora_alpha", "lora_targets", "lora_scaling", "system_prompt", "prompt_template",
+    "prompts_per_step", "completions_per_prompt", "max_completion_tokens", "updates_per_rollout", "reward",
     "environment", "max_turns",
 )  # fmt: skip
 START_ONLY = ("resume", "resume_from", "overwrite", "show")
@@ -132,9 +133,10 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None]) -> 
     saved, now = manifest.run.config, masked_config(config)
     if changed := [key for key in FIXED_ON_RESUME if saved.get(key) != now.get(key)]:
         differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in changed)
-        fixed = (*FIXED_ON_RESUME, *START_ONLY, "run_name", "output_dir")
-        free = ", ".join(key for key in type(config).model_fields if key not in fixed)
-        raise UserError(f"{chosen}: a run can't change this when it resumes: {differences}. It may change: {free}")
+        raise UserError(
+            f"{chosen}: {differences}, which a run can't change when it resumes; leave that as it was, or begin "
+            "another run by --run-name"
+        )
     say(f"resuming from {chosen}")
     return Path(chosen), manifest
 
@@ -173,8 +175,8 @@ def prepare_directory(config: TrainingConfig, opened: OpenedModel, first_step: i
     if first_step == 0 or not (directory / checkpoint.SOURCE).is_dir():
         scratch = directory / f"{checkpoint.SOURCE}.tmp"
         changed = changed_files(opened.tokenizer, template_of(config))
-        if lora := opened.model.lora:
-            changed[weights.ADAPTER] = weights.lora_config(lora, opened.place.base_name)
+        if opened.model.is_adapter:
+            changed[weights.ADAPTER] = weights.adapter_config(opened.model, opened.place.base_name)
         checkpoint.copy_description(opened.tokenizer.directory, opened.place.described, scratch, opened.model, changed)
         checkpoint.replace_directory(scratch, directory / checkpoint.SOURCE)
 
@@ -246,7 +248,7 @@ class Run:
         config, directory = self.config, self.config.run_directory
         check_same("config, model or data", repr((masked_config(config), opened.model, digests, read)))
         if opened.base and is_first():
-            self.inputs |= {checkpoint.BASE: checkpoint.files_digest(weights.weight_files(opened.base))}
+            self.inputs |= {checkpoint.BASE: weights.files_digest(weights.weight_files(opened.base))}
         self.check_unchanged(opened, digests)
         enable_compilation_cache(config)
         self.opened, self.digests, self.steps = opened, digests, self.step if self.is_out_of_patience else steps
@@ -256,8 +258,8 @@ class Run:
         self.saver = Saver(directory, config.keep, from_first("session", secrets.token_hex(4)), newest, best)
         lines = [*model_lines(config, opened), *lines, *self.lines]
         with jax.set_mesh(opened.mesh):
-            state = saved_state(*self.resumed, opened) if self.resumed else starting_state(config, opened)
             self.frozen = checkpoint.frozen_params(opened)
+            state = saved_state(*self.resumed, opened) if self.resumed else starting_state(config, opened, self.frozen)
             with writing_to(directory):
                 if is_first():
                     prepare_directory(config, opened, self.step, lines.append)
@@ -432,12 +434,12 @@ class Run:
             assert self.saver.newest
             best = checkpoint.best_checkpoint(directory)
             chosen = best if self.is_out_of_patience and best.is_dir() else self.saver.newest
-            params = checkpoint.saved_params(chosen, opened.model)
+            params, model = self.exported(chosen)
             facts_of_base = {name: digest for name, digest in self.inputs.items() if name == checkpoint.BASE}
-            facts_of_base |= {checkpoint.BITS: str(opened.model.bits)} if opened.base else {}
+            facts_of_base |= {checkpoint.BITS: str(model.bits)}
             target, source = directory / "model", directory / checkpoint.SOURCE
-            problems = checkpoint.save_model(target, params, opened.model, source, facts_of_base)
-            what = "adapter in PEFT's" if opened.base else "model in Hugging Face"
+            problems = checkpoint.save_model(target, params, model, source, facts_of_base if model.is_adapter else {})
+            what = "adapter in PEFT's" if model.is_adapter else "model in Hugging Face"
             self.log.info("; WARNING: ".join([f"{what} layout: {directory / 'model'}", *problems]))
         records = metrics.read_json_lines(directory / "metrics.jsonl")
         skipped = (record.get("skipped_updates", "loss" in record and record["loss"] is None) for record in records)
@@ -465,6 +467,19 @@ class Run:
             again = f"{command} @ {directory / 'config.toml'} --resume"
             self.log.info(f"stopped after step {self.step} of {self.steps}, all saved; to resume: uv run {again}")
 
+    def exported(self, chosen: Path) -> tuple[PyTree, ModelConfig]:
+        """What a checkpoint holds for others: a model, or an adapter; rows that trained alone take their places in the
+        base, so that they are a model."""
+        model = self.opened.model
+        params = checkpoint.saved_params(chosen, model)
+        if model.lora or not model.trained_rows:
+            return params, model
+        self.frozen = None  # makes room
+        host = make_mesh(1, 1, 1, jax.local_devices(backend="cpu")[:1])
+        whole: Any = jax.tree.map(np.asarray, checkpoint.frozen_params(self.opened._replace(mesh=host)))
+        rows = {name: Words(whole[name], params[name], ids) for name, ids in model.trained_rows}
+        return whole | rows, weights.base_of(model)
+
 
 def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     """Start-up lines on the model and the devices."""
@@ -475,6 +490,8 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
         decayed = f"{bits}frozen; {counts['trained']:,} of adapters train: rank {lora.rank}, scale {lora.scale:g}, on "
         decayed += ", ".join(lora.targets)
     yield f"model: {config.model_name} ({opened.model.family}), {counts['all']:,} parameters, {decayed}"
+    if dropout := read_json(stated := opened.place.adapter / weights.ADAPTER).get("lora_dropout"):
+        yield f"lora_dropout = {dropout} of {stated} is left out: the adapter trains on without dropout"
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind
@@ -483,8 +500,10 @@ def model_lines(config: TrainingConfig, opened: OpenedModel) -> Iterator[str]:
     if words := opened.tokenizer.new_words:
         last, rows = opened.tokenizer.vocabulary_size - 1, opened.model.vocabulary_size
         yield f"new words: {len(words):,}, {words[0]} first, the last of them token {last:,} of {rows:,} rows"
-    if first := opened.model.trained_from:
-        yield f"only the rows of the vocabulary from {first:,} on train: {counts['trained']:,} parameters"
+    if rows := opened.model.trained_rows:
+        ids, beside = rows[0][1], ", beside the adapter" if opened.model.lora else ", and nothing else"
+        tables = " and ".join(name for name, _ in rows)
+        yield f"of {tables} the rows of {len(ids):,} tokens train, from {min(ids):,} to {max(ids):,}{beside}"
     yield ends_in_words(opened.tokenizer)
     if flags := os.environ.get("XLA_FLAGS"):
         yield f"XLA_FLAGS: {flags}"
@@ -508,7 +527,7 @@ def run_training(
     config = checkpoint.settled(config)
     with held_directory(config.run_directory):
         run = Run(config, write_report)
-        needs_weights = bool(config.lora_rank) or not (run.resumed or config.from_scratch)
+        needs_weights = bool(config.lora_rank or config.train_only) or not (run.resumed or config.from_scratch)
         opened, dataset = read_inputs(config, needs_weights, run.place)
         steps = config.steps or math.ceil(dataset.row_count(config.epochs) / config.batch_size)
         run.inputs |= {path: metrics.file_hash(Path(path)) for path in [config.new_tokens] if path}

@@ -22,14 +22,18 @@ from safetensors import SafetensorError, safe_open
 
 from lacuna.config import UserError
 from lacuna.distributed import AXIS_RULES, ROW_AXES
+from lacuna.documents import progress
+from lacuna.metrics import file_hash
 from lacuna.model import (
     EMBEDDING,
     HEAD,
     MATRICES,
     MODULES,
+    VOCABULARY,
     Lora,
     ModelConfig,
     Parameter,
+    TrainedRows,
     is_quantised,
     parameter_table,
     partition_spec,
@@ -286,23 +290,43 @@ def has_own_head(directory: Path) -> bool:
 
 
 def load_params(directory: Path, model: ModelConfig, mesh: Mesh, as_stored: bool = False) -> PyTree[Array]:
-    """All weights of a model from `directory`, each device reading only its part: in float32, or as they are stored.
+    """All weights of a model, or those of its adapter, if it has one, from `directory`, each device reading only its
+    part: in float32, or as they are stored.
 
     Raises:
         UserError: no weights, or tensors that are missing, unknown or of another shape (the first ten of each).
     """
-    tensors = checked_tensors(directory, model)
-    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh, as_stored), parameter_table(model))
+    tensors, (rows, shape) = checked_tensors(directory, model), jax.tree.flatten(file_table(model))
+    with progress() as line:
+        shown = line.track(rows, description="Loading weights")
+        return jax.tree.unflatten(shape, [load_parameter(row, tensors, model, mesh, as_stored) for row in shown])
 
 
-def load_adapter(directory: Path, model: ModelConfig, mesh: Mesh) -> PyTree[Array]:
-    """The float32 factors of an adapter in PEFT's layout. Raises UserError as `load_params` does."""
-    tensors = adapter_tensors(directory, model)
-    return jax.tree.map(lambda row: load_parameter(row, tensors, model, mesh), trained_table(model))
+def files_digest(paths: Iterable[Path]) -> str:
+    """A hash of the content of files, which are read once for all while they have the same size and time."""
+    return digest_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@lru_cache
+def digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """A hash of files, given with their sizes and times."""
+    digest = hashlib.sha256()
+    with progress() as line:
+        for path, *_ in line.track(files, description="Hashing weights"):
+            digest.update(bytes.fromhex(file_hash(path)))
+    return digest.hexdigest()
 
 
 def checked_tensors(directory: Path, model: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors in a directory that config.json asks for. Raises UserError as `load_params` does."""
+    """The tensors in a directory that config.json asks for, or of an adapter in PEFT's layout adapter_config.json.
+    Raises UserError as `load_params` does."""
+    if model.is_adapter:
+        path = directory / ADAPTER_WEIGHTS
+        if not path.is_file():
+            raise UserError(f"{directory}: {without_weights(directory, os.listdir(directory))}")
+        tensors = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in open_tensors([path]).items()}
+        check_tensors(directory, trained_table(model), model, tensors, ADAPTER)
+        return tensors
     tensors = model_tensors(directory)
     if model.is_tied:  # some files repeat the embedding as the head; old ones also hold the rotary table
         tensors.pop(HEAD.file_name, None)
@@ -311,14 +335,14 @@ def checked_tensors(directory: Path, model: ModelConfig) -> dict[str, StoredTens
     return tensors
 
 
-def adapter_tensors(directory: Path, model: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors in PEFT's layout of a model's adapter. Raises UserError as `load_params` does."""
-    path = directory / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{directory}: {without_weights(directory, os.listdir(directory))}")
-    tensors = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in open_tensors([path]).items()}
-    check_tensors(directory, trained_table(model), model, tensors, ADAPTER)
-    return tensors
+def base_of(model: ModelConfig) -> ModelConfig:
+    """The model under an adapter."""
+    return replace(model, lora=None, trained_rows=())
+
+
+def file_table(model: ModelConfig) -> PyTree[Parameter]:
+    """What the files of a model hold, or of an adapter."""
+    return trained_table(model) if model.is_adapter else parameter_table(model)
 
 
 def check_tensors(
@@ -351,7 +375,7 @@ def check_tensors(
 SILENT_KEYS = (
     "peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "r",
     "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "eva_config", "megatron_core", "qalora_group_size",
-    "runtime_config", "ensure_weight_tying",
+    "runtime_config", "ensure_weight_tying", "trainable_token_indices",
 )  # fmt: skip
 # Of other keys the values that change nothing, if there are any; to load an adapter that began as another, say by
 # PiSSA (Meng et al. 2024), peft changes the base
@@ -360,8 +384,8 @@ SILENT_VALUES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def read_lora(directory: Path) -> Lora:
-    """The adapter that `directory/adapter_config.json` describes, in PEFT's form.
+def read_lora(directory: Path) -> Lora | None:
+    """The adapter that `directory/adapter_config.json` describes, in PEFT's form; None if it has but rows of tokens.
 
     Raises:
         UserError: another kind of adapter, or something that is not supported, by name.
@@ -376,6 +400,10 @@ def read_lora(directory: Path) -> Lora:
                 f"{path}: {key} = {value!r} is not supported; merge the adapter by peft's merge_and_unload() and "
                 "save_pretrained(…)"
             )
+    if stated.get("r") == 0 and stated.get("trainable_token_indices"):
+        return None
+    if stated.get("r") == 0:
+        raise UserError(f"{path}: r = 0, so the adapter changes nothing; name its base instead, or correct r")
     targets: Any = stated.get("target_modules")
     places = {row.file_name: row.module for row in MATRICES.values()}
     try:
@@ -394,13 +422,45 @@ def read_lora(directory: Path) -> Lora:
         ) from error
 
 
-def lora_config(lora: Lora, base_name: str) -> str:
+def check_rank(lora: Lora, model: ModelConfig) -> None:
+    """Refuse a rank that no change of one of the matrices can have."""
+    widths = {min(file_shape(MATRICES[MODULES[module]], model)): module for module in lora.targets}
+    if lora.rank > (narrow := min(widths)):
+        raise UserError(
+            f"lora_rank = {lora.rank}, but {widths[narrow]} has a side of {narrow}, and so has no change of more than "
+            f"that rank; set lora_rank to {narrow} or less"
+        )
+
+
+def read_trained_rows(directory: Path) -> TrainedRows:
+    """The `trained_rows` of the adapter that `directory/adapter_config.json` describes, in PEFT's form."""
+    given: Any = read_json(directory / ADAPTER).get("trainable_token_indices") or {}
+    given = given if isinstance(given, dict) else {EMBEDDING.module: given}
+    names = {row.module: name for name, row in VOCABULARY.items()}
+    try:
+        rows = {names[module.split(".")[-1]]: tuple(map(int, ids)) for module, ids in given.items()}
+        if any(min(ids) < 0 or len({*ids}) < len(ids) for ids in rows.values()):
+            raise ValueError("one is negative, or there twice")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory / ADAPTER}: trainable_token_indices = {given!r} should be tokens, of {' and '.join(names)} "
+            f"({error})"
+        ) from error
+    return tuple(sorted(rows.items()))
+
+
+def adapter_config(model: ModelConfig, base_name: str) -> str:
     """The text of adapter_config.json in PEFT's form; a commit that `base_name` names becomes its revision."""
     name, _, revision = base_name.partition("@") if not Path(base_name).exists() else (base_name, "", "")
+    lora, rows = (
+        model.lora or Lora(0, 1.0, True, ()),
+        {VOCABULARY[name].module: ids for name, ids in model.trained_rows},
+    )
     stated = {
         "base_model_name_or_path": name, "revision": revision or None, "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "inference_mode": True, "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.is_stabilised,
         "target_modules": list(lora.targets), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "trainable_token_indices": (rows.get(EMBEDDING.module) if model.is_tied else rows) or None,
     }  # fmt: skip
     return json.dumps(stated, indent=2) + "\n"
 
@@ -494,9 +554,9 @@ def load_quantised(
         is_read = isinstance(layer, np.ndarray)
         return jax.make_array_from_callback(layer.shape, over, layer.__getitem__) if is_read else layer
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), progress() as line:
         stack = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), wanted)
-        for at in range(model.layers):
+        for at in line.track(range(model.layers), description=f"Quantising {row.module}"):
             stack = jax.block_until_ready(put_layer(wanted)(stack, placed(read(at)), at))
     return stack
 
@@ -592,15 +652,15 @@ def write_weights(scratch: Path, params: PyTree, model: ModelConfig, facts: Mapp
     """Write the safetensors files of a model, or of an adapter in PEFT's layout; `facts` go into their headers."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    dtype, table = jnp.dtype("float32" if model.lora else model.file_dtype), trained_table(model)
+    dtype, table = jnp.dtype("float32" if model.is_adapter else model.file_dtype), trained_table(model)
     tensors = {
-        ADAPTER_PREFIX * bool(model.lora) + name: (leaf, row, layer)
-        for row, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(params), strict=True)
+        ADAPTER_PREFIX * model.is_adapter + name: (leaf, row, layer)
+        for row, leaf in zip(jax.tree.leaves(table), jax.tree.structure(table).flatten_up_to(params), strict=True)
         for layer, name in enumerate(file_names(row, model))
     }
     shapes = {name: (dtype, file_shape(row, model)) for name, (_, row, _) in tensors.items()}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape) in shapes.items()}
-    stem = ADAPTER_WEIGHTS.removesuffix(".safetensors") if model.lora else "model"
+    stem = ADAPTER_WEIGHTS.removesuffix(".safetensors") if model.is_adapter else "model"
     files = split_state_dict_into_shards_factory(
         sizes, get_storage_size=int, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD_BYTES
     )

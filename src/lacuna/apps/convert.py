@@ -14,16 +14,14 @@ from lacuna import checkpoint, weights
 from lacuna.apps.configs import ConvertConfig
 from lacuna.config import ModelKeys, UserError, name_of_model
 from lacuna.distributed import describe_error, make_mesh
+from lacuna.linear import Words
 from lacuna.metrics import byte_size
 from lacuna.model import (
     MATRICES,
     ModelConfig,
     Parameter,
     is_quantised,
-    parameter_table,
-    read_model_config,
     shape_of,
-    trained_table,
 )
 from lacuna.quantised import dequantised, quantise
 from lacuna.tokenizer import load_tokenizer
@@ -99,9 +97,9 @@ def stored_params(source: Path, model: ModelConfig) -> PyTree:
     if weights.is_checkpoint(source):
         checkpoint.checked_manifest(source)
         return checkpoint.saved_params(source, model)
-    tensors = (weights.adapter_tensors if model.lora else weights.checked_tensors)(source, model)
-    table = trained_table(model) if model.lora else parameter_table(model)
-    return jax.tree.map(lambda row: FileRow(row, tensors, model), table)
+    model = model if model.is_adapter else checkpoint.in_files(model, source)
+    tensors = weights.checked_tensors(source, model)
+    return jax.tree.map(lambda row: FileRow(row, tensors, model), weights.file_table(model))
 
 
 def merged_params(place: checkpoint.Place, model: ModelConfig, bits: int = 0) -> PyTree:
@@ -111,17 +109,17 @@ def merged_params(place: checkpoint.Place, model: ModelConfig, bits: int = 0) ->
     Raises:
         UserError: as `stored_params`, or the base is not the one that the adapter was trained on.
     """
-    whole = replace(model, lora=None)
+    whole = weights.base_of(model)
     params = stored_params(place.base or place.source, whole)
-    if model.lora and place.base:
+    if place.base:
         checkpoint.check_base(place.source, place.base)
         trained, layers = stored_params(place.source, model), dict(params["layers"])
-        assert trained.keys() == {"layers"}, "what else trains would be lost"
         if bits:
             layers |= {name: AsTrained(layers[name], row, whole, bits) for name, row in MATRICES.items()}
         for name, factors in trained["layers"].items():
-            layers[name] = Merged(layers[name], factors, model.lora.scale)
-        params |= {"layers": layers}
+            layers[name] = Merged(layers[name], factors, model.lora.scale if model.lora else 0.0)
+        words = {name: Words(params[name], trained[name], ids) for name, ids in model.trained_rows}
+        params |= {"layers": layers} | words
     return params
 
 
@@ -136,26 +134,25 @@ def run_convert(config: ConvertConfig) -> None:
     output = Path(config.output)
     if output.exists():
         raise UserError(f"output {config.output!r} is there already; name another")
-    place = checkpoint.find_model(ModelKeys(model_name=config.model_name, base_name=config.base_name))
-    if config.to == "peft" and not place.base:
-        raise UserError(f"model_name {config.model_name!r} is no adapter, so there is nothing for --to peft")
-    model = read_model_config(place.described)
-    own_head = model.is_tied and weights.has_own_head(place.base or place.source)
-    model = replace(
-        model, is_tied=model.is_tied and not own_head, lora=weights.read_lora(place.adapter) if place.base else None
-    )
+    named = ModelKeys(model_name=config.model_name, base_name=config.base_name)
+    place = checkpoint.find_model(named)
+    model, _ = checkpoint.model_on(place, named, make_mesh(1, 1, 1, jax.devices()[:1]))
+    if config.to == "peft" and not model.lora:
+        raise UserError(f"model_name {config.model_name!r} is no low-rank adapter, so there is nothing for --to peft")
     if config.onto == "original" and (not place.base or config.to == "peft"):
         raise UserError("onto = original, but no adapter is merged into a base; leave it out")
     if config.onto == "original" and model.file_bits:
         raise UserError(f"onto = original, but {place.base} holds the quantised weights alone; leave it out")
     kind = KINDS[model.file_dtype] if config.type == "auto" else config.type
-    bits = 0 if not place.base or model.file_bits or config.onto == "original" else checkpoint.stated_bits(place.source)
-    whole = replace(model, lora=None, bits=0, file_bits=0, file_dtype=DTYPES.get(kind, model.file_dtype))
+    bits = 0 if model.file_bits or config.onto == "original" else model.bits
+    model = replace(model, bits=model.file_bits)
+    dtype = DTYPES.get(kind, model.file_dtype)
+    whole = replace(weights.base_of(model), bits=0, file_bits=0, file_dtype=dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         if config.to == "peft":
-            facts = {checkpoint.BASE: stated} if (stated := checkpoint.stated_base(place.source)) else {}
-            facts |= {checkpoint.BITS: str(checkpoint.stated_bits(place.source))}
+            digest, trained = checkpoint.stated_base(place.source)
+            facts = {checkpoint.BITS: str(trained)} | ({checkpoint.BASE: digest} if digest else {})
             params = stored_params(place.source, model)
             lines = checkpoint.save_model(output, params, model, place.adapter, facts, place.described)
             done = "adapter in PEFT's layout"

@@ -87,6 +87,9 @@ def run_eval(config: EvalConfig, run_harness: RunHarness | None = None, environm
                 ) from None
         summary |= {
             "parameters": parameter_counts(opened.model)["all"],
+            "adapter": str(opened.source) if opened.place.base else None,
+            "base": opened.place.base_name,
+            "base_bits": opened.model.bits or None,
             "wall_seconds": time.perf_counter() - started,
             "device_kind": jax.devices()[0].device_kind,
             "device_count": jax.device_count(),

@@ -18,7 +18,7 @@ from lacuna.linear import Frozen
 from lacuna.model import MATRICES, Lora, shape_of
 from lacuna.sampler import Sampler
 from lacuna.tokenizer import read_json
-from lacuna.weights import read_lora
+from lacuna.weights import read_lora, read_trained_rows
 
 
 class Generator(NamedTuple):
@@ -79,20 +79,26 @@ def adapters_to_choose(opened: OpenedModel, named: Sequence[str], bits: int) -> 
 def adapter_of(opened: OpenedModel, name: str, bits: int) -> tuple[Lora, Mapping[str, dict[str, Array]]]:
     """An adapter of a model, and its factors by matrix."""
     base, source = opened.place.source, checkpoint.resolve_model(name)
-    is_hashed = bool(checkpoint.stated_base(source))  # then its base may lie anywhere
-    place = checkpoint.find_model(ModelKeys(model_name=name, base_name=str(base) if is_hashed else ""))
+    digest, trained = checkpoint.stated_base(source)  # of a known base, which may lie anywhere then
+    place = checkpoint.find_model(ModelKeys(model_name=name, base_name=str(base) if digest else ""))
     if not place.base:
         raise UserError(f"adapters has {name}, which is no adapter; serve it by itself, as --model-name {name}")
     if not place.base.samefile(base):
         raise UserError(f"adapters has {name}, whose base is {place.base}, and this server has {base}; serve it apart")
+    if rows := read_trained_rows(place.adapter):
+        raise UserError(
+            f"adapters has {name}, which has rows of its own for {len(rows[0][1])} tokens, and perhaps another "
+            f"tokenizer; serve it by itself, as --model-name {name}"
+        )
     checkpoint.check_base(place.source, base)
-    trained, here = checkpoint.stated_bits(place.source), opened.model.bits or 16
+    here = opened.model.bits or 16
     if trained not in (0, here) and not bits:
         raise UserError(
             f"adapters has {name}, which was trained on a base of {trained} bits, and this server's has {here}; add "
             f"--base-bits {trained}, or --base-bits {here} to serve it on that all the same"
         )
     lora = read_lora(place.adapter)
+    assert lora, "rows alone were refused"
     one = opened._replace(source=place.source, place=place, model=replace(opened.model, lora=lora))
     return lora, checkpoint.trained_params(one)["layers"]
 

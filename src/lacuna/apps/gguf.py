@@ -23,8 +23,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from lacuna.config import UserError
 from lacuna.documents import progress
-from lacuna.model import ModelConfig, Parameter, parameter_table, read_keys, rotary_frequencies
-from lacuna.tokenizer import Tokenizer, has_bos, read_json, render
+from lacuna.model import ModelConfig, Parameter, parameter_table, rotary_frequencies
+from lacuna.tokenizer import Tokenizer, has_bos, read_json, read_keys, render
 from lacuna.weights import file_names, file_shape, file_tensor
 
 ARCHITECTURES = {"mistral": "llama"}  # llama.cpp's names where they are not the families'
@@ -249,8 +249,8 @@ def gguf_tensors(
             values = values.reshape(-1, 2, model.head // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         return values
 
-    rows = zip(jax.tree.leaves(parameter_table(model)), jax.tree.leaves(params), strict=True)
-    for row, leaf in rows:
+    table = parameter_table(model)
+    for row, leaf in zip(jax.tree.leaves(table), jax.tree.structure(table).flatten_up_to(params), strict=True):
         shape = file_shape(row, model)
         chosen = TYPE.F32 if row.role in ("norm", "bias") else vocab if row.axes.startswith("vocab") else matrix
         try:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from lacuna import checkpoint
+from lacuna import checkpoint, weights
 from lacuna.apps.configs import ConvertConfig, MergeConfig
 from lacuna.apps.convert import KINDS, merged_params, run_convert
 from lacuna.config import UserError
@@ -27,9 +27,12 @@ def run_merge(config: MergeConfig) -> None:
         UserError: it is no adapter, its base has changed, or there is something where the model should go.
     """
     config, mesh = checkpoint.settled(config), make_mesh(1, 1, 1, jax.devices()[:1])
-    opened = checkpoint.open_model(config, mesh)
-    if not opened.model.lora:
+    place = checkpoint.find_model(config)
+    if not place.base:
         raise UserError(f"model_name {config.model_name!r} is no adapter, so there is nothing to merge")
+    model, line = checkpoint.model_on(place, config, mesh)
+    tokenizer: Any = None  # there need be none
+    opened = checkpoint.OpenedModel(place.source, model, tokenizer, mesh, line, place)
     kind = KINDS[config.dtype or opened.model.file_dtype]
     named = {"model_name": config.model_name, "base_name": config.base_name}
     run_convert(ConvertConfig(**named, type=kind, output=config.output, onto=config.onto))
@@ -39,7 +42,7 @@ def run_merge(config: MergeConfig) -> None:
         dense, found = replace(opened.model, bits=0), list[str]()
         for bits, what in ((opened.model.bits, "dequantised"), (0, "original")):
             params = in_memory(merged_params(opened.place, dense, bits), dense)
-            difference = float(jnp.max(jnp.abs(logits(params, replace(dense, lora=None), ids) - trained)))
+            difference = float(jnp.max(jnp.abs(logits(params, weights.base_of(dense), ids) - trained)))
             found.append(f"{difference:.3g} merged onto the {what} weights")
         print(f"largest difference of {PROBE_TOKENS} tokens' logits from those that were trained: {', '.join(found)}")
 

@@ -385,8 +385,8 @@ def run_plan(config: TrainingConfig) -> None:
     config = checkpoint.settled(config, topology.chip.platform)
     place = checkpoint.find_model(config, with_weights=False)
     grown = isinstance(config, VocabularyKeys) and config.new_tokens
-    tokens = checkpoint.tokenizer_of(place, config).vocabulary_size if grown else 0
-    model, attention = checkpoint.model_on(place, config, mesh, tokens)
+    tokenizer = checkpoint.tokenizer_of(place, config) if grown else None
+    model, attention = checkpoint.model_on(place, config, mesh, tokenizer)
     check_trainable(model, config.sequence_length)
     facts = setting_facts(config, model, topology, mesh) | {"attention": attention}
     print(*setting_lines(config, model, topology, facts), sep="\n", flush=True)
@@ -442,8 +442,8 @@ def setting_lines(
         f"{config.compute_dtype}"
     )
     yield facts["attention"]
-    kind = "adapters" if model.lora else "parameters"
-    base = f"{byte_size(facts['frozen_bytes'])} of the frozen base, " if model.lora else ""
+    kind = "adapters" if model.is_adapter else "parameters"
+    base = f"{byte_size(facts['frozen_bytes'])} of the frozen base, " if model.is_adapter else ""
     yield (
         f"a device's part of the state: {base}{byte_size(facts['parameter_bytes'])} of {kind}, "
         f"{byte_size(facts['optimizer_bytes'])} of optimizer; while they last, gradients take "

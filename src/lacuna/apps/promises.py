@@ -134,15 +134,16 @@ def expected_gradient(subject: Subject, of_tensors: Mapping[str, np.ndarray]) ->
     if model.lora:
         factors = subject.file_tensors(subject.params)
         for name in factors:
+            stem, _, is_rows = name.partition(".token_adapter.")
+            if is_rows:
+                ids = dict(model.trained_rows)["head" if stem == "lm_head" else "embedding"]
+                expected[name] = of_tensors[f"{stem}.weight"][list(ids)]
+                continue
             stem = name.partition(".lora_")[0]
             gradient = of_tensors[f"{stem}.weight"] * model.lora.scale
             a, b = (factors[f"{stem}.lora_{letter}.weight"] for letter in "AB")
             expected[name] = b.T @ gradient if ".lora_A." in name else gradient @ a.T
         return {name: expected[name] for name in factors}
-    if model.trained_from:
-        is_trained = np.arange(model.vocabulary_size)[:, None] >= model.trained_from
-        kept = ("model.embed_tokens.weight", "lm_head.weight")
-        return {name: leaf * is_trained if name in kept else leaf * 0 for name, leaf in expected.items()}
     return expected
 
 
@@ -555,8 +556,6 @@ def update_is_adamw(subject: Subject) -> Finding:
         is_decayed = not ("norm" in name.split(".")[-2] or name.endswith(".bias"))
         decayed += is_decayed
         direction = slope[name] / (np.abs(slope[name]) + ADAM_EPSILON) + decay * weight * is_decayed
-        if subject.model.trained_from:
-            direction = direction * (slope[name] != 0)
         off = np.abs(after[name] - (weight - rate * direction)) / (1e-3 * rate + 2.0**-22 * np.abs(weight))
         worst = max(worst, float(off.max())) if off.max() == off.max() else float("nan")
     compared = (
@@ -573,8 +572,6 @@ def gradient_is_everywhere(subject: Subject) -> Finding:
         for name in load_names(file)
     }
     none = [name for name, leaf in gradient.items() if not np.isfinite(leaf).all() or not leaf.any()]
-    if first := subject.model.trained_from:
-        none = [name for name, leaf in gradient.items() if leaf[:first].any() or ("embed" in name) != leaf.any()]
     compared = f"of {len(gradient)} tensors that train, those without a gradient or that the export lacks"
     missing = sorted(names ^ gradient.keys())
     return at_most(f"{compared} {', '.join([*none, *missing][:3])}".strip(), len(none) + len(missing))

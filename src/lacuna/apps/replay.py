@@ -41,7 +41,8 @@ def replay(config: GrpoConfig, last: GrpoConfig) -> None:
     opened, made = inputs.opened, {step: config_of_step(directory, step, last) for step in range(1, config.step + 1)}
     enable_compilation_cache(config)
     with jax.set_mesh(opened.mesh):
-        state, frozen = starting_state(config, opened), checkpoint.frozen_params(opened)
+        frozen = checkpoint.frozen_params(opened)
+        state = starting_state(config, opened, frozen)
         is_held = any(each.kl_weight for each in (config, *made.values()))
         reference = cast_weights(state.params, opened.model, config.compute_dtype) if is_held else None
         if saved := [step for step in checkpoint.saved_steps(directory) if step < config.step]:

@@ -82,6 +82,8 @@ def spread(prompt, completion, row):
 def cut_model(config: TrainingConfig, directory: Path, layers: int) -> dict[str, Any]:
     """Write the model of a config with its first layers alone, as a directory in Hugging Face layout, an adapter as
     another; returns the keys that name them."""
+    if getattr(config, "train_only", ""):
+        raise UserError("train_only = new_tokens can't be checked yet; leave it out, or set lora_rank in its place")
     place = checkpoint.find_model(config, with_weights=not config.from_scratch)
     raw, model = read_json(place.described / "config.json"), read_model_config(place.described)
     own_head = not config.from_scratch and model.is_tied and weights.has_own_head(place.base or place.described)
@@ -99,10 +101,11 @@ def cut_model(config: TrainingConfig, directory: Path, layers: int) -> dict[str,
     checkpoint.save_model(target, params, cut, place.tokenizer, None, described)
     if not place.base:
         return {"model_name": str(target), "base_bits": config.base_bits or model.file_bits}
-    lora, adapter = weights.read_lora(place.adapter), directory / "adapter"
-    factors = stored_params(place.source, replace(model, lora=lora))
-    checkpoint.save_model(adapter, factors, replace(cut, lora=lora), place.adapter, None, described)
-    bits = config.base_bits or checkpoint.stated_bits(place.source) or model.file_bits
+    stated: dict[str, Any] = {"lora": weights.read_lora(place.adapter)}
+    stated["trained_rows"], adapter = weights.read_trained_rows(place.adapter), directory / "adapter"
+    factors = stored_params(place.source, replace(model, **stated))
+    checkpoint.save_model(adapter, factors, replace(cut, **stated), place.adapter, None, described)
+    bits = config.base_bits or checkpoint.stated_base(place.source)[1] or model.file_bits
     return {"model_name": str(adapter), "base_name": str(target), "base_bits": bits}
 
 
@@ -250,7 +253,8 @@ class Subject:
     def params_on(self, opened: checkpoint.OpenedModel) -> PyTree[Array]:
         """The same on other devices."""
         with jax.set_mesh(opened.mesh):
-            params = optimizer.starting_state(self.config, opened).params
+            frozen = self.frozen if opened is self.opened else checkpoint.frozen_params(opened)
+            params = optimizer.starting_state(self.config, opened, frozen).params
 
             def begun(row: Any, leaf: Array) -> Array:
                 noise = jax.random.normal(jax.random.key(len(row.file_name)), leaf.shape)
