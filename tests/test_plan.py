@@ -378,7 +378,7 @@ def test_the_update_of_grpo_is_counted_for_one_of_its_micro_batches(grpo_plan: P
     assert update["scope"] == "one micro-batch of 8 rows, of up to 2, and the optimizer"
     assert update["scope"] in grpo_plan.printed
     assert 1 <= 8 * update["flops"] / model_flops(small_model, 8, 128) < 1.1
-    batch = 10 * 4 * 2 * 128  # both micro-batches of one device
+    batch = 12 * 4 * 2 * 128  # both micro-batches of one device, each of twelve arrays
     state = grpo_plan.facts["parameter_bytes"] + grpo_plan.facts["optimizer_bytes"]
     assert update["argument_bytes"] == pytest.approx(state + batch, rel=0.01)
 

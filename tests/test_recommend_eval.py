@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, chat_run, grpo_config, make_small, records
+from conftest import chat_run, grpo_config, make_small, records
 
 from lacuna import cli
 from lacuna.apps import ranking
@@ -163,8 +163,10 @@ def test_reinforcement_draws_items_of_the_catalogue_alone(
 
 
 def test_a_model_without_the_words_and_a_directory_without_files_are_refused(shop: Path, tmp_path: Path) -> None:
+    plain = make_small(tmp_path / "plain")
+    (plain / "model.safetensors").write_bytes((shop / "runs" / "run" / "model" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="are no tokens of this model; train it with new_tokens"):
-        cli.run(settings(shop, tmp_path, model_name=str(TINY)))
+        cli.run(settings(shop, tmp_path, model_name=str(plain)))
     with pytest.raises(UserError, match="make it by recommend prepare"):
         cli.run(settings(shop, tmp_path, prepared=str(tmp_path)))
     with pytest.raises(UserError, match="capacity = 6 has no room"):
