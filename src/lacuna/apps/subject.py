@@ -335,7 +335,9 @@ class Subject:
     ) -> tuple[optimizer.TrainState, dict[str, float], PyTree[Array]]:
         """One optimizer step from the beginning: the new state, its facts, and the gradient, unclipped."""
         mesh = mesh or self.mesh
-        opened = self.opened if mesh is self.mesh else checkpoint.open_model(self.config, mesh)
+        opened = self.opened
+        if mesh is not self.mesh:
+            opened = checkpoint.open_model(self.config, mesh, with_weights=not self.config.from_scratch)
         with jax.set_mesh(mesh):
             params = self.params_on(opened) if mesh is not self.mesh else jax.tree.map(jnp.copy, params or self.params)
             frozen = checkpoint.frozen_params(opened) if mesh is not self.mesh else self.frozen
