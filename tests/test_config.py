@@ -276,6 +276,12 @@ def test_a_bad_command_line_and_the_help_import_nothing_slow() -> None:
         assert result.stdout.splitlines()[-1] == answer, result.stderr
 
 
+def test_the_list_of_commands_keeps_a_name_apart_from_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.start("--help", [])
+    lines = capsys.readouterr().out.splitlines()
+    assert [name for name in cli.COMMANDS if not any(line.startswith(f"  {name}  ") for line in lines)] == []
+
+
 def test_main_knows_its_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lacuna"])
     cli.main()

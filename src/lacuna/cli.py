@@ -333,7 +333,7 @@ def start(command: str, arguments: list[str]) -> None:
         if command.split()[-1] in HELP:
             print("usage: lacuna COMMAND [@ FILE.toml ...] [--option VALUE ...]\n")
             for name, config in COMMANDS.items():
-                print(f"  {name:15}{config.__doc__}")
+                print(f"  {name:19}{config.__doc__}")
             print("\nEvery option of a command, with the value now in force: lacuna COMMAND --help")
             return
         if command not in COMMANDS:

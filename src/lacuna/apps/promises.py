@@ -109,7 +109,7 @@ def step_is_plain(subject: Subject) -> Finding:
     temperature, limit = (config.temperature, config.importance_limit) if isinstance(config, GrpoConfig) else (1.0, 0.0)
     whole = batch.weight.sum()
 
-    def loss(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
+    def loss(tensors: Mapping[str, Array], batch: Any) -> tuple[Array, Array]:  # as constants, XLA would fold them
         logits = plain_logits(tensors, raw, batch.token) / temperature
         found = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target[..., None], axis=-1)[..., 0]
         if not isinstance(batch, RolloutBatch):
@@ -119,7 +119,7 @@ def step_is_plain(subject: Subject) -> Finding:
         gain = batch.weight * batch.advantage * (jnp.minimum(importance, limit) if limit else 1.0)
         return -jnp.sum(gain * found), -jnp.sum(gain)
 
-    (_, value), of_tensors = jax.jit(jax.value_and_grad(loss, has_aux=True))(tensors)
+    (_, value), of_tensors = jax.jit(jax.value_and_grad(loss, has_aux=True))(tensors, batch)
     expected = expected_gradient(subject, jax.device_get(of_tensors))
     _, facts, gradient = subject.first_step
     difference, worst = apart(subject.file_tensors(gradient), expected)
