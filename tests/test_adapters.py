@@ -548,6 +548,8 @@ def test_a_run_with_words_resumes_bit_for_bit_and_goes_on_from_its_adapter(
     more = config.model_copy(update={"new_tokens": str(Path(config.new_tokens).with_name("more.txt"))})
     with pytest.raises(UserError, match="is an adapter with rows of other tokens, or none"):
         checkpoint.open_model(more, mesh_of(1, 1, 1))
+    with pytest.raises(UserError, match="is an adapter, which trains too"):
+        checkpoint.open_model(checkpoint.settled(SftConfig(**keys, train_only="new_tokens")), mesh_of(1, 1, 1))
     with pytest.raises(UserError, match="which has rows of its own for 4 tokens"):
         generator.adapter_of(
             checkpoint.open_model(ModelKeys(model_name=str(base)), mesh_of(1, 1, 1)), keys["model_name"], 0

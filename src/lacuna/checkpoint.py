@@ -329,6 +329,8 @@ def model_on(
     if tokenizer and isinstance(config, VocabularyKeys) and config.new_tokens and (lora or config.train_only):
         ids = {tokenizer.backend.token_to_id(word) or 0 for word in read_words(Path(config.new_tokens))}
         wanted = tuple((name, tuple(sorted(ids))) for name in (["embedding"] if is_tied else ["embedding", "head"]))
+        if place.base and lora and config.train_only:
+            raise UserError(f"train_only is set, but {place.source} is an adapter, which trains too; leave it out")
         if place.base and rows != wanted:
             raise UserError(
                 f"new_tokens = {config.new_tokens}: {place.source} is an adapter with rows of other tokens, or none; "
