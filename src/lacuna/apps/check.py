@@ -42,7 +42,8 @@ def run_check(config: TrainingConfig) -> None:
         has_adapter = bool(subject.config.lora_rank or subject.config.base_name)
         facts = {"command": COMMAND_OF[kind]} | setting(subject)
         print(
-            f"{facts['command']} of {facts['model_name']}: {facts['layers']} layers, {facts['parameters']:,} "
+            f"{facts['command']} of {facts['model_name']}: {'all' if config.full else 'the first'} {facts['layers']} "
+            f"layers, {facts['parameters']:,} "
             f"parameters, on {facts['devices']} × {facts['device_kind']} in {facts['compute_dtype']}; of "
             f"{facts['rows']:,} rows the shortest {SHORTEST} are computed with, as {facts['sequence_length']} tokens"
         )

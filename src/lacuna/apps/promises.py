@@ -514,8 +514,8 @@ def bos_is_once(subject: Subject) -> Finding:
 def left_out(subject: Subject) -> Finding:
     facts = subject.once(read_sample).dataset.facts
     unused = [key.removeprefix("unused ") for key in facts if key.startswith("unused ")]
-    compared = "thoughts, and texts beside calls, that the chat template leaves out; "
-    compared += f"columns not used: {', '.join(unused) or 'none'}"
+    compared = f"columns not used: {', '.join(unused) or 'none'}; "
+    compared += "thoughts, and texts beside calls, that the chat template leaves out"
     return Finding(compared, float(facts["thoughts"]), float("nan"), True)
 
 
