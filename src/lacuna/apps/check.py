@@ -28,7 +28,7 @@ def run_check(config: TrainingConfig) -> None:
     """
     assert isinstance(config, CheckKeys)
     if unknown := [name for name in config.only if name not in ALL]:
-        raise UserError(f"only names {unknown[0]!r}{did_you_mean(unknown[0], ALL)}; there are {', '.join(ALL)}")
+        raise UserError(f"only names {unknown[0]!r}{did_you_mean(unknown[0], ALL)} (the lines: {', '.join(ALL)})")
     if not Path(config.check_file).parent.is_dir():
         raise UserError(f"check_file = {config.check_file}: no such directory; make it, or choose another")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run of another process needs room as well
@@ -43,8 +43,8 @@ def run_check(config: TrainingConfig) -> None:
         facts = {"command": COMMAND_OF[kind]} | setting(subject)
         print(
             f"{facts['command']} of {facts['model_name']}: {'all' if config.full else 'the first'} {facts['layers']} "
-            f"layers, {facts['parameters']:,} "
-            f"parameters, on {facts['devices']} × {facts['device_kind']} in {facts['compute_dtype']}; of "
+            f"layers, {facts['parameters']:,} parameters, on {facts['devices']} × {facts['device_kind']} in "
+            f"{facts['compute_dtype']}; of "
             f"{facts['rows']:,} rows the shortest {SHORTEST} are computed with, as {facts['sequence_length']} tokens"
         )
         lines, promises = [], promises_of(plain, has_adapter)
@@ -60,7 +60,7 @@ def run_check(config: TrainingConfig) -> None:
     with writing_to(Path(config.check_file), "choose another check_file"):
         Path(config.check_file).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     kept = sum(line["verdict"] == "pass" for line in lines)
-    print(f"{kept} promises kept, {len(failed)} not, {len(lines) - kept - len(failed)} with nothing to compare, "
+    print(f"promises kept: {kept}, not kept: {len(failed)}, nothing to compare: {len(lines) - kept - len(failed)}, "
           f"in {facts['seconds']:.0f} s; all of it: {config.check_file}")  # fmt: skip
     if failed:
         raise SystemExit(1)

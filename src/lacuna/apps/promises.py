@@ -502,13 +502,9 @@ def bos_is_once(subject: Subject) -> Finding:
         found = [np.array(problem.token) for problem in subject.inputs.problems.problems]
     else:
         found = [ids for ids, *_ in subject.once(read_sample).documents]
-    first, twice = (
-        sum(ids[0] == bos for ids in found),
-        sum(np.any((ids[1:] == bos) & (ids[:-1] == bos)) for ids in found),
-    )
-    return at_most(
-        f"of {len(found):,} documents, {first:,} of which begin with BOS, those with two in a row", int(twice)
-    )
+    first = sum(ids[0] == bos for ids in found)
+    twice = sum(bool(np.any((ids[1:] == bos) & (ids[:-1] == bos))) for ids in found)
+    return at_most(f"of {len(found):,} documents, {first:,} of which begin with BOS, those with two in a row", twice)
 
 
 def left_out(subject: Subject) -> Finding:
